@@ -1,0 +1,2 @@
+//! Client library of vpmud.
+#![forbid(unsafe_code)]

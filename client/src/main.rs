@@ -1,0 +1,4 @@
+//! vpmuctl, the command line of vpmud.
+#![forbid(unsafe_code)]
+
+fn main() {}

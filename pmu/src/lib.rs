@@ -1,0 +1,2 @@
+//! The passthrough-PMU context switcher.
+#![forbid(unsafe_code)]

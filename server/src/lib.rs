@@ -1,0 +1,2 @@
+//! vpmud: the daemon on each host.
+#![forbid(unsafe_code)]

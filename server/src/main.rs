@@ -1,0 +1,4 @@
+//! The vpmud binary.
+#![forbid(unsafe_code)]
+
+fn main() {}
