@@ -1,1 +1,5 @@
 //! One virtual machine.
+
+pub mod bitmap;
+pub mod hypervisor;
+pub mod memory;

@@ -1,0 +1,151 @@
+//! The mapping itself: everything `unsafe` about guest memory.
+//!
+//! Invariant: `base..base+len` is mapped readable and writable from `new` to `drop`, and every access is inside it.
+
+use std::ffi::CString;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::MemoryError;
+
+/// A shared mapping of a whole memfd.
+pub(super) struct Mapping {
+    base: NonNull<u8>,
+    len: u64,
+}
+
+// SAFETY: the mapping is plain shared memory that stays until drop; all access is by copies, atomics or the kernel.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; concurrent access yields some mix of old and new bytes, which callers are told.
+unsafe impl Sync for Mapping {}
+
+fn os(call: &'static str) -> MemoryError {
+    MemoryError::Os { call, source: std::io::Error::last_os_error() }
+}
+
+/// An unlinked memory file of the given length.
+pub(super) fn create_memfd(name: &str, bytes: u64) -> Result<OwnedFd, MemoryError> {
+    let mut name: Vec<u8> = name.bytes().filter(|b| *b != 0).take(200).collect();
+    if name.is_empty() {
+        name.extend_from_slice(b"guest");
+    }
+    let name = CString::new(name).unwrap_or_default();
+    // SAFETY: `name` is a NUL-terminated string that outlives the call; the result is checked.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(os("memfd_create"));
+    }
+    // SAFETY: `fd` was just returned by the kernel and nobody else has it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::fs::ftruncate(&fd, bytes).map_err(|e| MemoryError::Os { call: "ftruncate", source: e.into() })?;
+    Ok(fd)
+}
+
+impl Mapping {
+    pub(super) fn new(fd: &OwnedFd, bytes: u64) -> Result<Self, MemoryError> {
+        let len = usize::try_from(bytes)
+            .map_err(|_| MemoryError::Size { bytes, problem: "does not fit this process's address space" })?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory; result checked.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(os("mmap"));
+        }
+        let Some(base) = NonNull::new(base.cast::<u8>()) else { return Err(os("mmap")) };
+        let mapping = Self { base, len: bytes };
+        // SAFETY: exactly the mapping made above.
+        if unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_DONTDUMP) } != 0 {
+            return Err(os("madvise(MADV_DONTDUMP)"));
+        }
+        Ok(mapping)
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.base.as_ptr() as u64
+    }
+
+    pub(super) fn check(&self, offset: u64, len: u64) -> Result<(), MemoryError> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(MemoryError::OutOfRange {
+                space: "memory offset",
+                address: offset,
+                len,
+                memory: self.len,
+            }),
+        }
+    }
+
+    /// Pointer to `len` bytes at `offset`, checked.
+    pub(super) fn pointer(&self, offset: u64, len: u64) -> Result<*mut u8, MemoryError> {
+        self.check(offset, len)?;
+        // SAFETY: offset is within the mapping, whose length fits usize.
+        Ok(unsafe { self.base.as_ptr().add(offset as usize) })
+    }
+
+    pub(super) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let from = self.pointer(offset, buf.len() as u64)?;
+        // SAFETY: `from` is valid for buf.len() bytes (checked), `buf` is ours and cannot overlap the mapping, to
+        // which no reference exists. The guest may write meanwhile: bytes are plain data and any mix is accepted.
+        unsafe { std::ptr::copy_nonoverlapping(from.cast_const(), buf.as_mut_ptr(), buf.len()) };
+        Ok(())
+    }
+
+    pub(super) fn write(&self, offset: u64, data: &[u8]) -> Result<(), MemoryError> {
+        let to = self.pointer(offset, data.len() as u64)?;
+        // SAFETY: as in `read`, the other way round.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) };
+        Ok(())
+    }
+
+    fn word(&self, offset: u64) -> Option<&AtomicU64> {
+        let at = self.pointer(offset, 8).ok()?;
+        if !(at as usize).is_multiple_of(8) {
+            return None;
+        }
+        // SAFETY: inside the mapping for as long as &self lives, aligned, and AtomicU64 allows concurrent writers.
+        Some(unsafe { AtomicU64::from_ptr(at.cast()) })
+    }
+
+    pub(super) fn load_u64(&self, offset: u64) -> Option<u64> {
+        self.word(offset).map(|w| w.load(Ordering::Acquire))
+    }
+
+    pub(super) fn store_u64(&self, offset: u64, value: u64) -> Option<()> {
+        self.word(offset).map(|w| w.store(value, Ordering::Release))
+    }
+
+    pub(super) fn is_zero(&self, offset: u64, len: u64) -> Result<bool, MemoryError> {
+        let at = self.pointer(offset, len)?;
+        let head = len.min(8);
+        let mut first = [0u8; 8];
+        self.read(offset, &mut first[..head as usize])?;
+        if first != [0; 8] || len <= 8 {
+            return Ok(first == [0; 8]);
+        }
+        // The C library's memcmp of the piece with itself shifted by 8 bytes: vectorised in every build profile.
+        // SAFETY: both operands are inside the checked piece. A write of the guest meanwhile changes which answer
+        // is given, nothing else.
+        Ok(unsafe { libc::memcmp(at.cast(), at.add(8).cast(), (len - 8) as usize) } == 0)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: exactly the mapping made in `new`; no pointer into it outlives its owner.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len as usize) };
+    }
+}
