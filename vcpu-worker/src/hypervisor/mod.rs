@@ -189,8 +189,10 @@ pub trait Vcpu: Send {
     /// Answers the last exit.
     fn complete(&mut self, answer: Completion) -> Result<(), HvError>;
     /// Lets a half-done I/O or MSR instruction finish without running further guest code (one entry with
-    /// immediate exit), so that state may be read.
-    fn finish_pending(&mut self) -> Result<(), HvError>;
+    /// immediate exit), so that state may be read. An instruction may need several answers (string input, a store
+    /// wider than 8 bytes): `Some(exit)` is handled and answered like any other, then this is called again until it
+    /// returns `None`.
+    fn finish_pending(&mut self) -> Result<Option<Exit>, HvError>;
     /// A handle that other threads kick this vCPU with. Called once, on the vCPU's own thread.
     fn kicker(&self) -> Arc<dyn Kick>;
     /// Forgets kicks so far; see the module's contract.
