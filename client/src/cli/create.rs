@@ -1,0 +1,208 @@
+//! `vpmuctl vm create`.
+
+use super::failure::Failure;
+use super::{Context, vm};
+use clap::{ArgGroup, Args, ValueEnum};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use vpmu_client::api::{
+    CreateVirtualMachineRequest, KernelBoot, PmuSpec, ProbeBoot, VirtualMachine, VirtualMachineSpec,
+    pmu_spec, virtual_machine_spec,
+};
+use vpmu_client::{names, units};
+
+const EXAMPLES: &str = "\
+Examples:
+  # The built-in probe guest: counts, takes overflow interrupts, dirties memory, checks its own view.
+  vpmuctl vm create web-1 --vcpus 2 --memory 256MiB --probe --start
+  # A busier one: each vCPU dirties 16 MiB at 20000 pages a second; 64 MiB are filled with a pattern first.
+  vpmuctl vm create web-2 --vcpus 1 --memory 512MiB --probe --working-set 16MiB --dirty-rate 20000 --fill 64MiB
+  # A Linux kernel.
+  vpmuctl vm create lin-1 --vcpus 1 --memory 512MiB --kernel /boot/vmlinuz --cmdline 'console=ttyS0'";
+
+/// Create a machine, and start it with --start.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES, group = ArgGroup::new("boot").required(true).args(["probe", "kernel"]))]
+pub(crate) struct CreateArgs {
+    /// Its name: 1 to 63 characters of [a-z0-9-], starting with a letter and not ending with a hyphen.
+    name: String,
+    /// Number of vCPUs; each is pinned to a host core of its own where there are enough.
+    #[arg(long)]
+    vcpus: u32,
+    /// Guest memory: a multiple of 2 MiB.
+    #[arg(long, value_parser = units::parse_bytes, value_name = "SIZE")]
+    memory: u64,
+    /// Start it at once.
+    #[arg(long)]
+    start: bool,
+    /// Check only: say what would be refused, create nothing.
+    #[arg(long, conflicts_with = "start")]
+    validate_only: bool,
+
+    /// Boot the built-in probe guest.
+    #[arg(long, help_heading = "Probe guest")]
+    probe: bool,
+    /// Memory that each vCPU keeps dirtying; unset means 1MiB.
+    #[arg(long, requires = "probe", conflicts_with = "kernel", value_parser = units::parse_bytes, value_name = "SIZE", help_heading = "Probe guest")]
+    working_set: Option<u64>,
+    /// Pages that each vCPU dirties a second.
+    #[arg(
+        long,
+        requires = "probe",
+        conflicts_with = "kernel",
+        value_name = "PAGES",
+        help_heading = "Probe guest"
+    )]
+    dirty_rate: Option<u64>,
+    /// Memory filled with a verifiable pattern once at the start.
+    #[arg(long, requires = "probe", conflicts_with = "kernel", value_parser = units::parse_bytes, value_name = "SIZE", help_heading = "Probe guest")]
+    fill: Option<u64>,
+    /// Events between two overflows of the overflow counter; unset means 50000000.
+    #[arg(
+        long,
+        requires = "probe",
+        conflicts_with = "kernel",
+        value_name = "EVENTS",
+        help_heading = "Probe guest"
+    )]
+    overflow_period: Option<u64>,
+    /// Gap in its own time above which the guest counts a hole, in microseconds; unset means 1000.
+    #[arg(
+        long,
+        requires = "probe",
+        conflicts_with = "kernel",
+        value_name = "US",
+        help_heading = "Probe guest"
+    )]
+    gap_threshold_us: Option<u32>,
+
+    /// Boot this kernel, a PVH ELF or a bzImage on the host.
+    #[arg(long, value_name = "FILE", help_heading = "Kernel")]
+    kernel: Option<PathBuf>,
+    /// Its initrd, on the host.
+    #[arg(long, requires = "kernel", conflicts_with = "probe", value_name = "FILE", help_heading = "Kernel")]
+    initrd: Option<PathBuf>,
+    /// Its command line.
+    #[arg(
+        long,
+        requires = "kernel",
+        conflicts_with = "probe",
+        value_name = "STR",
+        allow_hyphen_values = true,
+        help_heading = "Kernel"
+    )]
+    cmdline: Option<String>,
+
+    /// General-purpose counters of the guest's PMU; the host's default if neither this nor --pmu-fixed is given.
+    #[arg(long, value_name = "N", help_heading = "PMU")]
+    pmu_gp: Option<u32>,
+    /// Fixed counters of the guest's PMU.
+    #[arg(long, value_name = "N", help_heading = "PMU")]
+    pmu_fixed: Option<u32>,
+    /// No PMU at all.
+    #[arg(long, conflicts_with_all = ["pmu_gp", "pmu_fixed"], help_heading = "PMU")]
+    no_pmu: bool,
+    /// How much is undone when a vCPU leaves a core.
+    #[arg(long, value_enum, default_value = "strict", help_heading = "PMU")]
+    switch_policy: SwitchPolicy,
+    /// Show the PMU to a guest that will use RDPMC, which faults in model and msr mode.
+    #[arg(long, help_heading = "PMU")]
+    expose_without_rdpmc: bool,
+
+    /// When it is started again by itself.
+    #[arg(long, value_enum, default_value = "never")]
+    restart: Restart,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SwitchPolicy {
+    /// Every put scrubs the core.
+    Strict,
+    /// The guest stays resident, quiesced, until someone else needs the core.
+    Lazy,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Restart {
+    /// Never.
+    Never,
+    /// After a failure.
+    OnFailure,
+    /// After every end that was not asked for.
+    Always,
+}
+
+pub(crate) async fn run(context: &Context, args: CreateArgs) -> Result<ExitCode, Failure> {
+    let spec = spec(&args)?;
+    let operation = context
+        .client
+        .create_vm_with(CreateVirtualMachineRequest {
+            parent: names::DEFAULT_PROJECT.to_owned(),
+            virtual_machine_id: args.name.clone(),
+            virtual_machine: Some(VirtualMachine { spec: Some(spec), ..VirtualMachine::default() }),
+            request_id: uuid::Uuid::new_v4().to_string(),
+            validate_only: args.validate_only,
+        })
+        .await?;
+    let mut machine = vm::finish(context, operation).await?;
+    if args.start {
+        let operation = context.client.start_vm(&args.name).await?;
+        machine = vm::finish(context, operation).await?;
+    }
+    vm::show(context, &machine)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn spec(args: &CreateArgs) -> Result<VirtualMachineSpec, Failure> {
+    let boot = if let Some(kernel) = &args.kernel {
+        virtual_machine_spec::Boot::Kernel(KernelBoot {
+            path: absolute(kernel)?,
+            initrd_path: args.initrd.as_ref().map(absolute).transpose()?.unwrap_or_default(),
+            cmdline: args.cmdline.clone().unwrap_or_default(),
+        })
+    } else {
+        virtual_machine_spec::Boot::Probe(ProbeBoot {
+            working_set_bytes: args.working_set.unwrap_or_default(),
+            dirty_pages_per_second: args.dirty_rate.unwrap_or_default(),
+            overflow_period: args.overflow_period.unwrap_or_default(),
+            fill_bytes: args.fill.unwrap_or_default(),
+            gap_threshold_us: args.gap_threshold_us.unwrap_or_default(),
+        })
+    };
+    let (gp_counters, fixed_counters) = (args.pmu_gp.unwrap_or_default(), args.pmu_fixed.unwrap_or_default());
+    if (args.pmu_gp.is_some() || args.pmu_fixed.is_some()) && gp_counters == 0 && fixed_counters == 0 {
+        return Err(Failure::usage(
+            "a PMU without counters: use --no-pmu, or leave both options out for the host's default",
+        ));
+    }
+    let switch_policy = match args.switch_policy {
+        SwitchPolicy::Strict => pmu_spec::SwitchPolicy::Strict,
+        SwitchPolicy::Lazy => pmu_spec::SwitchPolicy::Lazy,
+    };
+    let restart_policy = match args.restart {
+        Restart::Never => virtual_machine_spec::RestartPolicy::Never,
+        Restart::OnFailure => virtual_machine_spec::RestartPolicy::OnFailure,
+        Restart::Always => virtual_machine_spec::RestartPolicy::Always,
+    };
+    Ok(VirtualMachineSpec {
+        vcpus: args.vcpus,
+        memory_bytes: args.memory,
+        boot: Some(boot),
+        pmu: Some(PmuSpec {
+            gp_counters,
+            fixed_counters,
+            switch_policy: switch_policy.into(),
+            disabled: args.no_pmu,
+            expose_without_rdpmc: args.expose_without_rdpmc,
+        }),
+        restart_policy: restart_policy.into(),
+    })
+}
+
+/// The daemon has another working directory: paths are sent absolute.
+fn absolute(path: &PathBuf) -> Result<String, Failure> {
+    let path = std::path::absolute(path)?;
+    path.to_str()
+        .map(str::to_owned)
+        .ok_or_else(|| Failure::usage(format!("{} is not UTF-8: rename the file", path.display())))
+}
