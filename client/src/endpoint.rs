@@ -78,6 +78,9 @@ impl FromStr for Endpoint {
             return Ok(Self::Unix(PathBuf::from(path)));
         }
         if let Some(address) = text.strip_prefix("tcp:") {
+            let address = address
+                .strip_prefix("localhost:")
+                .map_or_else(|| address.to_owned(), |port| format!("127.0.0.1:{port}"));
             return match address.parse::<SocketAddr>() {
                 Ok(address) if address.port() != 0 => Ok(Self::Tcp(address)),
                 _ => Err(EndpointError::Tcp { text: text.to_owned() }),
@@ -116,7 +119,7 @@ mod tests {
             ("/run/v.sock", "ENDPOINT_FORM"),
             ("unix:", "ENDPOINT_FORM"),
             ("http://localhost:1", "ENDPOINT_FORM"),
-            ("tcp:localhost:7070", "ENDPOINT_TCP"),
+            ("tcp:example.org:7070", "ENDPOINT_TCP"),
             ("tcp:127.0.0.1", "ENDPOINT_TCP"),
             ("tcp:127.0.0.1:0", "ENDPOINT_TCP"),
             ("tcp:127.0.0.1:70700", "ENDPOINT_TCP"),
@@ -126,6 +129,14 @@ mod tests {
             assert_eq!(error.reason(), reason, "{text}");
             assert!(error.to_string().contains(text), "{error}");
         }
+    }
+
+    #[test]
+    fn localhost_is_loopback() {
+        assert_eq!(
+            "tcp:localhost:7070".parse::<Endpoint>().expect("parses").to_string(),
+            "tcp:127.0.0.1:7070"
+        );
     }
 
     #[test]
