@@ -1,0 +1,335 @@
+//! One data connection: whole frames in and out, with deadlines, sequence numbers and the cancel flag.
+//!
+//! Invariants: every frame sent carries the session, this connection's index and the next sequence number; every
+//! frame received is checked for the same before its parts are read. After an error the connection is not used again,
+//! except to send or to look for a last `Error` frame.
+
+use std::io::{self, IoSlice};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::address::DataStream;
+use super::cancel::{CancelFlag, Interrupt};
+use super::error::{DataplaneError, Result};
+use super::frame::{
+    ErrorBody, FrameKey, HEADER_BYTES, Header, Kind, PAGE_BYTES, PageRange, check_sum, encode_ranges,
+};
+use crate::memory::GuestMemory;
+
+/// How long a side waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    /// For bytes inside a frame, and for room to write: longer and the connection is dead.
+    pub stall: Duration,
+    /// Between frames, where the peer may have nothing to say (a round throttled low, a control plane that thinks).
+    pub idle: Duration,
+    /// Destination: from the start until all connections have introduced themselves.
+    pub accept: Duration,
+    /// For the answer to `Hello`, and for a whole `Hello` of a stranger.
+    pub hello: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            stall: Duration::from_secs(10),
+            idle: Duration::from_secs(60),
+            accept: Duration::from_secs(60),
+            hello: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What a cancel shuts down: at the source both directions, since it may be stuck writing; at the destination reading
+/// only, so that the reason can still be sent.
+#[derive(Debug)]
+struct Waker {
+    stream: Arc<DataStream>,
+    how: Shutdown,
+}
+
+impl Interrupt for Waker {
+    fn interrupt(&self) {
+        self.stream.shutdown(self.how);
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Conn {
+    stream: Arc<DataStream>,
+    /// Registered with the cancel flag for as long as the connection lives.
+    _waker: Arc<Waker>,
+    key: FrameKey,
+    index: u16,
+    cancel: CancelFlag,
+    timeouts: Timeouts,
+    next_out: u64,
+    next_in: u64,
+    /// Bytes written, headers included.
+    pub(crate) bytes_out: u64,
+    /// Bytes read, headers included.
+    pub(crate) bytes_in: u64,
+    /// Header and meta of a frame about to be sent from guest memory.
+    scratch: Vec<u8>,
+    /// Meta of the frame being received; never larger than its fixed bound.
+    meta: Vec<u8>,
+}
+
+impl Conn {
+    pub(crate) fn new(
+        stream: DataStream,
+        key: FrameKey,
+        index: u16,
+        cancel: CancelFlag,
+        timeouts: Timeouts,
+        on_cancel: Shutdown,
+    ) -> Result<Self> {
+        stream
+            .set_timeouts(timeouts.stall, timeouts.stall)
+            .map_err(|source| DataplaneError::Io { what: "setting socket time-outs", source })?;
+        let stream = Arc::new(stream);
+        let waker = Arc::new(Waker { stream: Arc::clone(&stream), how: on_cancel });
+        cancel.register(&waker);
+        Ok(Self {
+            stream,
+            _waker: waker,
+            key,
+            index,
+            cancel,
+            timeouts,
+            next_out: 0,
+            next_in: 0,
+            bytes_out: 0,
+            bytes_in: 0,
+            scratch: Vec::new(),
+            meta: Vec::new(),
+        })
+    }
+
+    pub(crate) fn index(&self) -> u16 {
+        self.index
+    }
+
+    pub(crate) fn stream(&self) -> &Arc<DataStream> {
+        &self.stream
+    }
+
+    pub(crate) fn cancel(&self) -> &CancelFlag {
+        &self.cancel
+    }
+
+    /// Notes a frame of the given size that was read elsewhere (the handshake).
+    pub(crate) fn note_received(&mut self, bytes: usize) {
+        self.next_in += 1;
+        self.bytes_in += bytes as u64;
+    }
+
+    fn io_error(&self, what: &'static str, source: io::Error) -> DataplaneError {
+        if self.cancel.is_cancelled() {
+            return DataplaneError::Cancelled;
+        }
+        match source.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                DataplaneError::Timeout { what, after: self.timeouts.stall }
+            }
+            io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::NotConnected
+            | io::ErrorKind::WriteZero => DataplaneError::Closed { what, connection: self.index },
+            _ => DataplaneError::Io { what, source },
+        }
+    }
+
+    /// Sends one frame; `flags` and `count` as the kind wants them. Returns its bytes on the wire.
+    pub(crate) fn send(
+        &mut self,
+        kind: Kind,
+        round: u32,
+        flags: u8,
+        count: u32,
+        meta: &[u8],
+        data: &[u8],
+    ) -> Result<u64> {
+        let mut header = self.next_header(kind, round);
+        header.flags = flags;
+        header.count = count;
+        header.seal(meta, crc32c::crc32c(data), data.len() as u32);
+        let fixed = header.encode();
+        let mut slices = [IoSlice::new(&fixed), IoSlice::new(meta), IoSlice::new(data)];
+        self.stream.write_all(&mut slices).map_err(|error| self.io_error("sending a frame", error))?;
+        let bytes = (HEADER_BYTES + meta.len() + data.len()) as u64;
+        self.bytes_out += bytes;
+        Ok(bytes)
+    }
+
+    /// Sends pages straight from guest memory, which must not change meanwhile: a stopped guest.
+    pub(crate) fn send_guest_pages(
+        &mut self,
+        round: u32,
+        ranges: &[PageRange],
+        memory: &GuestMemory,
+    ) -> Result<u64> {
+        let pieces: Vec<(u64, u64)> = ranges.iter().map(|r| byte_range(*r)).collect();
+        let data_len: u64 = pieces.iter().map(|(_, len)| len).sum();
+        let mut meta = Vec::with_capacity(ranges.len() * 8);
+        encode_ranges(ranges, &mut meta);
+        let mut header = self.next_header(Kind::Pages, round);
+        header.count = (data_len / PAGE_BYTES) as u32;
+        header.seal(&meta, memory.crc32c(&pieces, 0)?, data_len as u32);
+        self.scratch.clear();
+        self.scratch.extend_from_slice(&header.encode());
+        self.scratch.extend_from_slice(&meta);
+        memory
+            .send_vectored(self.stream.as_fd(), &self.scratch, &pieces)
+            .map_err(|error| self.io_error("sending pages", error))?;
+        let bytes = self.scratch.len() as u64 + data_len;
+        self.bytes_out += bytes;
+        Ok(bytes)
+    }
+
+    fn next_header(&mut self, kind: Kind, round: u32) -> Header {
+        let header = Header::new(kind, self.key, round, self.next_out, self.index);
+        self.next_out += 1;
+        header
+    }
+
+    /// The next header, waiting up to `idle` for its first byte. An `Error` frame of the peer becomes its error.
+    pub(crate) fn recv_header(&mut self, what: &'static str, idle: Duration) -> Result<Header> {
+        let mut fixed = [0; HEADER_BYTES];
+        let deadline = Instant::now() + idle;
+        let got = loop {
+            match self.stream.read(&mut fixed) {
+                Ok(0) => return Err(self.io_error(what, io::ErrorKind::UnexpectedEof.into())),
+                Ok(n) => break n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if self.cancel.is_cancelled() {
+                        return Err(DataplaneError::Cancelled);
+                    }
+                    if Instant::now() >= deadline {
+                        return Err(DataplaneError::Timeout { what, after: idle });
+                    }
+                }
+                Err(error) => return Err(self.io_error(what, error)),
+            }
+        };
+        self.stream.read_exact(&mut fixed[got..]).map_err(|error| self.io_error(what, error))?;
+        self.bytes_in += HEADER_BYTES as u64;
+        let header = Header::decode(&fixed).map_err(|source| self.frame_error(source))?;
+        if header.key != self.key {
+            return Err(DataplaneError::Stale { connection: self.index });
+        }
+        if header.connection != self.index {
+            return Err(self.order(header.kind, "its connection index is another one's"));
+        }
+        if header.sequence != self.next_in {
+            return Err(self.order(header.kind, "its sequence number is not the next one"));
+        }
+        self.next_in += 1;
+        if header.kind == Kind::Error {
+            let body = ErrorBody::decode(self.recv_meta(&header, 0, &mut Vec::new())?)
+                .map_err(|source| DataplaneError::Frame { connection: header.connection, source })?;
+            return Err(DataplaneError::Refused { code: body.code, message: body.message });
+        }
+        Ok(header)
+    }
+
+    /// The typed part that belongs to `header`, checked; page ranges go to `ranges`.
+    pub(crate) fn recv_meta(
+        &mut self,
+        header: &Header,
+        memory_pages: u64,
+        ranges: &mut Vec<PageRange>,
+    ) -> Result<&[u8]> {
+        // At most MAX_META_BYTES: the header was checked.
+        self.meta.resize(header.meta_len as usize, 0);
+        self.stream.read_exact(&mut self.meta).map_err(|error| self.io_error("receiving a frame", error))?;
+        self.bytes_in += u64::from(header.meta_len);
+        header.check_meta(&self.meta, memory_pages, ranges).map_err(|source| self.frame_error(source))?;
+        Ok(&self.meta)
+    }
+
+    /// The bulk part, appended to `out`.
+    pub(crate) fn recv_data(&mut self, header: &Header, out: &mut Vec<u8>) -> Result<()> {
+        let start = out.len();
+        // At most MAX_DATA_BYTES a frame.
+        out.resize(start + header.data_len as usize, 0);
+        let data = out.get_mut(start..).unwrap_or_default();
+        self.stream.read_exact(data).map_err(|error| self.io_error("receiving a frame", error))?;
+        self.bytes_in += u64::from(header.data_len);
+        check_sum("data", data, header.data_crc).map_err(|source| self.frame_error(source))
+    }
+
+    /// The bulk part of a `Pages` frame, straight into guest memory, then read back for its sum.
+    pub(crate) fn recv_guest_pages(
+        &mut self,
+        header: &Header,
+        ranges: &[PageRange],
+        memory: &GuestMemory,
+    ) -> Result<()> {
+        let pieces: Vec<(u64, u64)> = ranges.iter().map(|r| byte_range(*r)).collect();
+        memory
+            .recv_into(self.stream.as_fd(), &pieces)
+            .map_err(|error| self.io_error("receiving pages", error))?;
+        self.bytes_in += u64::from(header.data_len);
+        let found = memory.crc32c(&pieces, 0)?;
+        if found != header.data_crc {
+            let expected = header.data_crc;
+            return Err(self.frame_error(super::frame::FrameError::Checksum {
+                part: "data",
+                found,
+                expected,
+            }));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn frame_error(&self, source: super::frame::FrameError) -> DataplaneError {
+        DataplaneError::Frame { connection: self.index, source }
+    }
+
+    pub(crate) fn order(&self, kind: Kind, problem: &'static str) -> DataplaneError {
+        DataplaneError::Order { connection: self.index, kind, problem }
+    }
+
+    /// Tells the peer why this side gives up. Best effort: the connection may be the thing that broke.
+    pub(crate) fn send_error(&mut self, error: &DataplaneError) {
+        let message = match error {
+            DataplaneError::Refused { message, .. } => message.clone(),
+            other => other.to_string(),
+        };
+        let body = ErrorBody { code: error.wire_code(), message };
+        // A peer that reads nothing must not hold us up.
+        let short = Duration::from_millis(200);
+        if self.stream.set_timeouts(short, short).is_ok() {
+            let _ = self.send(Kind::Error, 0, 0, 0, &body.encode(), &[]);
+        }
+        self.stream.shutdown(Shutdown::Write);
+    }
+
+    /// After a failure: the peer's own words if they are there or arrive within `time`.
+    pub(crate) fn find_refusal(&mut self, time: Duration) -> Option<DataplaneError> {
+        self.stream.set_timeouts(time, time).ok()?;
+        let deadline = Instant::now() + time;
+        while Instant::now() < deadline {
+            match self.recv_header("looking for the peer's reason", time) {
+                // Answers that were on their way; they have no parts that matter now.
+                Ok(header) if header.data_len == 0 => {
+                    self.recv_meta(&header, 0, &mut Vec::new()).ok()?;
+                }
+                Err(error @ DataplaneError::Refused { .. }) => return Some(error),
+                _ => return None,
+            }
+        }
+        None
+    }
+}
+
+fn byte_range(range: PageRange) -> (u64, u64) {
+    (range.first * PAGE_BYTES, range.pages * PAGE_BYTES)
+}

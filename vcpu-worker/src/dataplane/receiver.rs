@@ -1,0 +1,215 @@
+//! The destination's side: a listener for one attempt of one migration, then receivers, then the state.
+//!
+//! ```text
+//! bind -> run: [handshake: until n authenticated connections] -> [rounds, one thread a connection] -> Received
+//!                    any error -> threads joined, the reason sent on every connection, typed error
+//! Received: acknowledge -> Applied sent, closed | reject -> Error sent, closed | drop -> closed
+//! ```
+//!
+//! Invariants: guest memory is written only by authenticated connections, within checked ranges, and by nobody after
+//! `run` returned; no connection starts a round before all have ended the one before, so that an older copy of a page
+//! never follows a newer one; `Received` exists only if every count and the digest match. After `run`, connection 0
+//! stays open for the answer alone: nothing reads from it any more.
+
+mod gate;
+mod handshake;
+mod rounds;
+
+use std::net::Shutdown;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+
+use self::gate::Gate;
+use self::rounds::{Outcome, Receiver};
+use super::address::{DataAddress, DataListener};
+use super::cancel::CancelFlag;
+use super::conn::{Conn, Timeouts};
+use super::error::{DataplaneError, Result};
+use super::frame::{ErrorCode, Kind, Receipt, RoundCounts};
+use super::{SessionId, check_connections};
+use crate::memory::GuestMemory;
+
+/// The destination's end, waiting.
+#[derive(Debug)]
+pub struct Incoming {
+    listener: DataListener,
+    session: SessionId,
+    connections: u16,
+    memory: GuestMemory,
+    timeouts: Timeouts,
+}
+
+impl Incoming {
+    /// Opens the listener. `memory` must be untouched (all zero): zero pages are not sent.
+    ///
+    /// # Errors
+    /// `Connections`, `Bind`.
+    pub fn bind(
+        address: &DataAddress,
+        session: SessionId,
+        connections: u16,
+        memory: GuestMemory,
+    ) -> Result<Self> {
+        check_connections(connections)?;
+        let listener = DataListener::bind(address)?;
+        Ok(Self { listener, session, connections, memory, timeouts: Timeouts::default() })
+    }
+
+    /// With other time-outs.
+    #[must_use]
+    pub fn with_timeouts(mut self, timeouts: Timeouts) -> Self {
+        self.timeouts = timeouts;
+        self
+    }
+
+    /// Where it listens, the port filled in.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn local_address(&self) -> Result<DataAddress> {
+        self.listener
+            .local_address()
+            .map_err(|source| DataplaneError::Io { what: "asking for the listener's address", source })
+    }
+
+    /// Receives everything. Blocks; on a thread of its own. `progress` counts bytes.
+    ///
+    /// # Errors
+    /// Any. Guest memory then holds an unknown mixture and must be thrown away.
+    #[expect(clippy::needless_pass_by_value, reason = "a clone of a handle, kept for as long as it runs")]
+    pub fn run(self, cancel: CancelFlag, progress: &AtomicU64) -> Result<Received> {
+        let mut conns = handshake::collect(
+            &self.listener,
+            &self.session,
+            self.connections,
+            self.memory.bytes(),
+            &cancel,
+            self.timeouts,
+        )?;
+        // From here on nobody else may connect, and the path is free again.
+        drop(self.listener);
+        match receive(&mut conns, &self.memory, &cancel, progress, self.timeouts) {
+            Ok(received) => {
+                let Received { state, digest, counts, rounds, bytes, .. } = received;
+                // Connections other than 0 close here.
+                let conn = conns.into_iter().next();
+                Ok(Received { state, digest, counts, rounds, bytes, conn })
+            }
+            Err(error) => {
+                for conn in &mut conns {
+                    conn.send_error(&error);
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+fn receive(
+    conns: &mut [Conn],
+    memory: &GuestMemory,
+    cancel: &CancelFlag,
+    progress: &AtomicU64,
+    timeouts: Timeouts,
+) -> Result<Received> {
+    let gate = Gate::new(conns.iter().map(|conn| conn.stream().clone()).collect());
+    let receiver = Receiver { memory, cancel, progress, timeouts, gate: &gate };
+    let outcomes: Vec<Option<Outcome>> = std::thread::scope(|scope| {
+        let mut conns = conns.iter_mut();
+        let own = conns.next();
+        let spawned: Vec<_> = conns
+            .filter_map(|conn| {
+                let name = format!("vpmud-recv-{}", conn.index());
+                let receiver = &receiver;
+                std::thread::Builder::new()
+                    .name(name)
+                    .spawn_scoped(scope, move || receiver.run(conn))
+                    .map_err(|error| gate.fail(DataplaneError::Thread(error.to_string())))
+                    .ok()
+            })
+            .collect();
+        let mut outcomes: Vec<_> = own.into_iter().map(|conn| receiver.run(conn)).collect();
+        for thread in spawned {
+            outcomes.push(thread.join().unwrap_or_else(|_| {
+                gate.fail(DataplaneError::Thread("a receiver panicked".into()));
+                None
+            }));
+        }
+        outcomes
+    });
+    if let Some(error) = gate.into_error() {
+        return Err(error);
+    }
+    let mut counts = RoundCounts::default();
+    let mut last = None;
+    for outcome in outcomes {
+        let outcome = outcome.ok_or_else(|| DataplaneError::Thread("a receiver ended early".into()))?;
+        counts.add(&outcome.counts);
+        last = last.or(outcome.last);
+    }
+    let (state, done) = last.ok_or_else(|| DataplaneError::Thread("no state".into()))?;
+    compare(0, &done.counts, &counts)?;
+    let digest: [u8; 32] = Sha256::digest(&state).into();
+    if digest != done.digest {
+        return Err(DataplaneError::Digest);
+    }
+    let first = conns.first_mut().ok_or(DataplaneError::Connections(0))?;
+    first.send(Kind::Receipt, done.rounds, 0, 0, &Receipt { counts, digest }.encode(), &[])?;
+    let bytes = conns.iter().map(|conn| conn.bytes_in).sum();
+    Ok(Received { state, digest, counts, rounds: done.rounds, bytes, conn: None })
+}
+
+/// Everything arrived. Keeps connection 0 for the answer; dropping it unanswered shows the source a closed connection.
+#[derive(Debug)]
+pub struct Received {
+    /// The state as the source gave it.
+    pub state: Vec<u8>,
+    /// SHA-256 over it.
+    pub digest: [u8; 32],
+    /// Frames and pages over all rounds and connections.
+    pub counts: RoundCounts,
+    /// Rounds.
+    pub rounds: u32,
+    /// Bytes on all connections, headers included.
+    pub bytes: u64,
+    conn: Option<Conn>,
+}
+
+impl Received {
+    /// Tells the source that the state was set into the virtual machine; then the data plane is closed.
+    ///
+    /// # Errors
+    /// If it could not be sent. The state stays set: the control plane decides.
+    pub fn acknowledge(&mut self) -> Result<()> {
+        let mut conn = self.conn.take().ok_or(DataplaneError::Usage("the source was answered already"))?;
+        conn.send(Kind::Applied, self.rounds, 0, 0, &[], &[])?;
+        conn.stream().shutdown(Shutdown::Write);
+        Ok(())
+    }
+
+    /// Tells the source that the state could not be set, and why; then the data plane is closed.
+    pub fn reject(&mut self, why: &str) {
+        if let Some(mut conn) = self.conn.take() {
+            conn.send_error(&DataplaneError::Refused { code: ErrorCode::NotApplied, message: why.into() });
+        }
+    }
+}
+
+/// Compares what the source says with what the destination saw.
+pub(super) fn compare(connection: u16, sent: &RoundCounts, received: &RoundCounts) -> Result<()> {
+    for (what, sent, received) in [
+        ("frames", sent.frames, received.frames),
+        ("pages", sent.pages, received.pages),
+        ("zero pages", sent.zero_pages, received.zero_pages),
+    ] {
+        if sent != received {
+            return Err(DataplaneError::Counts { what, connection, sent, received });
+        }
+    }
+    Ok(())
+}
+
+/// How long a refused stranger may take to read why.
+const REFUSAL: Duration = Duration::from_millis(200);

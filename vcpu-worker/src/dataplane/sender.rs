@@ -1,0 +1,466 @@
+//! The source's side: connections, rounds, the end.
+//!
+//! ```text
+//! connect -> send_round* -> finish -> await_applied
+//!      any error, or abort -> failed (every later call is refused)
+//! ```
+//!
+//! Invariants: rounds are numbered 1, 2, ... without holes; every connection ends every round, also those that had
+//! nothing to send; `sent` holds exactly the pages whose copy at the destination may be other than zero.
+
+mod round;
+
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use sha2::{Digest, Sha256};
+
+use self::round::{Round, Tally, Work};
+use super::address::{DataAddress, DataStream};
+use super::cancel::CancelFlag;
+use super::conn::{Conn, Timeouts};
+use super::error::{DataplaneError, Result};
+use super::frame::{
+    DoneTotals, FLAG_ACK, Hello, HelloAck, Kind, MAX_DATA_BYTES, MAX_STATE_BYTES, PAGE_BYTES, Receipt,
+    RoundCounts, StateChunk,
+};
+use super::limiter::Limiter;
+use super::{PROTOCOL_VERSIONS, SessionId, check_connections};
+use crate::bitmap::PageBitmap;
+use crate::memory::GuestMemory;
+
+/// Below this many pages for each, a further thread costs more than it brings.
+const PAGES_A_THREAD: u64 = 256;
+
+/// What one round did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RoundStats {
+    /// From 1.
+    pub round: u32,
+    /// Pages sent with content.
+    pub pages: u64,
+    /// Zero pages that cost nothing, or eight bytes a range.
+    pub zero_pages: u64,
+    /// Bytes on all connections, headers included.
+    pub bytes: u64,
+    /// From the call to the destination's acknowledgement (live), or to the last write (not live).
+    pub elapsed: Duration,
+}
+
+/// What the whole migration did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FinishStats {
+    /// SHA-256 over the state, the same on both sides.
+    pub digest: [u8; 32],
+    /// Rounds, final ones included.
+    pub rounds: u32,
+    /// Pages sent with content, counted each time.
+    pub pages: u64,
+    /// Zero pages not sent.
+    pub zero_pages: u64,
+    /// Bytes on all connections, state and headers included.
+    pub bytes: u64,
+    /// From the call to the receipt.
+    pub elapsed: Duration,
+}
+
+/// Numbers that may be read while a round runs.
+#[derive(Debug, Default)]
+pub struct SendProgress {
+    /// Bytes sent since the connections were opened.
+    pub bytes: AtomicU64,
+    /// Pages of the present round.
+    pub round_pages: AtomicU64,
+    /// Pages of the present round that were dealt with.
+    pub round_done: AtomicU64,
+}
+
+/// The source's end of a migration. Blocking; for one driving thread.
+#[derive(Debug)]
+pub struct Outgoing {
+    conns: Vec<Conn>,
+    counts: Vec<RoundCounts>,
+    memory: GuestMemory,
+    limiter: Limiter,
+    cancel: CancelFlag,
+    timeouts: Timeouts,
+    sent: Vec<AtomicU64>,
+    round: u32,
+    zero_pages: u64,
+    progress: Arc<SendProgress>,
+    transport: &'static str,
+    failed: bool,
+    finished: Option<[u8; 32]>,
+}
+
+impl Outgoing {
+    /// Opens and introduces `connections` data connections, within `deadline`. `bandwidth` is in bytes a second, 0 for
+    /// no limit.
+    ///
+    /// # Errors
+    /// `Connections`, `Connect`, `Refused` with the destination's reason, `Cancelled`, `Timeout`.
+    pub fn connect(
+        address: &DataAddress,
+        session: &SessionId,
+        connections: u16,
+        memory: GuestMemory,
+        bandwidth: u64,
+        cancel: CancelFlag,
+        deadline: Duration,
+    ) -> Result<Self> {
+        Self::connect_with(
+            address,
+            session,
+            connections,
+            memory,
+            bandwidth,
+            cancel,
+            deadline,
+            Timeouts::default(),
+        )
+    }
+
+    /// [`Self::connect`] with other time-outs.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    #[expect(clippy::too_many_arguments, reason = "the session's facts, each of another type")]
+    pub fn connect_with(
+        address: &DataAddress,
+        session: &SessionId,
+        connections: u16,
+        memory: GuestMemory,
+        bandwidth: u64,
+        cancel: CancelFlag,
+        deadline: Duration,
+        timeouts: Timeouts,
+    ) -> Result<Self> {
+        check_connections(connections)?;
+        let until = Instant::now() + deadline;
+        let hello = Hello {
+            token: session.token,
+            version_min: *PROTOCOL_VERSIONS.start(),
+            version_max: *PROTOCOL_VERSIONS.end(),
+            connections,
+            memory_bytes: memory.bytes(),
+        }
+        .encode();
+        let mut conns = Vec::with_capacity(connections.into());
+        for index in 0..connections {
+            let stream = DataStream::connect(address, until, &cancel)?;
+            let mut conn = Conn::new(stream, session.key(), index, cancel.clone(), timeouts, Shutdown::Both)?;
+            conn.send(Kind::Hello, 0, 0, 0, &hello, &[])?;
+            conns.push(conn);
+        }
+        for conn in &mut conns {
+            let wait = until.saturating_duration_since(Instant::now()).min(timeouts.hello);
+            let header = conn.recv_header("waiting for the destination's answer to Hello", wait)?;
+            if header.kind != Kind::HelloAck {
+                return Err(conn.order(header.kind, "HelloAck was expected"));
+            }
+            let ack = HelloAck::decode(conn.recv_meta(&header, 0, &mut Vec::new())?);
+            let ack = ack.map_err(|source| conn.frame_error(source))?;
+            if !PROTOCOL_VERSIONS.contains(&ack.version) {
+                return Err(
+                    conn.order(Kind::HelloAck, "the destination chose a version that was not offered")
+                );
+            }
+        }
+        let words = memory.pages().div_ceil(64);
+        Ok(Self {
+            counts: vec![RoundCounts::default(); conns.len()],
+            conns,
+            limiter: Limiter::new(bandwidth),
+            cancel,
+            timeouts,
+            sent: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            memory,
+            round: 0,
+            zero_pages: 0,
+            progress: Arc::default(),
+            transport: match address {
+                DataAddress::Unix(_) => "unix",
+                DataAddress::Tcp(_) => "tcp",
+            },
+            failed: false,
+            finished: None,
+        })
+    }
+
+    /// "unix" or "tcp".
+    pub fn transport(&self) -> &'static str {
+        self.transport
+    }
+
+    /// Numbers to read from another thread while a round runs.
+    pub fn progress(&self) -> Arc<SendProgress> {
+        Arc::clone(&self.progress)
+    }
+
+    /// Bytes on all connections so far, both directions' headers included.
+    pub fn bytes(&self) -> u64 {
+        self.conns.iter().map(|conn| conn.bytes_out).sum()
+    }
+
+    /// Rounds sent so far.
+    pub fn rounds(&self) -> u32 {
+        self.round
+    }
+
+    fn usable(&self) -> Result<()> {
+        if self.cancel.is_cancelled() {
+            Err(DataplaneError::Cancelled)
+        } else if self.failed {
+            Err(DataplaneError::Usage("this migration's data plane has failed already"))
+        } else if self.finished.is_some() {
+            Err(DataplaneError::Usage("the state was sent already"))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Sends the pages of `pages`. Rounds are numbered from 1. `live`: the guest may write meanwhile, and the dirty log
+    /// must have been on since before the call (for round 1: since before the first call). With `live` false nothing
+    /// may write guest memory until the call returns; the destination's acknowledgement is then not waited for.
+    ///
+    /// # Errors
+    /// Any; after one the migration cannot go on and its pages count as not sent.
+    pub fn send_round(&mut self, round: u32, pages: &PageBitmap, live: bool) -> Result<RoundStats> {
+        self.usable()?;
+        if Some(round) != self.round.checked_add(1) {
+            return Err(DataplaneError::Usage("rounds are numbered 1, 2, ... without holes"));
+        }
+        if pages.pages() != self.memory.pages() {
+            return Err(DataplaneError::Usage("the bitmap is of another memory size"));
+        }
+        self.round = round;
+        let result = self.round(pages, live);
+        self.fail_on_error(result)
+    }
+
+    fn round(&mut self, pages: &PageBitmap, live: bool) -> Result<RoundStats> {
+        let begin = Instant::now();
+        let before = self.bytes();
+        let count = pages.count();
+        self.progress.round_pages.store(count, Ordering::Relaxed);
+        self.progress.round_done.store(0, Ordering::Relaxed);
+        // Later rounds hold pages that were written, so they exist.
+        let resident = if self.round == 1 { self.memory.resident_pages() } else { None };
+        let threads = count.div_ceil(PAGES_A_THREAD).clamp(1, self.conns.len() as u64);
+        let shared = Round {
+            number: self.round,
+            live,
+            memory: &self.memory,
+            resident: resident.as_ref(),
+            sent: &self.sent,
+            limiter: &self.limiter,
+            progress: &self.progress,
+            failed: AtomicBool::new(false),
+        };
+        let work = Work::new(pages.runs(), count, threads);
+        let streams: Vec<_> = self.conns.iter().map(|conn| Arc::clone(conn.stream())).collect();
+        let fail = |error| {
+            shared.failed.store(true, Ordering::Relaxed);
+            // Wakes writers that a destination which stopped reading would hold up. Reading stays open.
+            for stream in &streams {
+                stream.shutdown(Shutdown::Write);
+            }
+            error
+        };
+        let flags = if live { FLAG_ACK } else { 0 };
+        let one = |conn: &mut Conn, busy: bool| -> Result<Tally> {
+            let tally = if busy { shared.send(conn, &work)? } else { Tally::default() };
+            conn.send(Kind::RoundEnd, shared.number, flags, 0, &tally.counts.encode(), &[])?;
+            Ok(tally)
+        };
+        let results: Vec<Result<Tally>> = std::thread::scope(|scope| {
+            let (busy, idle) = self.conns.split_at_mut(threads as usize);
+            let mut busy = busy.iter_mut();
+            let own = busy.next();
+            let spawned: Vec<_> = busy
+                .map(|conn| {
+                    let name = format!("vpmud-data-{}", conn.index());
+                    std::thread::Builder::new()
+                        .name(name)
+                        .spawn_scoped(scope, || one(conn, true).map_err(fail))
+                        .map_err(|error| fail(DataplaneError::Thread(error.to_string())))
+                })
+                .collect();
+            let mut results: Vec<_> = own.into_iter().map(|conn| one(conn, true).map_err(fail)).collect();
+            for thread in spawned {
+                results.push(thread.and_then(|thread| {
+                    thread
+                        .join()
+                        .unwrap_or_else(|_| Err(fail(DataplaneError::Thread("a sender panicked".into()))))
+                }));
+            }
+            results.extend(idle.iter_mut().map(|conn| one(conn, false).map_err(fail)));
+            results
+        });
+        let mut stats = RoundStats { round: self.round, ..RoundStats::default() };
+        for (result, counts) in first_cause(results)?.into_iter().zip(&mut self.counts) {
+            counts.add(&result.counts);
+            stats.pages += result.counts.pages;
+            stats.zero_pages += result.counts.zero_pages + result.skipped;
+        }
+        self.zero_pages += stats.zero_pages;
+        if live {
+            let (number, idle) = (self.round, self.timeouts.idle);
+            let conn = self.first()?;
+            let header = conn.recv_header("waiting for the end of a round at the destination", idle)?;
+            if header.kind != Kind::RoundAck || header.round != number {
+                return Err(conn.order(header.kind, "RoundAck of this round was expected"));
+            }
+            conn.recv_meta(&header, 0, &mut Vec::new())?;
+        }
+        stats.bytes = self.bytes() - before;
+        stats.elapsed = begin.elapsed();
+        Ok(stats)
+    }
+
+    /// Sends the state after the last round and waits until the destination has counted everything.
+    ///
+    /// # Errors
+    /// Any; without `Ok` the destination cannot have become ready with this digest.
+    pub fn finish(&mut self, state: &[u8]) -> Result<FinishStats> {
+        self.usable()?;
+        let bytes = state.len() as u64;
+        if bytes == 0 || bytes > MAX_STATE_BYTES {
+            return Err(DataplaneError::StateSize { bytes });
+        }
+        if self.round == 0 {
+            return Err(DataplaneError::Usage("no round was sent"));
+        }
+        let result = self.send_state(state);
+        self.fail_on_error(result)
+    }
+
+    fn send_state(&mut self, state: &[u8]) -> Result<FinishStats> {
+        let begin = Instant::now();
+        let rounds = self.round;
+        let mut total = RoundCounts::default();
+        for (conn, counts) in self.conns.iter_mut().zip(&self.counts) {
+            total.add(counts);
+            if conn.index() != 0 {
+                let done = DoneTotals { counts: *counts, rounds, ..DoneTotals::default() };
+                conn.send(Kind::Done, rounds, 0, 0, &done.encode(), &[])?;
+            }
+        }
+        let idle = self.timeouts.idle;
+        let conn = self.first()?;
+        let mut offset = 0;
+        for data in state.chunks(MAX_DATA_BYTES as usize) {
+            let chunk = StateChunk { offset, total: state.len() as u64 };
+            conn.send(Kind::State, rounds, 0, 0, &chunk.encode(), data)?;
+            offset += data.len() as u64;
+        }
+        // While the destination reads the state.
+        let digest: [u8; 32] = Sha256::digest(state).into();
+        let done = DoneTotals { counts: total, rounds, state_bytes: state.len() as u64, digest };
+        conn.send(Kind::Done, rounds, 0, 0, &done.encode(), &[])?;
+        let header = conn.recv_header("waiting for the destination's receipt", idle)?;
+        if header.kind != Kind::Receipt {
+            return Err(conn.order(header.kind, "Receipt was expected"));
+        }
+        let receipt = Receipt::decode(conn.recv_meta(&header, 0, &mut Vec::new())?);
+        let receipt = receipt.map_err(|source| conn.frame_error(source))?;
+        if receipt.digest != digest {
+            return Err(DataplaneError::Digest);
+        }
+        super::receiver::compare(0, &total, &receipt.counts)?;
+        self.finished = Some(digest);
+        self.progress.bytes.store(self.bytes(), Ordering::Relaxed);
+        Ok(FinishStats {
+            digest,
+            rounds,
+            pages: total.pages,
+            zero_pages: self.zero_pages,
+            bytes: self.bytes(),
+            elapsed: begin.elapsed(),
+        })
+    }
+
+    /// After [`Self::finish`]: waits until the destination has set the state into its virtual machine.
+    ///
+    /// # Errors
+    /// `Refused` with the destination's reason, `Timeout`, `Closed`, `Cancelled`. None of them says that the state was
+    /// not set; only the control plane can find that out.
+    pub fn await_applied(&mut self, deadline: Duration) -> Result<()> {
+        if self.finished.is_none() {
+            return Err(DataplaneError::Usage("the state was not sent yet"));
+        }
+        let conn = self.first()?;
+        let header = conn.recv_header("waiting until the destination has set the state", deadline)?;
+        if header.kind != Kind::Applied {
+            return Err(conn.order(header.kind, "Applied was expected"));
+        }
+        conn.recv_meta(&header, 0, &mut Vec::new())?;
+        Ok(())
+    }
+
+    /// Gives up and tells the destination so, as far as the connections still work.
+    pub fn abort(mut self) {
+        if !self.failed {
+            for conn in &mut self.conns {
+                conn.send_error(&DataplaneError::Cancelled);
+            }
+        }
+    }
+
+    fn first(&mut self) -> Result<&mut Conn> {
+        self.conns.first_mut().ok_or(DataplaneError::Connections(0))
+    }
+
+    /// Marks the migration failed and looks for the destination's own words, which say more than a closed socket.
+    fn fail_on_error<T>(&mut self, result: Result<T>) -> Result<T> {
+        let error = match result {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        self.failed = true;
+        let worth_asking = matches!(error, DataplaneError::Closed { .. } | DataplaneError::Io { .. });
+        let mut wait = Duration::from_millis(300);
+        for conn in &mut self.conns {
+            if worth_asking && let Some(refusal) = conn.find_refusal(wait) {
+                return Err(refusal);
+            }
+            // The destination sends its reason on all connections at once.
+            wait = Duration::from_millis(20);
+        }
+        for conn in &self.conns {
+            conn.stream().shutdown(Shutdown::Both);
+        }
+        Err(error)
+    }
+
+    /// Pages whose copy at the destination may be other than zero.
+    #[doc(hidden)]
+    pub fn sent_pages(&self) -> u64 {
+        self.sent.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
+    }
+}
+
+/// All values, or the error that came first in time as far as can be told: one that is not a mere consequence.
+fn first_cause<T>(results: Vec<Result<T>>) -> Result<Vec<T>> {
+    let mut values = Vec::with_capacity(results.len());
+    let mut cause: Option<DataplaneError> = None;
+    for result in results {
+        match result {
+            Ok(value) => values.push(value),
+            Err(error) => {
+                let consequence = matches!(error, DataplaneError::Closed { .. });
+                if cause.is_none() || !consequence {
+                    cause = Some(error);
+                }
+            }
+        }
+    }
+    cause.map_or(Ok(values), Err)
+}
+
+/// Pages to bytes, for a caller that counts in pages.
+pub(crate) const fn page_bytes(pages: u64) -> u64 {
+    pages.saturating_mul(PAGE_BYTES)
+}
