@@ -1,0 +1,3 @@
+//! The handover: pure state machines of source, destination and recovery.
+
+pub mod phase;
