@@ -3,10 +3,11 @@
 // Ring 0 is a handful of instructions in each handler (it may be emulated at half a microsecond each); the
 // workload runs in ring 3. int3 is the gate into ring 0: r8d chooses the service, r9d tells of a fault.
 //   r8d = 0  wrmsr: ecx, edx:eax          r8d = 1  rdmsr: ecx -> edx:eax         r8d = 2  out dx, al
+// The section is data, so padding must be given as nops.
 // r15 is the vCPU's block (parameters, stacks, report page) at all times in ring 3, so handlers use it too.
 
         .section .rodata.vpmu_probe, "a", @progbits
-        .balign 64
+        .balign 64, 0x90
         .globl  vpmu_probe_start
         .hidden vpmu_probe_start
 vpmu_probe_start:
@@ -19,7 +20,7 @@ vpmu_probe_start:
 
 // --- ring 0 -------------------------------------------------------------------------------------------------------
 
-        .balign 16
+        .balign 16, 0x90
 .Lvp_gate:                                              // int3 from ring 3
         cmp     r8d, 1
         je      .Lvp_gate_rdmsr
@@ -35,7 +36,7 @@ vpmu_probe_start:
 .Lvp_ignore:                                            // spurious interrupt: nothing to do, no EOI
         iretq
 
-        .balign 16
+        .balign 16, 0x90
 .Lvp_gp:                                                // #GP: [rsp] error code, [rsp+8] rip
         push    rax
         mov     rax, [rsp + 16]
@@ -79,7 +80,7 @@ vpmu_probe_start:
         add     rsp, 16                                 // saved rax and the error code
         iretq
 
-        .balign 16
+        .balign 16, 0x90
 .Lvp_pmi:                                               // counter overflow, from ring 3 only
         push    rax
         push    rcx
@@ -114,17 +115,17 @@ vpmu_probe_start:
 4:      inc     qword ptr [r15 + {R_FAULTS}]
         jmp     2b
 
-        .balign 16
+        .balign 16, 0x90
 .Lvp_vectors:                                           // one stub an exception, eight bytes apart
         .set    .Lvp_v, 0
         .rept   32
-        .balign 8
+        .balign 8, 0x90
         push    .Lvp_v
         jmp     .Lvp_fatal
         .set    .Lvp_v, .Lvp_v + 1
         .endr
 
-        .balign 16
+        .balign 16, 0x90
 .Lvp_fatal:                                             // [rsp] vector, then the frame; never returns
         mov     rdi, rsp
         or      rdi, 0xfff
@@ -150,7 +151,7 @@ vpmu_probe_start:
 
 // --- ring 3 -------------------------------------------------------------------------------------------------------
 
-        .balign 64
+        .balign 64, 0x90
 .Lvp_entry:                                             // rdi = block
         mov     r15, rdi
         mov     eax, {STAGE_SETUP}
@@ -208,7 +209,7 @@ vpmu_probe_start:
         mov     r12, rax                                // next page due
         mov     r13, rax                                // next heartbeat due
 
-        .balign 64
+        .balign 64, 0x90
 .Lvp_main:
         pause
         rdtsc
@@ -506,7 +507,7 @@ vpmu_probe_start:
 .Lvp_s_checks:  .asciz  " checks "
 .Lvp_s_faults:  .asciz  " faults "
 
-        .balign 8
+        .balign 8, 0x90
         .globl  vpmu_probe_end
         .hidden vpmu_probe_end
 vpmu_probe_end:
