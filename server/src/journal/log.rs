@@ -210,7 +210,7 @@ impl<D: Dir> Log<D> {
             return group.into_iter().map(|r| Err(in_doubt(&r, &cause))).collect();
         }
         let mut staged: BTreeMap<String, OwnershipRecord> = BTreeMap::new();
-        let mut records = Vec::new();
+        let (mut records, mut ahead) = (Vec::new(), 0);
         let mut answers = Vec::with_capacity(group.len());
         for mut record in group {
             let held = staged.get(&record.vm_uid).cloned().or_else(|| self.index.latest(&record.vm_uid));
@@ -222,8 +222,9 @@ impl<D: Dir> Log<D> {
             record.lsn = self.durable + records.len() as u64 + 1;
             let checked = check(&record)
                 .and_then(|()| may_follow(held.as_ref(), &record).map_err(JournalError::from))
-                .and_then(|()| self.admit(held.as_ref(), &record, records.len()));
+                .and_then(|()| self.admit(held.as_ref(), &record, ahead));
             if checked.is_ok() {
+                ahead += frame_bytes(&record);
                 staged.insert(record.vm_uid.clone(), record.clone());
                 records.push(record.clone());
             }
@@ -244,24 +245,25 @@ impl<D: Dir> Log<D> {
         answers
     }
 
-    /// Whether the record may take space: decisions of open migrations have theirs reserved.
+    /// Whether the record may take space behind `ahead` bytes of its group: decisions of open migrations have theirs
+    /// reserved, everything else must leave that alone.
     fn admit(
         &mut self,
         held: Option<&OwnershipRecord>,
         record: &OwnershipRecord,
-        ahead: usize,
+        ahead: u64,
     ) -> Result<(), JournalError> {
         if held.is_some_and(|h| is_open(h.phase())) {
             return Ok(());
         }
-        let opens = u64::from(is_open(record.phase()));
-        if opens > 0 {
-            self.ensure_spare().map_err(|e| JournalError::NoSpace { cause: e.to_string() })?;
+        let opens = is_open(record.phase());
+        let open = self.index.all().iter().filter(|r| is_open(r.phase())).count() as u64 + u64::from(opens);
+        let needed = open * RESERVE + ahead + frame_bytes(record);
+        if !opens && self.room() >= needed {
+            return Ok(());
         }
-        let open = self.index.all().iter().filter(|r| is_open(r.phase())).count() as u64 + opens;
-        let needed = open * RESERVE + (ahead as u64 + 1) * MAX_FRAME as u64;
-        let in_spare = self.spare.as_ref().map_or(0, |_| self.options.segment_bytes);
-        if self.room().max(in_spare) >= needed {
+        self.ensure_spare().map_err(|e| JournalError::NoSpace { cause: e.to_string() })?;
+        if open == 0 || self.room().max(self.options.segment_bytes) >= needed {
             return Ok(());
         }
         Err(JournalError::NoSpace { cause: format!("{needed} bytes are needed, {open} migrations are open") })
@@ -399,6 +401,11 @@ fn check(record: &OwnershipRecord) -> Result<(), JournalError> {
         return Err(JournalError::BadField { field: "record", problem });
     }
     Ok(())
+}
+
+/// Bytes that the record takes in a segment.
+fn frame_bytes(record: &OwnershipRecord) -> u64 {
+    (MAX_FRAME - MAX_PAYLOAD + record.encoded_len().next_multiple_of(8)) as u64
 }
 
 fn in_doubt(record: &OwnershipRecord, cause: &io::Error) -> JournalError {
