@@ -25,6 +25,7 @@
 //! with content costs nothing on the wire. A page that became zero after it was sent goes as a `Zero` range.
 
 pub mod frame;
+pub mod precopy;
 
 mod address;
 mod cancel;

@@ -18,6 +18,8 @@
 mod body;
 mod header;
 mod ranges;
+#[cfg(test)]
+mod tests;
 
 pub use body::{DoneTotals, ErrorBody, ErrorCode, Hello, HelloAck, Receipt, RoundCounts, StateChunk};
 pub use header::{FLAG_ACK, FrameKey, HEADER_BYTES, Header, Kind, MAGIC, VERSION};
