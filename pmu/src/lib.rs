@@ -6,10 +6,16 @@
 //! `guest_rdpmc`. No async, no KVM and no I/O but [`msr_device`]: any VMM can use it.
 #![forbid(unsafe_code)]
 
+pub mod filter;
 pub mod hardware;
+pub mod model;
+pub mod rates;
 pub mod registers;
 pub mod shape;
 
+pub use filter::{EventFilter, FilterError, FilterSpec};
 pub use hardware::{Hardware, HwError};
+pub use model::{CpuMode, ModelPmu};
+pub use rates::{Events, RateClock, Rates};
 pub use registers::{PMU_MSR_RANGES, is_pmu_msr, register_name};
 pub use shape::{Shape, ShapeError, Vendor};
