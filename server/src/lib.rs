@@ -4,3 +4,4 @@
 pub mod handover;
 pub mod journal;
 pub mod store;
+pub mod demo;
