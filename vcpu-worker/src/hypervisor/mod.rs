@@ -9,6 +9,8 @@
 //! stays in force until the vCPU's own thread calls `clear_kick` after an exit, and the thread then checks its
 //! requests again (kvm-facts section 5: clearing right before the run loses kicks).
 
+pub mod kvm;
+
 use std::sync::Arc;
 
 use vpmu_proto::worker::StatePiece;

@@ -1,0 +1,439 @@
+//! Tests on real KVM, with guests of a few instructions.
+
+mod figures;
+mod guest;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::vcpu::KvmVcpu;
+use super::*;
+use crate::hypervisor::{Completion, EntryMode, Exit};
+use crate::memory::PAGE_SIZE;
+use crate::sys;
+use crate::testing::require_kvm;
+use guest::{DEVICE, RESULT};
+
+const MIB: u64 = 1 << 20;
+
+fn memory(bytes: u64) -> GuestMemory {
+    GuestMemory::new("test", bytes).expect("memory")
+}
+
+fn make_vm(memory: &GuestMemory, vcpus: u32) -> Arc<KvmVm> {
+    let options = KvmOptions { vcpus, filter_pmu_msrs: true, guest_pmu_cpuid: None };
+    KvmVm::new(memory.clone(), options).expect("vm")
+}
+
+/// A VM with one vCPU about to run `code`.
+fn start(memory: &GuestMemory, code: &[u8], mode: EntryMode) -> (Arc<KvmVm>, KvmVcpu) {
+    let regs = guest::load(memory, code, mode, None);
+    let vm = make_vm(memory, 1);
+    let mut vcpu = vm.make_vcpu(0).expect("vcpu");
+    vcpu.set_initial(&regs).expect("start state");
+    (vm, vcpu)
+}
+
+/// Lets the guest use AVX.
+fn enable_avx(vcpu: &KvmVcpu) {
+    let mut xcrs = sys::XCRS.read(&vcpu.fd, &[]).expect("xcrs");
+    // One entry, XCR0 = x87, SSE, AVX.
+    xcrs[0..4].copy_from_slice(&1u32.to_le_bytes());
+    xcrs[16..24].copy_from_slice(&7u64.to_le_bytes());
+    sys::XCRS.write(&vcpu.fd, "xcrs", &xcrs).expect("xcr0");
+}
+
+fn set_general(vcpu: &KvmVcpu, change: impl Fn(&mut kvm_regs)) {
+    let mut regs = vcpu.fd.get_regs().expect("regs");
+    change(&mut regs);
+    vcpu.fd.set_regs(&regs).expect("regs");
+}
+
+#[test]
+fn every_exit_is_translated_and_answered() {
+    if !require_kvm() {
+        return;
+    }
+    let memory = memory(16 * MIB);
+    let regs = guest::load(&memory, guest::exits(), EntryMode::Long, Some(guest::CODE + guest::exits_gp()));
+    let wide: [u8; 16] = std::array::from_fn(|i| 0xa0 + i as u8);
+    memory.write(RESULT + 64, &wide).expect("inside");
+    let vm = make_vm(&memory, 1);
+    let mut vcpu = vm.create_vcpu(0).expect("vcpu");
+    vcpu.set_initial(&regs).expect("start state");
+    let mut expect = |exit: Exit, answer: Option<Completion>| {
+        assert_eq!(vcpu.run().expect("run"), exit, "{}", vcpu.describe());
+        if let Some(answer) = answer {
+            vcpu.complete(answer).expect("answered");
+        }
+    };
+    let value = |v| Some(Completion::Value(v));
+    expect(Exit::RdMsr { index: 0x38f }, value(0x0123_4567_89ab_cdef));
+    expect(Exit::WrMsr { index: 0xc1, value: 0x5566_7788_1122_3344 }, Some(Completion::Done));
+    expect(Exit::PioIn { port: 0x60, size: 1 }, value(0x5a));
+    expect(Exit::PioIn { port: 0x60, size: 2 }, value(0xbeef));
+    expect(Exit::PioIn { port: 0x60, size: 4 }, value(0x0bad_cafe));
+    expect(Exit::PioOut { port: 0x3f8, size: 4, data: 0xdead_beef }, None);
+    expect(Exit::PioOut { port: 0x3f8, size: 1, data: 0xef }, Some(Completion::Done));
+    for element in 1..=5u64 {
+        expect(Exit::PioIn { port: 0x64, size: 1 }, value(element));
+    }
+    expect(Exit::MmioRead { addr: DEVICE + 8, size: 8 }, value(0x8877_6655_4433_2211));
+    expect(Exit::MmioRead { addr: DEVICE + 2, size: 2 }, value(0x4242));
+    expect(Exit::MmioWrite { addr: DEVICE + 16, size: 2, data: 0x1234 }, None);
+    expect(Exit::MmioWrite { addr: DEVICE + 24, size: 8, data: 0x8877_6655_4433_2211 }, None);
+    // 16 bytes are two exits of one instruction: the second comes from finish_pending as well as from run.
+    let low = u64::from_le_bytes(wide[..8].try_into().expect("8"));
+    let high = u64::from_le_bytes(wide[8..].try_into().expect("8"));
+    expect(Exit::MmioWrite { addr: DEVICE + 32, size: 8, data: low }, None);
+    let second = vcpu.finish_pending().expect("finished");
+    assert_eq!(second, Some(Exit::MmioWrite { addr: DEVICE + 40, size: 8, data: high }));
+    assert_eq!(vcpu.finish_pending().expect("finished"), None);
+    assert_eq!(vcpu.run().expect("run"), Exit::RdMsr { index: 0x186 });
+    assert!(vcpu.complete(Completion::Done).is_err(), "a read wants a value");
+    vcpu.complete(Completion::Fault).expect("answered");
+    assert_eq!(vcpu.run().expect("run"), Exit::PioOut { port: 0x80, size: 1, data: 0x0d }, "#GP was taken");
+    let mut seen = [0u8; 36];
+    memory.read(RESULT, &mut seen).expect("inside");
+    assert_eq!(u64::from_le_bytes(seen[..8].try_into().expect("8")), 0x0123_4567_89ab_cdef);
+    assert_eq!(seen[8], 0x5a);
+    assert_eq!(seen[10..12], 0xbeefu16.to_le_bytes());
+    assert_eq!(seen[12..16], 0x0bad_cafeu32.to_le_bytes());
+    assert_eq!(seen[16..21], [1, 2, 3, 4, 5], "string input, element by element");
+    assert_eq!(seen[32..36], 0x4242u32.to_le_bytes());
+}
+
+#[test]
+fn every_pmu_msr_exits() {
+    if !require_kvm() {
+        return;
+    }
+    let memory = memory(2 * MIB);
+    let (_vm, mut vcpu) = start(&memory, guest::msr(), EntryMode::Long);
+    let listed = [
+        0xc1u32,
+        0xc8,
+        0x186,
+        0x18d,
+        0x309,
+        0x30a,
+        0x30b,
+        0x329,
+        0x345,
+        0x38d,
+        0x38e,
+        0x38f,
+        0x390,
+        0x391,
+        0x392,
+        0x3f1,
+        0x4c1,
+        0x4c8,
+        0x600,
+        0xc001_0000,
+        0xc001_0007,
+        0xc001_0200,
+        0xc001_020b,
+        0xc000_0300,
+        0xc000_0301,
+        0xc000_0302,
+        0xc000_0303,
+    ];
+    for msr in listed {
+        set_general(&vcpu, |r| r.rcx = u64::from(msr));
+        set_general(&vcpu, |r| r.rip = guest::CODE + 5);
+        assert_eq!(vcpu.run().expect("run"), Exit::RdMsr { index: msr });
+        vcpu.complete(Completion::Value(1)).expect("answered");
+        assert_eq!(vcpu.finish_pending().expect("finished"), None);
+        assert!(msr_filter::is_filtered(msr));
+    }
+}
+
+/// A kick at any moment gets the vCPU out, and none is lost or doubled by clearing.
+#[test]
+fn kicks_are_never_lost() {
+    if !require_kvm() {
+        return;
+    }
+    let memory = memory(2 * MIB);
+    let (send, receive) = std::sync::mpsc::channel();
+    let answered = Arc::new(AtomicU64::new(0));
+    let wanted = Arc::new(AtomicU64::new(0));
+    let stop = Arc::new(AtomicBool::new(false));
+    let thread = {
+        let (answered, wanted, stop) = (Arc::clone(&answered), Arc::clone(&wanted), Arc::clone(&stop));
+        std::thread::spawn(move || {
+            let (_vm, mut vcpu) = start(&memory, guest::spin(), EntryMode::LongUser);
+            send.send(vcpu.kicker()).expect("sent");
+            while !stop.load(Ordering::Acquire) {
+                assert_eq!(vcpu.run().expect("run"), Exit::Interrupted);
+                vcpu.clear_kick();
+                answered.store(wanted.load(Ordering::Acquire), Ordering::Release);
+            }
+        })
+    };
+    let kicker = receive.recv().expect("kicker");
+    for round in 1..=2000u64 {
+        wanted.store(round, Ordering::Release);
+        kicker.kick();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while answered.load(Ordering::Acquire) != round {
+            assert!(Instant::now() < deadline, "kick {round} was lost");
+            // Vary the distance between kicks, so that they hit every part of the loop.
+            if round % 3 == 0 { std::hint::spin_loop() } else { std::thread::yield_now() }
+        }
+    }
+    stop.store(true, Ordering::Release);
+    kicker.kick();
+    thread.join().expect("vcpu thread");
+    kicker.kick();
+}
+
+#[test]
+fn a_kick_holds_until_it_is_cleared() {
+    if !require_kvm() {
+        return;
+    }
+    let memory = memory(2 * MIB);
+    let (_vm, mut vcpu) = start(&memory, guest::doorbell(), EntryMode::Long);
+    let kicker = vcpu.kicker();
+    kicker.kick();
+    kicker.kick();
+    for _ in 0..3 {
+        assert_eq!(vcpu.run().expect("run"), Exit::Interrupted);
+    }
+    vcpu.clear_kick();
+    assert!(matches!(vcpu.run().expect("run"), Exit::PioOut { port: 0x80, .. }));
+}
+
+#[test]
+fn ticks_interrupt_a_spinning_guest() {
+    use crate::host::TickTimer;
+    if !require_kvm() {
+        return;
+    }
+    let memory = memory(2 * MIB);
+    let (_vm, mut vcpu) = start(&memory, guest::spin(), EntryMode::LongUser);
+    let period = Duration::from_millis(1);
+    for mut timer in [TickTimer::new(period).expect("timer"), TickTimer::new_posix(period).expect("timer")] {
+        timer.arm().expect("armed");
+        let begin = crate::host::thread_cpu_ns();
+        let mut ticks = 0u64;
+        while crate::host::thread_cpu_ns() - begin < 100_000_000 {
+            assert_eq!(vcpu.run().expect("run"), Exit::Interrupted);
+            vcpu.clear_kick();
+            ticks += 1;
+        }
+        timer.disarm().expect("disarmed");
+        println!("{timer:?}: {ticks} ticks in 100 ms of CPU time");
+        // The POSIX timer's grain is the kernel's tick, up to 10 ms.
+        let least = if timer.source() == "perf cpu-clock" { 80 } else { 8 };
+        assert!((least..=130).contains(&ticks), "{timer:?}: {ticks}");
+        drop(timer);
+        vcpu.clear_kick();
+    }
+}
+
+#[test]
+fn the_dirty_log_is_exact_in_both_regions() {
+    if !require_kvm() {
+        return;
+    }
+    let high = 64 * MIB;
+    let memory = memory(crate::memory::HOLE_START + high);
+    let (vm, mut vcpu) = start(&memory, guest::dirty(), EntryMode::LongUser);
+    let mut x = 12345u64;
+    set_general(&vcpu, |r| r.rax = 12345);
+    // Lets the guest store to `stores` pages of the `count` from `base`; which ones.
+    let mut burst = |base: u64, count: u64, stores: u64| {
+        for (at, value) in [(0, stores), (8, count), (16, base)] {
+            memory.store_u64(RESULT + at, value).expect("inside");
+        }
+        let exit = vcpu.run().expect("run");
+        let mut written = BTreeSet::new();
+        for _ in 0..stores {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let page = (x >> 33) % count;
+            written.insert(memory.offset_of(base, 1).expect("ram") / PAGE_SIZE + page);
+        }
+        assert_eq!(exit, Exit::MmioWrite { addr: DEVICE, size: 8, data: x });
+        written
+    };
+    let mut pages = PageBitmap::new(memory.pages());
+    assert!(vm.collect_dirty(&mut pages).is_err(), "nothing is tracked yet");
+    // KVM maps what is first read writable too and then counts it as dirty: the code and parameter pages.
+    burst(64 * MIB, 1, 1);
+    for cycle in 0..2 {
+        vm.start_dirty_tracking().expect("started");
+        for round in 0..40u64 {
+            // Low region: 32 MiB from 64 MiB; high region: all of it.
+            let (base, count) =
+                if round % 2 == 0 { (64 * MIB, 8192u64) } else { (4 << 30, high / PAGE_SIZE) };
+            let expected = burst(base, count, 1 + round * 7 % 200);
+            pages.clear_all();
+            vm.collect_dirty(&mut pages).expect("collected");
+            let seen: BTreeSet<u64> = pages.runs().flat_map(|(first, len)| first..first + len).collect();
+            let missing: Vec<_> = expected.difference(&seen).collect();
+            let extra: Vec<_> = seen.difference(&expected).collect();
+            assert!(
+                missing.is_empty() && extra.is_empty(),
+                "burst {round}: missing {missing:?} extra {extra:?}"
+            );
+        }
+        pages.clear_all();
+        vm.collect_dirty(&mut pages).expect("collected");
+        assert!(pages.is_empty(), "cycle {cycle}: nothing ran: {pages:?}");
+        vm.stop_dirty_tracking().expect("stopped");
+        assert!(vm.collect_dirty(&mut pages).is_err());
+    }
+}
+
+/// A computing guest moved through 20 fresh VMs ends with the same bits in general, SSE and AVX registers.
+#[test]
+fn state_is_bit_exact_over_twenty_hops() {
+    if !require_kvm() {
+        return;
+    }
+    if !std::arch::is_x86_feature_detected!("avx2") {
+        println!("skipped: no AVX2");
+        return;
+    }
+    let rounds = 150_000_000u64;
+    let memory = memory(4 * MIB);
+    let seed: [u64; 8] = [3, 5, 7, 11, 0x1111_2222_3333, 0x9999_0000_1111, u64::MAX, 13];
+    for (at, word) in (0u64..).zip(seed) {
+        memory.store_u64(RESULT + 64 + at * 8, word).expect("inside");
+    }
+    let (first_vm, mut vcpu) = start(&memory, guest::lcg(), EntryMode::LongUser);
+    set_general(&vcpu, |r| (r.rdi, r.rax, r.r8) = (rounds, 42, 1));
+    enable_avx(&vcpu);
+    let mut vm = first_vm;
+    let mut hops = 0;
+    let mut timer = crate::host::TickTimer::new(Duration::from_millis(1)).expect("timer");
+    timer.arm().expect("armed");
+    let done = loop {
+        match vcpu.run().expect("run") {
+            Exit::Interrupted => vcpu.clear_kick(),
+            exit => break exit,
+        }
+        if hops < 20 {
+            assert_eq!(vcpu.finish_pending().expect("finished"), None);
+            let pieces = vcpu.save().expect("saved");
+            let vm_pieces = vm.save().expect("saved");
+            let next = make_vm(&memory, 1);
+            let mut other = next.make_vcpu(0).expect("vcpu");
+            assert_eq!(other.cpuid, vcpu.cpuid, "the same CPUID is set beforehand");
+            other.restore(&pieces).expect("restored");
+            next.restore(&vm_pieces).expect("restored");
+            for (a, b) in pieces.iter().zip(other.save().expect("saved")) {
+                assert!(a.kind == "tsc" || *a == b, "piece {} reads back differently", a.kind);
+            }
+            (vm, vcpu) = (next, other);
+            hops += 1;
+        }
+    };
+    assert_eq!(hops, 20, "the guest ended too early");
+    let (mut x, mut y) = (42u64, 1u64);
+    for _ in 0..rounds {
+        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        y = y.wrapping_mul(3).wrapping_add(1);
+    }
+    assert_eq!(done, Exit::MmioWrite { addr: DEVICE, size: 8, data: x });
+    let word = |at: u64| memory.load_u64(RESULT + at).expect("inside");
+    assert_eq!((word(0), word(8)), (x, y));
+    assert_eq!((word(16), word(24)), (seed[0], seed[1]), "xmm7");
+    for lane in 0..4 {
+        let expected = seed[lane].wrapping_add(seed[4 + lane].wrapping_mul(rounds));
+        assert_eq!(word(32 + lane as u64 * 8), expected, "ymm0 lane {lane}");
+    }
+}
+
+#[test]
+fn bad_state_is_refused_by_name() {
+    if !require_kvm() {
+        return;
+    }
+    let memory = memory(2 * MIB);
+    let (vm, mut vcpu) = start(&memory, guest::spin(), EntryMode::LongUser);
+    let good = vcpu.save().expect("saved");
+    let refuse = |vcpu: &mut KvmVcpu, kind: &str, change: &dyn Fn(&mut StatePiece)| {
+        let mut pieces = good.clone();
+        change(pieces.iter_mut().find(|p| p.kind == kind).expect("piece"));
+        let error = vcpu.restore(&pieces).expect_err(kind);
+        assert_eq!(error.reason(), "STATE_REJECTED");
+        assert!(error.to_string().contains(kind), "{error}");
+    };
+    for piece in &good {
+        refuse(&mut vcpu, &piece.kind, &|p| p.data.truncate(p.data.len() - 1));
+        refuse(&mut vcpu, &piece.kind, &|p| p.version = 9);
+        let without: Vec<StatePiece> = good.iter().filter(|p| p.kind != piece.kind).cloned().collect();
+        assert!(piece.kind == "tsc" || vcpu.restore(&without).is_err(), "{}", piece.kind);
+    }
+    // CR4 with a reserved bit; a mode that is none; an MSR that does not exist.
+    refuse(&mut vcpu, "sregs2", &|p| p.data[248 + 7] = 0x80);
+    refuse(&mut vcpu, "mp_state", &|p| p.data[0] = 200);
+    refuse(&mut vcpu, "msrs", &|p| {
+        p.data.extend([0xef, 0xbe, 0xad, 0xde, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
+    });
+    refuse(&mut vcpu, "msrs", &|p| p.data.extend([0x10, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]));
+    vcpu.restore(&good).expect("the good state still goes in");
+    let vm_good = vm.save().expect("saved");
+    let mut swapped = vm_good.clone();
+    swapped[0].kind = "irqchip1".to_owned();
+    swapped[1].kind = "irqchip0".to_owned();
+    assert!(vm.restore(&swapped).expect_err("swapped").to_string().contains("holds chip"));
+    assert!(vm.restore(&vm_good[1..]).is_err());
+    vm.restore(&vm_good).expect("good");
+}
+
+#[test]
+fn two_vcpus_and_their_identity() {
+    if !require_kvm() {
+        return;
+    }
+    let memory = memory(4 * MIB);
+    let regs = guest::load(&memory, guest::doorbell(), EntryMode::Long, None);
+    let vm = make_vm(&memory, 2);
+    assert!(vm.create_vcpu(2).is_err());
+    let runs = |index: u32| {
+        let (vm, regs) = (Arc::clone(&vm), regs.clone());
+        std::thread::spawn(move || {
+            let mut vcpu = vm.make_vcpu(index).expect("vcpu");
+            assert_eq!(vcpu.lvtpc().expect("lvtpc"), 0x1_0000, "masked after reset");
+            let entries = cpuid::from_bytes(&vcpu.cpuid).expect("cpuid");
+            let leaf1 = entries.iter().find(|e| e.function == 1).expect("leaf 1");
+            assert_eq!((leaf1.ebx >> 24, leaf1.ecx >> 31), (index, 1), "APIC id and hypervisor bit");
+            for hidden in [0xa, 0x8000_0022] {
+                let shown = entries.iter().find(|e| e.function == hidden);
+                assert!(shown.is_none_or(|e| [e.eax, e.ebx, e.ecx, e.edx] == [0; 4]), "{shown:x?}");
+            }
+            println!("vCPU {index}: CPUID as stored differs in {:x?}", vcpu.cpuid_differences());
+            vcpu.set_initial(&regs).expect("start state");
+            vcpu.set_runnable().expect("runnable");
+            for _ in 0..100 {
+                assert!(matches!(vcpu.run().expect("run"), Exit::PioOut { port: 0x80, size: 1, .. }));
+            }
+            vcpu.inject_nmi().expect("nmi");
+        })
+    };
+    let threads = [runs(0), runs(1)];
+    for thread in threads {
+        thread.join().expect("vcpu thread");
+    }
+}
+
+#[test]
+fn bad_options_are_refused() {
+    if !require_kvm() {
+        return;
+    }
+    for vcpus in [0, MAX_VCPUS + 1, u32::MAX] {
+        let options = KvmOptions { vcpus, ..KvmOptions::default() };
+        assert_eq!(
+            KvmVm::new(memory(2 * MIB), options).expect_err("refused").reason(),
+            "HYPERVISOR_UNSUPPORTED"
+        );
+    }
+}

@@ -1,0 +1,393 @@
+//! A vCPU: entering the guest, translating exits, answering them.
+//!
+//! ```text
+//!   run ──► exit wants an answer ──► complete ──► run     (the answer goes into the run page; KVM takes it at entry)
+//!   run ──► string I/O of n elements: n exits from one entry, each answered in turn, then KVM is entered again
+//! ```
+//!
+//! Invariant: `pending` says what the run page waits for; the guest is not entered while elements of a string are
+//! left.
+
+use std::sync::Arc;
+
+use kvm_bindings::*;
+use kvm_ioctls::{Cap, VcpuFd};
+use vpmu_proto::worker::StatePiece;
+
+use super::kick::Kicker;
+use super::{CpuidDifference, Shared, cpuid, state, uninterrupted};
+use crate::hypervisor::{Completion, EntryMode, Exit, HvError, InitialRegs, Kick, Vcpu};
+use crate::sys::run_page::{RawExit, RunPage};
+use crate::sys::{self, failed, kick};
+
+/// What the last exit waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pending {
+    Nothing,
+    RdMsr,
+    WrMsr,
+    MmioRead,
+    Io { input: bool, port: u16, size: u8, count: u32, offset: u64, done: u32 },
+}
+
+/// A vCPU on KVM.
+pub(super) struct KvmVcpu {
+    pub(super) fd: VcpuFd,
+    pub(super) shared: Arc<Shared>,
+    pub(super) index: u32,
+    /// CPUID as KVM stored it when it was set, as bytes of a state piece.
+    pub(super) cpuid: Vec<u8>,
+    page: RunPage,
+    kicker: Arc<Kicker>,
+    pending: Pending,
+    differences: Vec<CpuidDifference>,
+}
+
+impl Drop for KvmVcpu {
+    fn drop(&mut self) {
+        self.kicker.unbind();
+    }
+}
+
+impl KvmVcpu {
+    pub(super) fn new(shared: Arc<Shared>, index: u32) -> Result<Self, HvError> {
+        if index >= shared.options.vcpus {
+            return Err(HvError::Unsupported {
+                what: "the vCPU index asked for",
+                remedy: format!("this VM has {} vCPUs; {index} is not one of them", shared.options.vcpus),
+            });
+        }
+        kick::prepare_thread().map_err(|source| HvError::Os { call: "sigaction", source })?;
+        let fd =
+            uninterrupted(|| shared.fd.create_vcpu(u64::from(index))).map_err(failed("KVM_CREATE_VCPU"))?;
+        let page = RunPage::map(&fd, shared.system.run_size)?;
+        let mut vcpu = Self {
+            fd,
+            index,
+            cpuid: Vec::new(),
+            page,
+            kicker: Kicker::new(),
+            pending: Pending::Nothing,
+            differences: Vec::new(),
+            shared,
+        };
+        let entries = cpuid::build(
+            vcpu.shared.system.cpuid.as_slice(),
+            index,
+            vcpu.shared.options.vcpus,
+            vcpu.shared.fd.check_extension(Cap::TscDeadlineTimer),
+            vcpu.shared.options.guest_pmu_cpuid.as_ref(),
+        );
+        vcpu.set_cpuid(&entries)?;
+        vcpu.enable_lapic()?;
+        Ok(vcpu)
+    }
+
+    /// Sets CPUID, reads it back and keeps both what it is and how it differs.
+    pub(super) fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), HvError> {
+        let list = CpuId::from_entries(entries).map_err(|_| HvError::State {
+            kind: "cpuid".to_owned(),
+            problem: format!("{} entries are too many", entries.len()),
+        })?;
+        self.fd.set_cpuid2(&list).map_err(failed("KVM_SET_CPUID2"))?;
+        let stored = self.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_CPUID2"))?;
+        self.differences = cpuid::differences(entries, stored.as_slice());
+        self.cpuid = cpuid::to_bytes(stored.as_slice());
+        if let (0, Some(first)) = (self.index, self.differences.first()) {
+            tracing::debug!(
+                count = self.differences.len(),
+                leaf = format_args!("{:#x}/{}", first.leaf, first.subleaf),
+                asked = format_args!("{:x?}", first.asked),
+                stored = format_args!("{:x?}", first.stored),
+                "KVM stored CPUID differently from what it was given"
+            );
+        }
+        Ok(())
+    }
+
+    /// How CPUID as the guest sees it differs from what was asked for.
+    pub(super) fn cpuid_differences(&self) -> &[CpuidDifference] {
+        &self.differences
+    }
+
+    /// Software-enables the local APIC and wires LINT0 and LINT1 as firmware does. LVTPC is left masked, as after
+    /// reset; the guest writes it.
+    fn enable_lapic(&mut self) -> Result<(), HvError> {
+        const SVR: usize = 0xf0;
+        const LINT0: usize = 0x350;
+        const LINT1: usize = 0x360;
+        let mut lapic = sys::LAPIC.read(&self.fd, &[])?;
+        // Only the boot processor takes interrupts of the 8259 (ExtINT); NMI goes to all.
+        let lint0: u32 = if self.index == 0 { 0x700 } else { 0x1_0700 };
+        for (at, value) in [(SVR, 0x1ffu32), (LINT0, lint0), (LINT1, 0x400)] {
+            if let Some(register) = lapic.get_mut(at..at + 4) {
+                register.copy_from_slice(&value.to_le_bytes());
+            }
+        }
+        sys::LAPIC.write(&self.fd, sys::LAPIC.kind, &lapic)
+    }
+
+    /// The next element of string I/O that KVM has handed over, if one is left.
+    fn next_element(&mut self) -> Option<Exit> {
+        let Pending::Io { input, port, size, count, offset, done } = self.pending else { return None };
+        if done >= count {
+            self.pending = Pending::Nothing;
+            return None;
+        }
+        if input {
+            return Some(Exit::PioIn { port, size });
+        }
+        let data = self.page.element(offset + u64::from(done) * u64::from(size), size);
+        self.pending = Pending::Io { input, port, size, count, offset, done: done + 1 };
+        Some(Exit::PioOut { port, size, data })
+    }
+
+    /// What the run page says, after KVM_RUN returned 0. None: nothing of interest, enter again.
+    fn translate(&mut self) -> Result<Option<Exit>, HvError> {
+        self.pending = Pending::Nothing;
+        Ok(Some(match self.page.exit() {
+            RawExit::Io { input, port, size, count, offset } => {
+                let bytes = u64::from(size) * u64::from(count);
+                if !matches!(size, 1 | 2 | 4) || count == 0 || !self.page.holds(offset, bytes) {
+                    let problem = format!("{count} elements of {size} bytes at {offset:#x} of the run page");
+                    return Err(HvError::State { kind: "port I/O exit".to_owned(), problem });
+                }
+                self.pending = Pending::Io { input, port, size, count, offset, done: 0 };
+                return Ok(self.next_element());
+            }
+            RawExit::Mmio { write: true, addr, size, data } => Exit::MmioWrite { addr, size, data },
+            RawExit::Mmio { write: false, addr, size, .. } => {
+                self.pending = Pending::MmioRead;
+                Exit::MmioRead { addr, size }
+            }
+            RawExit::RdMsr(index) => {
+                self.pending = Pending::RdMsr;
+                Exit::RdMsr { index }
+            }
+            RawExit::WrMsr(index, value) => {
+                self.pending = Pending::WrMsr;
+                Exit::WrMsr { index, value }
+            }
+            RawExit::Hlt => Exit::Hlt,
+            RawExit::Shutdown => Exit::Shutdown,
+            RawExit::SystemEvent(kind) => Exit::SystemEvent(kind),
+            RawExit::Internal(suberror, data) => Exit::InternalError { suberror, data },
+            RawExit::FailEntry(reason) => Exit::FailEntry { reason },
+            RawExit::DirtyRingFull => Exit::DirtyRingFull,
+            RawExit::Nothing => return Ok(None),
+            // Nothing that we enabled leads here; the reason is in the data.
+            RawExit::Other(reason) => {
+                Exit::InternalError { suberror: u32::MAX, data: vec![u64::from(reason)] }
+            }
+        }))
+    }
+}
+
+impl Vcpu for KvmVcpu {
+    fn run(&mut self) -> Result<Exit, HvError> {
+        if let Some(exit) = self.next_element() {
+            return Ok(exit);
+        }
+        loop {
+            let kicker = &self.kicker;
+            match self.page.enter(&self.fd, || kicker.kicked()) {
+                None => return Ok(Exit::Interrupted),
+                Some(Ok(())) => {
+                    if let Some(exit) = self.translate()? {
+                        return Ok(exit);
+                    }
+                }
+                Some(Err(error)) => match error.raw_os_error() {
+                    Some(libc::EINTR) => return Ok(Exit::Interrupted),
+                    // An application processor that just got INIT or SIPI: enter again.
+                    Some(libc::EAGAIN) => {}
+                    _ => return Err(HvError::Os { call: "KVM_RUN", source: error }),
+                },
+            }
+        }
+    }
+
+    fn complete(&mut self, answer: Completion) -> Result<(), HvError> {
+        match (self.pending, answer) {
+            (Pending::RdMsr, Completion::Value(value)) => self.page.answer_msr(value, false),
+            (Pending::WrMsr, Completion::Done | Completion::Value(_)) => self.page.answer_msr(0, false),
+            (Pending::RdMsr | Pending::WrMsr, Completion::Fault) => self.page.answer_msr(0, true),
+            (Pending::MmioRead, Completion::Value(value)) => self.page.answer_mmio(value),
+            (Pending::Io { input: true, port, size, count, offset, done }, Completion::Value(value))
+                if done < count =>
+            {
+                let at = offset + u64::from(done) * u64::from(size);
+                self.page.set_element(at, size, value as u32);
+                self.pending = Pending::Io { input: true, port, size, count, offset, done: done + 1 };
+                return Ok(());
+            }
+            (Pending::Nothing | Pending::Io { input: false, .. }, Completion::Done) => return Ok(()),
+            (pending, answer) => {
+                let problem = format!("{answer:?} does not answer it ({pending:?})");
+                return Err(HvError::State { kind: "exit".to_owned(), problem });
+            }
+        }
+        self.pending = Pending::Nothing;
+        Ok(())
+    }
+
+    fn finish_pending(&mut self) -> Result<Option<Exit>, HvError> {
+        if let Some(exit) = self.next_element() {
+            return Ok(Some(exit));
+        }
+        match self.page.finish(&self.fd) {
+            Ok(()) => self.translate(),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => Ok(None),
+            Err(error) => Err(HvError::Os { call: "KVM_RUN (immediate exit)", source: error }),
+        }
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.kicker.bind();
+        Arc::clone(&self.kicker) as Arc<dyn Kick>
+    }
+
+    fn clear_kick(&mut self) {
+        self.kicker.clear();
+        self.page.set_immediate_exit(false);
+        kick::clear_signalled();
+    }
+
+    fn set_initial(&mut self, regs: &InitialRegs) -> Result<(), HvError> {
+        let mut sregs = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+        initial_sregs(&mut sregs, regs);
+        self.fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
+        let general = kvm_regs {
+            rip: regs.rip,
+            rsp: regs.rsp,
+            rflags: regs.rflags | 2,
+            rbx: regs.rbx,
+            rsi: regs.rsi,
+            rdi: regs.rdi,
+            ..Default::default()
+        };
+        self.fd.set_regs(&general).map_err(failed("KVM_SET_REGS"))
+    }
+
+    fn set_runnable(&mut self) -> Result<(), HvError> {
+        let state = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+        self.fd.set_mp_state(state).map_err(failed("KVM_SET_MP_STATE"))
+    }
+
+    fn save(&mut self) -> Result<Vec<StatePiece>, HvError> {
+        state::save_vcpu(self)
+    }
+
+    fn restore(&mut self, pieces: &[StatePiece]) -> Result<(), HvError> {
+        state::restore_vcpu(self, pieces)
+    }
+
+    fn lvtpc(&mut self) -> Result<u32, HvError> {
+        const LVTPC: usize = 0x340;
+        let lapic = sys::LAPIC.read(&self.fd, &[])?;
+        let register = lapic.get(LVTPC..).and_then(|l| l.first_chunk::<4>());
+        Ok(register.map_or(0, |r| u32::from_le_bytes(*r)))
+    }
+
+    fn inject_nmi(&mut self) -> Result<(), HvError> {
+        self.fd.nmi().map_err(failed("KVM_NMI"))
+    }
+
+    fn describe(&mut self) -> String {
+        let (regs, sregs) = match (self.fd.get_regs(), self.fd.get_sregs()) {
+            (Ok(regs), Ok(sregs)) => (regs, sregs),
+            (Err(e), _) | (_, Err(e)) => return format!("registers cannot be read: {e}"),
+        };
+        let mut code = [0u8; 16];
+        let bytes = match self.fd.translate_gva(regs.rip) {
+            Ok(at) if at.valid != 0 && self.shared.memory.read(at.physical_address, &mut code).is_ok() => {
+                format!("{code:02x?}")
+            }
+            _ => "not readable".to_owned(),
+        };
+        format!(
+            "vcpu {} rip {:#x} rsp {:#x} rflags {:#x} cpl {} rax {:#x} rbx {:#x} rcx {:#x} rdx {:#x} rsi {:#x} rdi {:#x} \
+             rbp {:#x} r8 {:#x} r9 {:#x} r10 {:#x} r11 {:#x} r12 {:#x} r13 {:#x} r14 {:#x} r15 {:#x} \
+             cs {:#x} ss {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} idt {:#x}+{:#x} code at rip: {bytes}",
+            self.index,
+            regs.rip,
+            regs.rsp,
+            regs.rflags,
+            sregs.cs.dpl,
+            regs.rax,
+            regs.rbx,
+            regs.rcx,
+            regs.rdx,
+            regs.rsi,
+            regs.rdi,
+            regs.rbp,
+            regs.r8,
+            regs.r9,
+            regs.r10,
+            regs.r11,
+            regs.r12,
+            regs.r13,
+            regs.r14,
+            regs.r15,
+            sregs.cs.selector,
+            sregs.ss.selector,
+            sregs.cr0,
+            sregs.cr2,
+            sregs.cr3,
+            sregs.cr4,
+            sregs.efer,
+            sregs.idt.base,
+            sregs.idt.limit,
+        )
+    }
+}
+
+/// A flat segment. `kind` is the descriptor type (11 code, 3 data), `long` the L bit.
+fn segment(selector: u16, kind: u8, dpl: u8, long: bool) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        type_: kind,
+        present: 1,
+        dpl,
+        db: u8::from(!(long && kind == 11)),
+        s: 1,
+        l: u8::from(long && kind == 11),
+        g: 1,
+        ..Default::default()
+    }
+}
+
+fn initial_sregs(sregs: &mut kvm_sregs, regs: &InitialRegs) {
+    const PE: u64 = 1;
+    const ET: u64 = 1 << 4;
+    // PG, AM, WP, NE, ET, MP, PE.
+    const LONG_CR0: u64 = 0x8005_0033;
+    // NXE is left to the guest; LMA, LME, SCE.
+    const LONG_EFER: u64 = 0x501;
+    let (code, data) = match regs.mode {
+        EntryMode::Long => (segment(0x08, 11, 0, true), segment(0x10, 3, 0, true)),
+        EntryMode::LongUser => (segment(0x23, 11, 3, true), segment(0x1b, 3, 3, true)),
+        EntryMode::Protected32 => (segment(0x10, 11, 0, false), segment(0x18, 3, 0, false)),
+    };
+    sregs.cs = code;
+    sregs.ss = data;
+    sregs.ds = data;
+    sregs.es = data;
+    sregs.fs = data;
+    sregs.gs = data;
+    sregs.cr3 = regs.cr3;
+    sregs.cr4 = regs.cr4;
+    (sregs.cr0, sregs.efer) =
+        if regs.mode == EntryMode::Protected32 { (PE | ET, 0) } else { (LONG_CR0, LONG_EFER) };
+    (sregs.gdt.base, sregs.gdt.limit) = regs.gdt;
+    (sregs.idt.base, sregs.idt.limit) = regs.idt;
+    let (selector, base, limit) = regs.tss;
+    if selector != 0 || regs.mode == EntryMode::Protected32 {
+        // Type 11: busy TSS of the mode. PVH wants base 0 and limit 0x67 when nothing is given.
+        let limit = if selector == 0 { 0x67 } else { limit };
+        sregs.tr =
+            kvm_segment { base, limit, selector, type_: 11, present: 1, s: 0, g: 0, ..Default::default() };
+    }
+}
