@@ -4,10 +4,10 @@ use crate::endpoint::Endpoint;
 use crate::error::ClientError;
 use hyper_util::rt::TokioIo;
 use std::future::Future;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::UnixStream;
 use tonic::transport::Channel;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use vpmu_proto::api::migrations_service_client::MigrationsServiceClient;
 use vpmu_proto::api::pmu_service_client::PmuServiceClient;
 use vpmu_proto::api::virtual_machines_service_client::VirtualMachinesServiceClient;
@@ -116,8 +116,13 @@ impl Client {
         call: impl Future<Output = Result<Response<T>, Status>>,
     ) -> Result<T, ClientError> {
         let patience = self.call_deadline + Duration::from_millis(500);
+        let begin = Instant::now();
         match tokio::time::timeout(patience, call).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
+            // tonic says CANCELLED where a deadline has passed, on both ends.
+            Ok(Err(status)) if status.code() == Code::Cancelled && begin.elapsed() >= self.call_deadline => {
+                Err(ClientError::Deadline { what: what.to_owned(), waited: self.call_deadline })
+            }
             Ok(Err(status)) => Err(status.into()),
             Err(_) => Err(ClientError::Deadline { what: what.to_owned(), waited: patience }),
         }

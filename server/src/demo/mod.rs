@@ -82,7 +82,8 @@ pub fn main(args: &DemoArgs) -> ExitCode {
     if let Err(error) = &result {
         report.check("completed", false, error.to_string());
     }
-    let printed = if args.output == Output::Json { say.json(&report) } else { say.summary(&report) };
+    let printed =
+        if args.output == Output::Json { say::print_json(&report) } else { say::print_summary(&report) };
     if let Err(error) = &result {
         eprintln!("vpmud demo: [{}] {error}", error.reason());
         return ExitCode::FAILURE;

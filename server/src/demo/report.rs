@@ -170,13 +170,15 @@ fn index(vcpus: &[VcpuPmu]) -> BTreeMap<(u32, &str), At> {
 
 /// The counters as a table for people.
 pub(super) fn table(lines: &[CounterLine]) -> String {
+    use std::fmt::Write as _;
     use vpmu_client::units::grouped;
     let mut text = format!(
         "  {:4} {:8} {:>20} {:>20} {:>20} {:>20}",
         "vCPU", "counter", "before", "at stop", "at resume", "after"
     );
     for line in lines {
-        text.push_str(&format!(
+        let _ = write!(
+            text,
             "\n  {:<4} {:8} {:>20} {:>20} {:>20} {:>20}{}",
             line.vcpu,
             line.counter,
@@ -185,7 +187,7 @@ pub(super) fn table(lines: &[CounterLine]) -> String {
             grouped(line.at_resume),
             grouped(line.after),
             if line.pmi { "  takes overflows" } else { "" },
-        ));
+        );
     }
     text
 }

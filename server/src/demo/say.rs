@@ -28,41 +28,41 @@ impl Say {
         // A reader that went away is noticed when the result is printed.
         let _ = if self.json { writeln!(io::stderr(), "{text}") } else { writeln!(io::stdout(), "{text}") };
     }
+}
 
-    /// The result as one object on standard output.
-    pub(super) fn json(self, report: &Report) -> io::Result<()> {
-        let text = serde_json::to_string(report).map_err(io::Error::other)?;
-        let mut out = io::stdout().lock();
-        writeln!(out, "{text}")?;
-        out.flush()
-    }
+/// The result as one object on standard output.
+pub(super) fn print_json(report: &Report) -> io::Result<()> {
+    let text = serde_json::to_string(report).map_err(io::Error::other)?;
+    let mut out = io::stdout().lock();
+    writeln!(out, "{text}")?;
+    out.flush()
+}
 
-    /// The result for people.
-    pub(super) fn summary(self, report: &Report) -> io::Result<()> {
-        let mut out = io::stdout().lock();
-        writeln!(out)?;
-        if let Some(migration) = &report.migration {
-            let gap = migration.guest_gap_ms.map(|ms| format!(", the guest saw a gap of {ms:.1} ms"));
-            writeln!(
-                out,
-                "migration   {:.1} ms in all, standing still for {:.1} ms{}; {} in {} rounds",
-                migration.total_ms,
-                migration.blackout_ms,
-                gap.unwrap_or_default(),
-                vpmu_client::units::bytes(migration.bytes),
-                migration.rounds,
-            )?;
-        }
-        for check in &report.checks {
-            let mark = if check.ok { style("ok  ").green() } else { style("FAIL").red().bold() };
-            writeln!(out, "{mark}  {:28} {}", check.name, check.detail)?;
-        }
-        let failed = report.checks.iter().filter(|check| !check.ok).count();
-        if failed == 0 {
-            writeln!(out, "\nall {} checks hold in {:.1} s", report.checks.len(), report.seconds)?;
-        } else {
-            writeln!(out, "\n{failed} of {} checks failed", report.checks.len())?;
-        }
-        out.flush()
+/// The result for people.
+pub(super) fn print_summary(report: &Report) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out)?;
+    if let Some(migration) = &report.migration {
+        let gap = migration.guest_gap_ms.map(|ms| format!(", the guest saw a gap of {ms:.1} ms"));
+        writeln!(
+            out,
+            "migration   {:.1} ms in all, standing still for {:.1} ms{}; {} in {} rounds",
+            migration.total_ms,
+            migration.blackout_ms,
+            gap.unwrap_or_default(),
+            vpmu_client::units::bytes(migration.bytes),
+            migration.rounds,
+        )?;
     }
+    for check in &report.checks {
+        let mark = if check.ok { style("ok  ").green() } else { style("FAIL").red().bold() };
+        writeln!(out, "{mark}  {:28} {}", check.name, check.detail)?;
+    }
+    let failed = report.checks.iter().filter(|check| !check.ok).count();
+    if failed == 0 {
+        writeln!(out, "\nall {} checks hold in {:.1} s", report.checks.len(), report.seconds)?;
+    } else {
+        writeln!(out, "\n{failed} of {} checks failed", report.checks.len())?;
+    }
+    out.flush()
 }
