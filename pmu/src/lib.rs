@@ -6,9 +6,11 @@
 //! `guest_rdpmc`. No async, no KVM and no I/O but [`msr_device`]: any VMM can use it.
 #![forbid(unsafe_code)]
 
+pub mod cpuid;
 pub mod filter;
 pub mod hardware;
 pub mod model;
+pub mod msr_device;
 pub mod rates;
 pub mod registers;
 pub mod shape;
