@@ -17,7 +17,7 @@ mod rounds;
 
 use std::net::Shutdown;
 use std::sync::atomic::AtomicU64;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 
@@ -100,6 +100,9 @@ impl Incoming {
             Err(error) => {
                 for conn in &mut conns {
                     conn.send_error(&error);
+                }
+                if !matches!(error, DataplaneError::Closed { .. } | DataplaneError::Io { .. }) {
+                    linger(&conns);
                 }
                 Err(error)
             }
@@ -211,5 +214,21 @@ pub(super) fn compare(connection: u16, sent: &RoundCounts, received: &RoundCount
     Ok(())
 }
 
+/// Reads on for a moment, to nowhere. Closing a TCP socket with unread bytes resets it, and a reset may overtake the
+/// reason that was just sent.
+fn linger(conns: &[Conn]) {
+    let mut nowhere = vec![0; 64 << 10];
+    let until = Instant::now() + LINGER;
+    while Instant::now() < until {
+        for conn in conns {
+            // Reading was shut down, so this never blocks: bytes that came meanwhile, or zero.
+            while Instant::now() < until && matches!(conn.stream().read(&mut nowhere), Ok(1..)) {}
+        }
+        std::thread::sleep(LINGER / 20);
+    }
+}
+
+/// How long a failed destination keeps its sockets, so that the source can read why.
+const LINGER: Duration = Duration::from_millis(100);
 /// How long a refused stranger may take to read why.
 const REFUSAL: Duration = Duration::from_millis(200);

@@ -241,7 +241,7 @@ fn layout_of_version_1_is_fixed() {
         Header::new(Kind::Zero, FrameKey { migration_id: *b"ABCDEFGHIJKLMNOP", attempt: 1 }, 4, 5, 6);
     header.count = 2;
     let frame = Frame { header, meta, data: Vec::new() };
-    let hex: String = frame.to_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex = frame.to_bytes().iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().concat();
     assert_eq!(hex, RECORDED_ZERO_FRAME);
     // Every bit of it matters.
     for bit in 0..frame.to_bytes().len() * 8 {
