@@ -33,14 +33,16 @@ async fn child_writes_until_killed() {
     for n in first.. {
         let epoch = n + 1;
         let batch = Batch::new().put_vm(&vm("vm", &n.to_string())).unwrap();
-        let batch = batch.put_operation(&operation(&format!("op{n}"), n as i64, true)).unwrap();
+        let batch = batch.put_operation(&operation(&format!("op{n}"), n, true)).unwrap();
         let images = [pmu("vm", 0, n), pmu("vm", 1, n)];
         let (a, b, c) = tokio::join!(
             store.commit(batch),
             store.put_pmu(&images),
             store.append_ownership(owned("vm", epoch, 1))
         );
-        (a.unwrap(), b.unwrap(), c.unwrap());
+        a.unwrap();
+        b.unwrap();
+        c.unwrap();
         println!("ack {n}");
     }
 }

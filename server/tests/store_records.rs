@@ -60,10 +60,10 @@ async fn histories_are_bounded() {
     for n in 0..last {
         // The first one is still open and must outlive younger ones that ended.
         let state = if n == 0 { State::InDoubt } else { State::Succeeded };
-        batch = batch.put_migration(&migration("a", &format!("m{n}"), n as i64, state)).unwrap();
+        batch = batch.put_migration(&migration("a", &format!("m{n}"), n as u64, state)).unwrap();
     }
     for n in 0..OPERATION_HISTORY + 50 {
-        batch = batch.put_operation(&operation(&format!("o{n}"), n as i64, n != 0)).unwrap();
+        batch = batch.put_operation(&operation(&format!("o{n}"), n as u64, n != 0)).unwrap();
     }
     store.commit(batch).await.unwrap();
     for store in [store.clone(), {
@@ -78,7 +78,7 @@ async fn histories_are_bounded() {
         assert!(store.get_migration("a", "m0").is_some() && store.get_migration("a", "m1").is_none());
         assert_eq!(
             migrations[0].migration.as_ref().map(|m| m.create_time.unwrap().seconds),
-            Some(last as i64 - 1)
+            i64::try_from(last - 1).ok()
         );
         assert_eq!(store.get_vcpu_pmu("a", 1).unwrap().image.unwrap().pmis, 19);
     }
@@ -101,7 +101,7 @@ async fn unfinished_operations_are_bounded_too() {
     let store = open(dir.path());
     let mut batch = Batch::new();
     for n in 0..OPERATION_HISTORY {
-        batch = batch.put_operation(&operation(&format!("o{n}"), n as i64, false)).unwrap();
+        batch = batch.put_operation(&operation(&format!("o{n}"), n as u64, false)).unwrap();
     }
     store.commit(batch).await.unwrap();
     let refused = store.put_operation(&operation("more", 1, false)).await.unwrap_err();

@@ -116,7 +116,9 @@ mod tests {
 
     fn segment() -> Vec<u8> {
         let mut bytes = Vec::new();
-        frames().iter().for_each(|f| f.encode(&mut bytes));
+        for frame in frames() {
+            frame.encode(&mut bytes);
+        }
         bytes.resize(8192, 0);
         bytes
     }

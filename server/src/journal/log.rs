@@ -99,7 +99,7 @@ fn create<D: Dir>(dir: &D, options: Options, number: u64) -> io::Result<Segment<
 }
 
 fn zero(file: &impl SegmentFile, from: u64, to: u64) -> io::Result<()> {
-    const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let mut at = from;
     while at < to {
         let len = (to - at).min(ZEROS.len() as u64);

@@ -123,7 +123,7 @@ impl Books {
             self.erase(&Key::Pmu(uid.clone(), vcpu, sequence), plan);
         }
         self.write(Key::Pmu(uid.clone(), vcpu, record.sequence), &record, plan);
-        plan.changes.push(Change::PutPmu(uid, record, kept));
+        plan.changes.push(Change::PutPmu(uid, Box::new(record), kept));
     }
 
     fn put_migration(&mut self, uid: &str, id: String, record: MigrationRecord, plan: &mut Plan) {

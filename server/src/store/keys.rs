@@ -110,7 +110,7 @@ pub(crate) fn check_id(field: &'static str, id: &str) -> Result<String, StoreErr
 }
 
 /// The last segment of a resource name.
-pub(crate) fn last_segment<'a>(name: &'a str) -> &'a str {
+pub(crate) fn last_segment(name: &str) -> &str {
     name.rsplit('/').next().unwrap_or(name)
 }
 

@@ -30,10 +30,10 @@ impl Store {
     }
 
     fn with_ownership(&self, mut record: VmRecord) -> VmRecord {
-        if let Some(vm) = &mut record.vm {
-            if let Some(held) = self.ownership(&vm.uid) {
-                (vm.epoch, vm.incarnation) = (held.epoch, held.incarnation);
-            }
+        if let Some(vm) = &mut record.vm
+            && let Some(held) = self.ownership(&vm.uid)
+        {
+            (vm.epoch, vm.incarnation) = (held.epoch, held.incarnation);
         }
         record
     }

@@ -22,7 +22,7 @@ pub(crate) struct PmuSlot {
 pub(crate) enum Change {
     PutVm(String, Box<VmRecord>),
     RemoveVm(String),
-    PutPmu(String, PmuVcpuRecord, VecDeque<u64>),
+    PutPmu(String, Box<PmuVcpuRecord>, VecDeque<u64>),
     PutMigration(String, String, Box<MigrationRecord>),
     RemoveMigration(String, String),
     PutOperation(String, Box<OperationRecord>),
@@ -50,7 +50,7 @@ impl View {
             }
             Change::PutPmu(uid, latest, sequences) => {
                 let vcpu = latest.image.as_ref().map_or(0, |i| i.vcpu);
-                self.pmu.entry(uid).or_default().insert(vcpu, PmuSlot { latest, sequences });
+                self.pmu.entry(uid).or_default().insert(vcpu, PmuSlot { latest: *latest, sequences });
             }
             Change::PutMigration(uid, id, record) => {
                 self.migrations.entry(uid).or_default().insert(id, *record);
@@ -67,10 +67,10 @@ impl View {
                 self.operations.insert(id, *record);
             }
             Change::RemoveOperation(id) => {
-                if let Some(gone) = self.operations.remove(&id) {
-                    if self.by_request.get(&gone.request_id) == Some(&id) {
-                        self.by_request.remove(&gone.request_id);
-                    }
+                if let Some(gone) = self.operations.remove(&id)
+                    && self.by_request.get(&gone.request_id) == Some(&id)
+                {
+                    self.by_request.remove(&gone.request_id);
                 }
             }
         }
@@ -103,7 +103,7 @@ impl View {
                 let known = self.pmu.get(uid).and_then(|p| p.get(vcpu)).map(|p| p.sequences.clone());
                 let mut sequences = known.unwrap_or_default();
                 sequences.push_back(*sequence);
-                self.apply(Change::PutPmu(uid.clone(), record, sequences));
+                self.apply(Change::PutPmu(uid.clone(), Box::new(record), sequences));
             }
             Key::Migration(uid, id) => {
                 let record: MigrationRecord = decode(bytes)?;

@@ -29,22 +29,22 @@ pub(crate) fn pmu(uid: &str, vcpu: u32, value: u64) -> PmuVcpuRecord {
     }
 }
 
-pub(crate) fn migration(uid: &str, id: &str, seconds: i64, state: migration::State) -> MigrationRecord {
+pub(crate) fn migration(uid: &str, id: &str, seconds: u64, state: migration::State) -> MigrationRecord {
     let migration = Migration {
         name: format!("projects/default/virtualMachines/{uid}/migrations/{id}"),
         state: state.into(),
-        create_time: Some(prost_types::Timestamp { seconds, nanos: 0 }),
+        create_time: Some(prost_types::Timestamp { seconds: seconds.cast_signed(), nanos: 0 }),
         ..Migration::default()
     };
     MigrationRecord { migration: Some(migration), vm_uid: uid.to_owned() }
 }
 
-pub(crate) fn operation(id: &str, seconds: i64, done: bool) -> OperationRecord {
+pub(crate) fn operation(id: &str, seconds: u64, done: bool) -> OperationRecord {
     OperationRecord {
         operation: Some(Operation { name: format!("operations/{id}"), done, ..Operation::default() }),
         request_id: format!("request-{id}"),
         request_digest: vec![1; 32],
-        create_time: Some(prost_types::Timestamp { seconds, nanos: 0 }),
+        create_time: Some(prost_types::Timestamp { seconds: seconds.cast_signed(), nanos: 0 }),
     }
 }
 
