@@ -6,17 +6,23 @@
 //! `guest_rdpmc`. No async, no KVM and no I/O but [`msr_device`]: any VMM can use it.
 #![forbid(unsafe_code)]
 
+pub mod core;
 pub mod cpuid;
 pub mod filter;
+mod guest;
 pub mod hardware;
+pub mod image;
 pub mod model;
 pub mod msr_device;
 pub mod rates;
 pub mod registers;
 pub mod shape;
 
+pub use crate::core::{AccessKind, Core, ForeignWrite, SwitchError};
 pub use filter::{EventFilter, FilterError, FilterSpec};
+pub use guest::{GuestAccess, GuestId, GuestPmu, Policy};
 pub use hardware::{Hardware, HwError};
+pub use image::{CounterView, Image, ImageError, ImportOutcome, RestorePolicy, counters};
 pub use model::{CpuMode, ModelPmu};
 pub use rates::{Events, RateClock, Rates};
 pub use registers::{PMU_MSR_RANGES, is_pmu_msr, register_name};

@@ -1,0 +1,150 @@
+//! `load`, the clean start and the difference writes.
+
+use super::{Core, Loaded, Ran, SwitchError};
+use crate::guest::regs::bits;
+use crate::guest::{GuestPmu, Policy};
+use crate::hardware::Hardware;
+use crate::shape::Vendor;
+
+impl<H: Hardware> Core<H> {
+    /// Puts the guest's live registers into hardware; K stays 0. Loading the loaded guest does nothing. A failed load
+    /// leaves the image unchanged and the guest not loaded.
+    pub fn load(&mut self, g: &mut GuestPmu) -> Result<(), SwitchError> {
+        g.absorb();
+        if let Some(loaded) = self.loaded {
+            return if loaded.id == g.id { Ok(()) } else { Err(SwitchError::Busy(loaded.id.0)) };
+        }
+        let (guest, host) = (&g.shape, &self.host);
+        let fits = guest.counter_bits() == 0
+            || (guest.vendor == host.vendor
+                && guest.version <= host.version
+                && guest.counter_bits() & !host.counter_bits() == 0
+                && guest.gp_width <= host.gp_width
+                && guest.fixed_width <= host.fixed_width);
+        if !fits {
+            return Err(SwitchError::Shape { guest: g.shape, host: self.host });
+        }
+        if !self.clean {
+            self.guarded(|_| true, Self::start_clean)?;
+        }
+        let strict = g.policy == Policy::Strict;
+        let live = g.live.any();
+        let mine = self.is_resident(g);
+        if !mine && self.resident.is_some() && (strict || live) {
+            self.guarded(|_| false, Self::evict)?;
+        }
+        (self.ran, self.status_fresh, self.wrapped) = (Ran::default(), true, 0);
+        if mine && let Some(resident) = self.resident.take() {
+            (self.ran, self.status_fresh, self.wrapped) =
+                (resident.ran, resident.status_fresh, resident.wrapped);
+        }
+        if strict || live {
+            let written = self.guarded(|_| true, |core| core.write_differences(g, strict));
+            if let Err(error) = written {
+                // What the hardware still owns of this guest is read by the clean start of the next load.
+                self.leave_resident(g);
+                return Err(error);
+            }
+        }
+        self.loaded = Some(Loaded { id: g.id, entered: false, owed: Ran::default() });
+        Ok(())
+    }
+
+    /// After a failed access left the hardware unknown under a loaded guest: reads what ran, cleans, writes again.
+    pub(super) fn reload(&mut self, g: &mut GuestPmu) -> Result<(), SwitchError> {
+        self.collect(g)?;
+        self.guarded(
+            |_| true,
+            |core| {
+                core.start_clean()?;
+                core.write_differences(g, true)
+            },
+        )
+    }
+
+    /// Clean start: makes a core of which nothing is known known and empty. Reads a resident guest first.
+    pub fn clean(&mut self) -> Result<(), SwitchError> {
+        if let Some(loaded) = self.loaded {
+            return Err(SwitchError::Busy(loaded.id.0));
+        }
+        self.guarded(|_| true, Self::start_clean)
+    }
+
+    /// Reads the resident guest, if any, into its mailbox; its registers stay until they are overwritten.
+    pub fn evict_resident(&mut self) -> Result<(), SwitchError> {
+        self.guarded(|_| false, Self::evict)
+    }
+
+    pub(super) fn evict(&mut self) -> Result<(), SwitchError> {
+        self.read_resident()?;
+        self.resident = None;
+        Ok(())
+    }
+
+    /// K = 0; every selector, fixed control and counter of the host's shape := 0; status read and reset. FIXED_CTR3 is
+    /// among the counters, and its write resets PERF_METRICS (reference section 1.5).
+    fn start_clean(&mut self) -> Result<(), SwitchError> {
+        if self.host.has_global() {
+            self.write_control(0)?;
+        }
+        for i in bits(self.host.gp) {
+            self.write_sel(i, 0)?;
+        }
+        if self.host.has_global() && self.host.vendor == Vendor::Intel {
+            self.write_fixed_ctrl(0)?;
+        }
+        self.control = Some(0);
+        self.evict()?;
+        for i in bits(self.host.gp) {
+            self.write_gp(i, 0)?;
+        }
+        for i in bits(self.host.fixed) {
+            self.write_fixed(i, 0)?;
+        }
+        if self.host.has_global() {
+            self.take_status()?;
+        }
+        self.clean = true;
+        Ok(())
+    }
+
+    /// Writes what differs, in the order counters, selectors, fixed control; K is 0. For a strict guest, registers that
+    /// it does not use must be 0; for a lazy one, counters that it does not use may keep what they hold, because no
+    /// guest reads hardware by itself.
+    pub(super) fn write_differences(&mut self, g: &GuestPmu, strict: bool) -> Result<(), SwitchError> {
+        for i in bits(self.host.gp) {
+            let used = g.live.gp >> i & 1 == 1;
+            let want = if used { self.hw_gp(g, i) } else { 0 };
+            let stale = self.ran.gp >> i & 1 == 1;
+            if (used || strict) && !stale && self.known.gp[i as usize] != want {
+                self.write_gp(i, want)?;
+            }
+        }
+        for i in bits(self.host.fixed) {
+            let used = g.live.fixed >> i & 1 == 1;
+            let want = if used { self.hw_fixed(g, i) } else { 0 };
+            let stale = self.ran.fixed >> i & 1 == 1;
+            if (used || strict) && !stale && self.known.fixed[i as usize] != want {
+                self.write_fixed(i, want)?;
+            }
+        }
+        self.write_selector_differences(g)
+    }
+
+    /// Selectors and fixed control that differ; a counter that is not live has none.
+    pub(super) fn write_selector_differences(&mut self, g: &GuestPmu) -> Result<(), SwitchError> {
+        if self.host.has_global() {
+            for i in bits(self.host.gp) {
+                let want = self.hw_selector(g, i);
+                if self.known.sel[i as usize] != want {
+                    self.write_sel(i, want)?;
+                }
+            }
+        }
+        let want = Self::hw_fixed_ctrl(g);
+        if self.known.fixed_ctrl != want {
+            self.write_fixed_ctrl(want)?;
+        }
+        Ok(())
+    }
+}

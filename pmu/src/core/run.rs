@@ -1,0 +1,133 @@
+//! `resume` and `pause`: opening and closing the global control around the guest's execution, and the one status read
+//! that an armed PMI costs.
+
+use super::{Core, Ran, SwitchError};
+use crate::guest::GuestPmu;
+use crate::guest::mailbox::Readout;
+use crate::guest::regs::bits;
+use crate::hardware::Hardware;
+
+impl<H: Hardware> Core<H> {
+    /// Lets the loaded guest's live counters count: K := hwK, only if it is not 0 and differs.
+    pub fn resume(&mut self, g: &mut GuestPmu) -> Result<(), SwitchError> {
+        if !self.is_loaded(g) {
+            return Err(SwitchError::NotLoaded(g.id.0));
+        }
+        if !self.clean {
+            self.reload(g)?;
+        }
+        if let Some(loaded) = &mut self.loaded {
+            loaded.entered = true;
+        }
+        if !g.live.any() {
+            return Ok(());
+        }
+        self.guarded(|_| true, |core| core.open(g))
+    }
+
+    pub(super) fn open(&mut self, g: &GuestPmu) -> Result<(), SwitchError> {
+        let owed = self.loaded.as_mut().map(|l| std::mem::take(&mut l.owed)).unwrap_or_default();
+        for i in bits(owed.gp & g.live.gp) {
+            self.write_gp(i, self.hw_gp(g, i))?;
+        }
+        for i in bits(owed.fixed & g.live.fixed) {
+            self.write_fixed(i, self.hw_fixed(g, i))?;
+        }
+        if self.host.has_global() {
+            if self.control != Some(g.live.control) {
+                self.write_control(g.live.control)?;
+            }
+        } else {
+            // Without a global control the selectors are the switch (switch.md section 4).
+            self.control = None;
+            for i in bits(g.live.gp) {
+                let want = self.hw_selector(g, i);
+                if self.known.sel[i as usize] != want {
+                    self.write_sel(i, want)?;
+                }
+            }
+            self.control = Some(g.live.control);
+        }
+        self.ran.gp |= g.live.gp;
+        self.ran.fixed |= g.live.fixed;
+        self.status_fresh = false;
+        Ok(())
+    }
+
+    /// Stops the loaded guest's counters: K := 0, only if it is not 0; then one RDMSR of the overflow status if a live
+    /// counter has its PMI enable set. See [`GuestPmu::pmi_raised`].
+    pub fn pause(&mut self, g: &mut GuestPmu) -> Result<(), SwitchError> {
+        if !self.is_loaded(g) {
+            return Err(SwitchError::NotLoaded(g.id.0));
+        }
+        if let Some(loaded) = &mut self.loaded {
+            loaded.entered = false;
+        }
+        self.guarded(|_| false, |core| core.close(g))
+    }
+
+    /// K := 0 and the status read of an armed PMI; the guest may be re-entered by `open`.
+    pub(super) fn close(&mut self, g: &mut GuestPmu) -> Result<(), SwitchError> {
+        self.quiesce()?;
+        if g.live.armed == 0 || self.status_fresh {
+            return Ok(());
+        }
+        if self.host.has_global() {
+            let status = self.take_status()? & g.shape.counter_bits();
+            g.note_overflow(status);
+            // A counter narrower than the hardware's has lost the ones above its width with the wrap.
+            let narrow = g.shape.gp_width < self.host.gp_width || g.shape.fixed_width < self.host.fixed_width;
+            if narrow && status != 0 {
+                let wrapped = Ran { gp: status & 0xFFFF_FFFF, fixed: status >> 32 & 0xFFFF };
+                self.read_while_paused(g, wrapped)?;
+                self.owe(wrapped);
+            }
+        } else {
+            // No status register: a wrap of an armed counter shows in its value only.
+            let armed = Ran { gp: self.ran.gp & g.live.armed, fixed: 0 };
+            let mut readout = Readout::default();
+            self.read_counters(armed, &mut readout)?;
+            self.ran.gp &= !armed.gp;
+            readout.status = std::mem::take(&mut self.wrapped);
+            g.commit(&readout);
+        }
+        self.status_fresh = true;
+        Ok(())
+    }
+
+    /// K := 0, only if it is not known to be 0; without a global control the live selectors := 0.
+    pub(super) fn quiesce(&mut self) -> Result<(), SwitchError> {
+        if self.control != Some(0) {
+            if self.host.has_global() {
+                self.write_control(0)?;
+            } else {
+                for i in bits(self.host.gp) {
+                    if self.known.sel[i as usize] != 0 {
+                        self.write_sel(i, 0)?;
+                    }
+                }
+                self.control = Some(0);
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the next resume write these counters from the image.
+    pub(super) fn owe(&mut self, which: Ran) {
+        if let Some(loaded) = &mut self.loaded {
+            loaded.owed.gp |= which.gp;
+            loaded.owed.fixed |= which.fixed;
+        }
+    }
+
+    /// One RDMSR of the overflow status and, if it is not 0, one RESET. The bits are never inferred.
+    pub(super) fn take_status(&mut self) -> Result<u64, SwitchError> {
+        let status = self.rdmsr(self.host.status_msr())?;
+        if status != 0 {
+            self.wrmsr(self.host.status_reset_msr(), status)?;
+        }
+        self.status_fresh = true;
+        self.wrapped = 0;
+        Ok(status)
+    }
+}
