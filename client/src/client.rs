@@ -16,6 +16,9 @@ use vpmu_proto::longrunning::operations_client::OperationsClient;
 /// Deadline of one unary call unless [`Client::with_call_deadline`] says otherwise.
 pub const DEFAULT_CALL_DEADLINE: Duration = Duration::from_secs(30);
 
+/// Time between two pings, and for the answer to one.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
 /// Largest answer that is accepted, in bytes: a migration's result with the PMU of 256 vCPUs fits many times over.
 const MAX_ANSWER: usize = 16 << 20;
 
@@ -48,7 +51,7 @@ impl Client {
                 Endpoint::Unix(path) => {
                     let path = path.clone();
                     // The authority of a Unix socket means nothing; HTTP/2 wants one all the same.
-                    tonic::transport::Endpoint::from_static("http://localhost")
+                    alive(tonic::transport::Endpoint::from_static("http://localhost"))
                         .connect_with_connector(tower::service_fn(move |_| {
                             let path = path.clone();
                             async move { UnixStream::connect(path).await.map(TokioIo::new) }
@@ -127,6 +130,11 @@ impl Client {
             Err(_) => Err(ClientError::Deadline { what: what.to_owned(), waited: patience }),
         }
     }
+}
+
+/// Pings while calls are open, so that a stream from a host that hangs ends with an error and not never.
+fn alive(endpoint: tonic::transport::Endpoint) -> tonic::transport::Endpoint {
+    endpoint.http2_keep_alive_interval(KEEP_ALIVE).keep_alive_timeout(KEEP_ALIVE)
 }
 
 /// A fresh id for idempotent requests.

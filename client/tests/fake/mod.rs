@@ -29,14 +29,22 @@ type Items<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 /// A running fake; it ends when this is dropped.
 pub(crate) struct FakeHost {
     directory: tempfile::TempDir,
-    task: tokio::task::JoinHandle<()>,
+    runtime: Option<tokio::runtime::Runtime>,
 }
 
 impl FakeHost {
     /// Serves on a socket in a directory of its own.
     pub(crate) fn serve() -> Self {
         let directory = tempfile::tempdir().expect("a directory");
+        // A runtime of its own, so that dropping the host ends its connections too.
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let guard = runtime.enter();
         let listener = UnixListener::bind(directory.path().join("s")).expect("a socket");
+        drop(guard);
         let script = Script(Arc::default());
         let server = tonic::transport::Server::builder()
             .add_service(VirtualMachinesServiceServer::new(script.clone()))
@@ -44,8 +52,8 @@ impl FakeHost {
             .add_service(MigrationsServiceServer::new(script.clone()))
             .add_service(OperationsServer::new(script))
             .serve_with_incoming(UnixListenerStream::new(listener));
-        let task = tokio::spawn(async move { server.await.expect("serves") });
-        Self { directory, task }
+        runtime.spawn(async move { server.await.expect("serves") });
+        Self { directory, runtime: Some(runtime) }
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -59,7 +67,9 @@ impl FakeHost {
 
 impl Drop for FakeHost {
     fn drop(&mut self) {
-        self.task.abort();
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
