@@ -6,6 +6,7 @@
 //! `guest_rdpmc`. No async, no KVM and no I/O but [`msr_device`]: any VMM can use it.
 #![forbid(unsafe_code)]
 
+pub mod compat;
 pub mod core;
 pub mod cpuid;
 pub mod filter;
