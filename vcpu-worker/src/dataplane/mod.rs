@@ -18,7 +18,9 @@
 //! **Pages of a running guest change under our feet.** In a live round each chunk is first copied to a buffer of the
 //! connection; sum and send both come from that copy, so the sum matches what is sent, and a page torn by the guest
 //! comes again with a later round, since the dirty log saw the write. In rounds of a stopped guest (`live = false`)
-//! pages go straight from guest memory with writev.
+//! pages go straight from guest memory with writev. The destination reads straight into guest memory with readv, and
+//! reads back for the sum; only in the first round, where the memory has no pages yet, it goes through a buffer, which
+//! is faster there (see `conn`).
 //!
 //! **Zero pages.** The destination's memory starts zero and is written by nobody else. In the first round pages that the
 //! memory file never allocated are skipped unread; others are looked at, and a page that is zero and was never sent

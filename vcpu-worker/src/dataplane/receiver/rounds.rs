@@ -100,7 +100,9 @@ impl Receiver<'_> {
         stand.round.frames += 1;
         if header.kind == Kind::Pages {
             stand.round.pages += u64::from(header.count);
-            return conn.recv_guest_pages(header, &stand.ranges, self.memory);
+            // In the first round no page can have been written before.
+            let receive = if header.round == 1 { Conn::recv_fresh_pages } else { Conn::recv_guest_pages };
+            return receive(conn, header, &stand.ranges, self.memory);
         }
         stand.round.zero_pages += u64::from(header.count);
         for range in &stand.ranges {
