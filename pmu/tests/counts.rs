@@ -1,7 +1,8 @@
 //! I-16: every load, resume, pause and put costs exactly what switch.md section 4 says.
 
 use pmu::{
-    Core, CpuMode, EventFilter, Events, GuestAccess, GuestId, GuestPmu, Hardware, HwError, ModelPmu, Policy, Shape,
+    Core, CpuMode, EventFilter, Events, GuestAccess, GuestId, GuestPmu, Hardware, HwError, ModelPmu, Policy,
+    Shape,
 };
 
 /// Counts accesses on their way to the model.
@@ -48,7 +49,15 @@ fn write(core: &mut Core<Counting>, g: &mut GuestPmu, msr: u32, value: u64) {
 }
 
 /// A guest with `k` general-purpose and `f` fixed counters live, each with a value.
-fn guest(core: &mut Core<Counting>, id: u64, policy: Policy, gp: u32, fixed: u32, k: u32, f: u32) -> GuestPmu {
+fn guest(
+    core: &mut Core<Counting>,
+    id: u64,
+    policy: Policy,
+    gp: u32,
+    fixed: u32,
+    k: u32,
+    f: u32,
+) -> GuestPmu {
     let shape = core.host().guest(gp, fixed).expect("subset");
     let mut g = GuestPmu::new(GuestId(id), shape, policy, EventFilter::allow_all());
     let instructions = 0x43_00C0;
@@ -65,7 +74,11 @@ fn guest(core: &mut Core<Counting>, id: u64, policy: Policy, gp: u32, fixed: u32
     if shape.has_global() {
         write(core, &mut g, shape.control_msr(), ((1 << k) - 1) | ((1 << f) - 1) << 32);
     }
-    assert_eq!(core.hardware_mut().take(), (0, 0, 0), "programming a guest that is not loaded touches no hardware");
+    assert_eq!(
+        core.hardware_mut().take(),
+        (0, 0, 0),
+        "programming a guest that is not loaded touches no hardware"
+    );
     g
 }
 
@@ -82,14 +95,22 @@ fn i16_strict_costs_the_scrub_bound() {
                 let ctrl = u32::from(f > 0);
                 for round in 0..3 {
                     core.load(&mut g).expect("load");
-                    assert_eq!(core.hardware_mut().take(), (0, 0, 2 * k + f + ctrl), "load {host} k={k} f={f} round={round}");
+                    assert_eq!(
+                        core.hardware_mut().take(),
+                        (0, 0, 2 * k + f + ctrl),
+                        "load {host} k={k} f={f} round={round}"
+                    );
                     core.resume(&mut g).expect("resume");
                     assert_eq!(core.hardware_mut().take(), (0, 0, any), "resume");
                     core.hardware_mut().model.feed(&EVENTS, CpuMode::Guest);
                     core.pause(&mut g).expect("pause");
                     assert_eq!(core.hardware_mut().take(), (0, 0, any), "pause");
                     core.put(&mut g).expect("put");
-                    assert_eq!(core.hardware_mut().take(), (k + f, 0, 2 * k + f + ctrl), "put {host} k={k} f={f}");
+                    assert_eq!(
+                        core.hardware_mut().take(),
+                        (k + f, 0, 2 * k + f + ctrl),
+                        "put {host} k={k} f={f}"
+                    );
                 }
             }
         }
@@ -153,7 +174,11 @@ fn i16_two_lazy_guests_in_turn_cost_reads_values_and_two_control_writes() {
     core.hardware_mut().model.feed(&EVENTS, CpuMode::Host);
     core.load(&mut a).expect("load");
     core.resume(&mut a).expect("resume");
-    assert_eq!(core.hardware_mut().take(), (7, 0, 1), "b's counters are read; a's values happen to equal b's");
+    assert_eq!(
+        core.hardware_mut().take(),
+        (7, 0, 1),
+        "b's counters are read; a's values happen to equal b's"
+    );
     core.hardware_mut().model.feed(&EVENTS, CpuMode::Guest);
     core.put(&mut a).expect("put");
     core.hardware_mut().take();

@@ -26,6 +26,8 @@ impl<H: Hardware> Core<H> {
         }
         if !self.clean {
             self.guarded(|_| true, Self::start_clean)?;
+            // The clean start may have read this very guest, resident since a load that failed.
+            g.absorb();
         }
         let strict = g.policy == Policy::Strict;
         let live = g.live.any();
@@ -48,6 +50,14 @@ impl<H: Hardware> Core<H> {
         }
         self.loaded = Some(Loaded { id: g.id, entered: false, owed: Ran::default() });
         Ok(())
+    }
+
+    /// Takes back a load whose resume failed: the guest is not loaded, its image is unchanged, and what the hardware
+    /// still owns of it is read by the next load.
+    pub fn abandon_load(&mut self, g: &GuestPmu) {
+        if self.is_loaded(g) {
+            self.leave_resident(g);
+        }
     }
 
     /// After a failed access left the hardware unknown under a loaded guest: reads what ran, cleans, writes again.
