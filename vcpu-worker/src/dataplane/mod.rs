@@ -42,7 +42,7 @@ pub use cancel::CancelFlag;
 pub use conn::Timeouts;
 pub use error::{DataplaneError, Result};
 pub use receiver::{Incoming, Received};
-pub use sender::{FinishStats, Outgoing, RoundStats};
+pub use sender::{FinishStats, Outgoing, RoundStats, SendProgress};
 
 /// Oldest and newest protocol that this build speaks.
 pub const PROTOCOL_VERSIONS: std::ops::RangeInclusive<u16> = 1..=1;

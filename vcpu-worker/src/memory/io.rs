@@ -2,6 +2,7 @@
 //!
 //! The kernel reads and writes the pages itself; a page that the guest changes meanwhile is sent in some mixed
 //! state, which the dirty log makes good in a later round.
+#![allow(unsafe_code)]
 
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd as _, BorrowedFd};

@@ -1,6 +1,7 @@
 //! The mapping itself: everything `unsafe` about guest memory.
 //!
 //! Invariant: `base..base+len` is mapped readable and writable from `new` to `drop`, and every access is inside it.
+#![allow(unsafe_code)]
 
 use std::ffi::CString;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};

@@ -74,7 +74,7 @@ fn zero_resident_and_discard() {
 fn vectored_both_ways() {
     let source = GuestMemory::new("s", 8 * MIB).expect("made");
     let target = GuestMemory::new("t", 8 * MIB).expect("made");
-    let bytes: Vec<u8> = (0..8 * MIB).map(|i| (i * 2_654_435_761 >> 13) as u8).collect();
+    let bytes: Vec<u8> = (0..8 * MIB).map(|i| ((i * 2_654_435_761) >> 13) as u8).collect();
     source.write_at(0, &bytes).expect("written");
     // More pieces than IOV_MAX, more bytes than a socket buffer, an empty piece, and odd lengths.
     let ranges: Vec<(u64, u64)> =

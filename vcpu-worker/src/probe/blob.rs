@@ -2,6 +2,7 @@
 //!
 //! Invariant: the code is position independent and knows the rest of the world through the constants of
 //! [`super::layout`] only; the loader copies it to [`layout::CODE`].
+#![allow(unsafe_code)]
 
 use std::arch::global_asm;
 

@@ -1,0 +1,219 @@
+//! The host cores that virtual machines may use: one PMU and one token a core.
+//!
+//! Whoever has something live on a core holds its token from `load` to `put` (switch.md section 1). Tokens are given in
+//! the order of asking; the first in the queue kicks the holder once its slice of [`SLICE`] is up, and kicks again
+//! every slice, so that a holder which was just about to enter the guest cannot keep it. A guest with nothing live
+//! neither holds nor asks.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pmu::{Core, ModelPmu, Shape};
+
+use crate::hypervisor::Kick;
+
+/// How long a holder may keep a core that somebody waits for.
+pub const SLICE: Duration = Duration::from_millis(2);
+
+/// The cores of one process, shared by all its virtual machines.
+pub struct HostCores {
+    shape: Shape,
+    slots: BTreeMap<u32, Arc<CoreSlot>>,
+}
+
+impl std::fmt::Debug for HostCores {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostCores")
+            .field("shape", &self.shape.to_string())
+            .field("cores", &self.slots.keys())
+            .finish()
+    }
+}
+
+impl HostCores {
+    /// One model PMU of `shape` for each of `cores` (host CPU numbers; duplicates count once).
+    pub fn new(shape: Shape, cores: &[u32]) -> Self {
+        let slots = cores.iter().map(|id| (*id, Arc::new(CoreSlot::new(*id, &shape)))).collect();
+        Self { shape, slots }
+    }
+
+    /// The host's PMU.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// Host CPU numbers, ascending.
+    pub fn ids(&self) -> Vec<u32> {
+        self.slots.keys().copied().collect()
+    }
+
+    /// One core.
+    pub fn slot(&self, id: u32) -> Option<Arc<CoreSlot>> {
+        self.slots.get(&id).cloned()
+    }
+}
+
+/// One host core.
+pub struct CoreSlot {
+    id: u32,
+    pmu: Mutex<Core<ModelPmu>>,
+    turn: Mutex<Turn>,
+    freed: Condvar,
+    waiting: AtomicU32,
+}
+
+/// Who has the token and who is next.
+struct Turn {
+    next_ticket: u64,
+    serving: u64,
+    holder: Option<(Instant, Arc<dyn Kick>)>,
+}
+
+impl CoreSlot {
+    fn new(id: u32, shape: &Shape) -> Self {
+        Self {
+            id,
+            pmu: Mutex::new(Core::new(ModelPmu::new(*shape), *shape)),
+            turn: Mutex::new(Turn { next_ticket: 0, serving: 0, holder: None }),
+            freed: Condvar::new(),
+            waiting: AtomicU32::new(0),
+        }
+    }
+
+    /// Host CPU number.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Waits for the token: at most about one slice for each vCPU that asked before. `kick` is how later askers get
+    /// this holder out of the guest.
+    pub fn acquire(self: &Arc<Self>, kick: &Arc<dyn Kick>) -> Token {
+        let mut turn = lock(&self.turn);
+        let ticket = turn.next_ticket;
+        turn.next_ticket += 1;
+        if turn.serving != ticket {
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+            while turn.serving != ticket {
+                let first = turn.serving + 1 == ticket;
+                let wait = match &turn.holder {
+                    Some((since, holder)) if first => {
+                        let left = SLICE.saturating_sub(since.elapsed());
+                        if left.is_zero() {
+                            holder.kick();
+                            SLICE
+                        } else {
+                            left
+                        }
+                    }
+                    // The holder is between two tokens, or somebody else does the kicking.
+                    _ => SLICE,
+                };
+                turn = self.freed.wait_timeout(turn, wait).unwrap_or_else(PoisonError::into_inner).0;
+            }
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
+        }
+        let since = Instant::now();
+        turn.holder = Some((since, Arc::clone(kick)));
+        drop(turn);
+        Token { slot: Arc::clone(self), since }
+    }
+
+    /// Vcpus that wait for the token.
+    pub fn waiting(&self) -> u32 {
+        self.waiting.load(Ordering::SeqCst)
+    }
+}
+
+/// The right to use a core's PMU; dropping it passes it on.
+pub struct Token {
+    slot: Arc<CoreSlot>,
+    since: Instant,
+}
+
+impl Token {
+    /// The core's PMU.
+    pub fn core(&self) -> MutexGuard<'_, Core<ModelPmu>> {
+        lock(&self.slot.pmu)
+    }
+
+    /// Whether it should be passed on now: somebody waits and the slice is up.
+    pub fn wanted(&self) -> bool {
+        self.slot.waiting() > 0 && self.since.elapsed() >= SLICE
+    }
+
+    /// Whether somebody waits at all.
+    pub fn contended(&self) -> bool {
+        self.slot.waiting() > 0
+    }
+}
+
+impl Drop for Token {
+    fn drop(&mut self) {
+        let mut turn = lock(&self.slot.turn);
+        turn.serving += 1;
+        turn.holder = None;
+        drop(turn);
+        self.slot.freed.notify_all();
+    }
+}
+
+/// A panic of another vCPU thread ends that VM, not the others on its core: the switcher itself treats a core that it
+/// does not fully know as unknown and cleans it first.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicU64};
+
+    struct Flag(AtomicBool);
+    impl Kick for Flag {
+        fn kick(&self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    fn cores() -> HostCores {
+        HostCores::new("intel:v5:8+4:48".parse().unwrap(), &[0, 1])
+    }
+
+    #[test]
+    fn a_waiter_kicks_the_holder_and_everybody_gets_a_turn() {
+        let slot = cores().slot(0).unwrap();
+        let inside = Arc::new(AtomicU64::new(0));
+        let threads: Vec<_> = (0..4)
+            .map(|_| {
+                let (slot, inside) = (Arc::clone(&slot), Arc::clone(&inside));
+                std::thread::spawn(move || {
+                    let flag = Arc::new(Flag(AtomicBool::new(false)));
+                    let kick: Arc<dyn Kick> = flag.clone();
+                    for _ in 0..5 {
+                        let token = slot.acquire(&kick);
+                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two holders");
+                        // "Runs the guest" until kicked or, with nobody waiting, for a moment.
+                        let begin = Instant::now();
+                        while !flag.0.swap(false, Ordering::SeqCst) && begin.elapsed() < SLICE * 3 {
+                            std::hint::spin_loop();
+                        }
+                        assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1);
+                        drop(token);
+                    }
+                })
+            })
+            .collect();
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_eq!(slot.waiting(), 0);
+    }
+
+    #[test]
+    fn unknown_cores_are_not_there() {
+        assert!(cores().slot(2).is_none());
+        assert_eq!(cores().ids(), vec![0, 1]);
+    }
+}

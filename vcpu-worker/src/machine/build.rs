@@ -1,0 +1,293 @@
+//! Builds a machine from a request: first a plan that checks everything, then the objects.
+//!
+//! Nothing is made before the whole request is known to be good; what fails later (memory, KVM, the kernel file) takes
+//! everything made so far with it.
+
+use std::sync::Arc;
+
+use pmu::cpuid::GuestLeaves;
+use pmu::{EventFilter, GuestId, GuestPmu, Policy, Rates, Shape, Vendor};
+use vpmu_proto::api;
+use vpmu_proto::api::virtual_machine_spec::Boot;
+use vpmu_proto::worker::CreateVmRequest;
+
+use super::{Lifecycle, Machine, gather};
+use crate::boot::BootError;
+use crate::console::Console;
+use crate::cores::{CoreSlot, HostCores};
+use crate::devices::Devices;
+use crate::error::WorkerError;
+use crate::grant::RunRight;
+use crate::hypervisor::kvm::{CpuidPmu, KvmOptions, KvmVm};
+use crate::hypervisor::{HvError, InitialRegs, Vm};
+use crate::memory::GuestMemory;
+use crate::probe::{ProbeConfig, ProbePmu};
+use crate::vcpu::request::LoadFrom;
+use crate::vcpu::{Listener, VcpuHandle, VcpuSetup};
+
+/// vCPUs of one machine.
+const MAX_VCPUS: u32 = 256;
+/// Guest memory comes in these.
+const MEMORY_UNIT: u64 = 2 << 20;
+
+/// Architectural events that the model counts: cycles, instructions, reference cycles (bits of CPUID.0AH:EBX).
+const COUNTED_EVENTS: u32 = 0b111;
+
+/// Which hypervisor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Kvm,
+    Simulated,
+}
+
+/// What is not in the request.
+pub struct BuildOptions {
+    /// The worker's right to run.
+    pub right: Arc<RunRight>,
+    /// Event rates of the model.
+    pub rates: Rates,
+}
+
+/// A request that was checked.
+pub struct Plan {
+    name: String,
+    vcpus: u32,
+    memory_bytes: u64,
+    boot: Boot,
+    kind: Kind,
+    slots: Vec<Arc<CoreSlot>>,
+    shape: Option<Shape>,
+    policy: Policy,
+    /// The guest sees the PMU in CPUID.
+    exposed: bool,
+    incoming: bool,
+    warnings: Vec<String>,
+}
+
+impl Plan {
+    /// Checks a request against the host.
+    pub fn new(request: &CreateVmRequest, cores: &HostCores) -> Result<Self, WorkerError> {
+        let spec = request
+            .spec
+            .as_ref()
+            .ok_or_else(|| WorkerError::invalid("spec", "missing", "say what to build"))?;
+        if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
+            return Err(WorkerError::invalid("spec.vcpus", spec.vcpus, "give 1 to 256"));
+        }
+        if spec.memory_bytes == 0 || spec.memory_bytes % MEMORY_UNIT != 0 {
+            let remedy = "give a multiple of 2 MiB, at least 2 MiB";
+            return Err(WorkerError::invalid("spec.memory_bytes", spec.memory_bytes, remedy));
+        }
+        let kind = match request.hypervisor.as_str() {
+            "kvm" => Kind::Kvm,
+            "simulated" => Kind::Simulated,
+            other => return Err(WorkerError::invalid("hypervisor", other, "give kvm or simulated")),
+        };
+        if request.pmu_mode != "model" {
+            let remedy = "this worker offers model: counts are modelled from the thread's CPU time";
+            return Err(WorkerError::invalid("pmu_mode", &request.pmu_mode, remedy));
+        }
+        let model = &request.model_pmu;
+        if !model.is_empty() && *model != cores.shape().to_string() {
+            let remedy = format!("the cores of this host carry {}", cores.shape());
+            return Err(WorkerError::invalid("model_pmu", model, remedy));
+        }
+        let boot = spec
+            .boot
+            .clone()
+            .ok_or_else(|| WorkerError::invalid("spec.boot", "missing", "give probe or kernel"))?;
+        if kind == Kind::Simulated && !matches!(boot, Boot::Probe(_)) {
+            let remedy = "the simulated hypervisor runs the probe guest only";
+            return Err(WorkerError::invalid("spec.kernel", "set", remedy));
+        }
+        let pmu = spec.pmu.unwrap_or_default();
+        let shape = guest_shape(&pmu, cores.shape())?;
+        let mut warnings = Vec::new();
+        let exposed = shape.is_some() && (matches!(boot, Boot::Probe(_)) || pmu.expose_without_rdpmc);
+        if shape.is_some() && !matches!(boot, Boot::Probe(_)) {
+            warnings.push(
+                if pmu.expose_without_rdpmc {
+                    "CPUID shows the PMU, and RDPMC faults in this guest: Linux's perf driver will oops or panic"
+                } else {
+                    "CPUID hides the PMU from this guest, because RDPMC cannot be passed on in model mode"
+                }
+                .to_owned(),
+            );
+        }
+        let policy = match pmu.switch_policy() {
+            api::pmu_spec::SwitchPolicy::Lazy => Policy::Lazy,
+            _ => Policy::Strict,
+        };
+        Ok(Self {
+            name: request.vm_name.clone(),
+            vcpus: spec.vcpus,
+            memory_bytes: spec.memory_bytes,
+            boot,
+            kind,
+            slots: slots(request, spec.vcpus, cores)?,
+            shape,
+            policy,
+            exposed,
+            incoming: request.incoming,
+            warnings,
+        })
+    }
+}
+
+fn slots(
+    request: &CreateVmRequest,
+    vcpus: u32,
+    cores: &HostCores,
+) -> Result<Vec<Arc<CoreSlot>>, WorkerError> {
+    if request.vcpu_cores.len() != vcpus as usize {
+        let remedy = format!("give one core for each of the {vcpus} vCPUs");
+        return Err(WorkerError::invalid(
+            "vcpu_cores",
+            format!("{} entries", request.vcpu_cores.len()),
+            remedy,
+        ));
+    }
+    (0u32..)
+        .zip(&request.vcpu_cores)
+        .map(|(vcpu, core)| {
+            cores.slot(*core).ok_or_else(|| WorkerError::Core { vcpu, core: *core, allowed: cores.ids() })
+        })
+        .collect()
+}
+
+fn guest_shape(pmu: &api::PmuSpec, host: &Shape) -> Result<Option<Shape>, WorkerError> {
+    if pmu.disabled {
+        return Ok(None);
+    }
+    let (gp, fixed) = match (pmu.gp_counters, pmu.fixed_counters) {
+        (0, 0) => (host.gp.count_ones(), host.fixed.count_ones()),
+        given => given,
+    };
+    host.guest(gp, fixed).map(Some).map_err(|e| {
+        WorkerError::invalid("spec.pmu", format!("{gp} GP + {fixed} fixed counters"), e.to_string())
+    })
+}
+
+/// What is loaded into each vCPU afterwards; empty for a machine that waits for a migration.
+pub type Loads = Vec<InitialRegs>;
+
+/// Builds it. Blocks: memory, ioctls, files, threads.
+pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<String>), WorkerError> {
+    let memory =
+        GuestMemory::new(&plan.name, plan.memory_bytes).map_err(|e| WorkerError::Memory(e.to_string()))?;
+    let loads = if plan.incoming { Vec::new() } else { boot(&plan, &memory)? };
+    let cpuid = plan.shape.as_ref().filter(|_| plan.exposed).map(cpuid_pmu).transpose()?;
+    let vm: Arc<dyn Vm> = match plan.kind {
+        Kind::Kvm => KvmVm::new(
+            memory.clone(),
+            KvmOptions { vcpus: plan.vcpus, filter_pmu_msrs: true, guest_pmu_cpuid: cpuid },
+        )?,
+        Kind::Simulated => {
+            return Err(WorkerError::Hypervisor(HvError::Unsupported {
+                what: "the simulated hypervisor in this build",
+                remedy: "use kvm".to_owned(),
+            }));
+        }
+    };
+    let console = Arc::new(Console::default());
+    let devices = Arc::new(Devices::new(Arc::clone(&vm), Arc::clone(&console)));
+    let lifecycle = Arc::new(Lifecycle::new());
+    let mut vcpus = Vec::with_capacity(plan.slots.len());
+    for (index, slot) in (0u32..).zip(plan.slots) {
+        let listener: Arc<dyn Listener> = lifecycle.clone();
+        let pmu = plan
+            .shape
+            .map(|shape| GuestPmu::new(next_guest_id(), shape, plan.policy, EventFilter::allow_all()));
+        vcpus.push(VcpuHandle::spawn(VcpuSetup {
+            index,
+            vm_name: plan.name.clone(),
+            vm: Arc::clone(&vm),
+            devices: Arc::clone(&devices),
+            slot,
+            pmu,
+            rates: options.rates,
+            right: Arc::clone(&options.right),
+            listener,
+        })?);
+    }
+    lifecycle.know(vcpus.iter().map(VcpuHandle::link).collect());
+    let machine = Machine {
+        name: plan.name,
+        vm,
+        memory,
+        devices,
+        console,
+        lifecycle,
+        shape: plan.shape,
+        probe: matches!(plan.boot, Boot::Probe(_)),
+        incoming: plan.incoming,
+        vcpus,
+    };
+    Ok((machine, loads, plan.warnings))
+}
+
+impl Machine {
+    /// Sets the start state of the vCPUs; those without one wait to be started by the guest.
+    pub async fn load(&self, loads: Loads) -> Result<(), WorkerError> {
+        let answers = self
+            .vcpus
+            .iter()
+            .zip(loads)
+            .map(|(vcpu, regs)| vcpu.load(LoadFrom::Initial(Box::new(regs))))
+            .collect();
+        gather("setting the start state", answers).await.map(drop)
+    }
+}
+
+fn boot(plan: &Plan, memory: &GuestMemory) -> Result<Loads, WorkerError> {
+    match &plan.boot {
+        Boot::Probe(probe) => {
+            let pmu = plan.shape.as_ref().map(probe_pmu);
+            let config = ProbeConfig::from_boot(probe, plan.vcpus, plan.memory_bytes, tsc_khz(), pmu);
+            crate::probe::load(memory, &config).map_err(|e| boot_error(&e))
+        }
+        Boot::Kernel(kernel) => Ok(vec![crate::boot::load(memory, kernel).map_err(|e| boot_error(&e))?]),
+    }
+}
+
+pub(super) fn boot_error(error: &BootError) -> WorkerError {
+    WorkerError::Boot { reason: error.reason(), message: error.to_string() }
+}
+
+fn probe_pmu(shape: &Shape) -> ProbePmu {
+    ProbePmu {
+        amd: shape.vendor == Vendor::Amd,
+        version: shape.version,
+        gp: shape.gp,
+        fixed: shape.fixed,
+        gp_width: shape.gp_width,
+        fixed_width: shape.fixed_width,
+        full_width_writes: shape.perf_capabilities & (1 << 13) != 0,
+    }
+}
+
+/// CPUID's PMU leaves for a shape.
+fn cpuid_pmu(shape: &Shape) -> Result<CpuidPmu, WorkerError> {
+    let leaves = GuestLeaves::of(shape, COUNTED_EVENTS)
+        .map_err(|e| WorkerError::invalid("spec.pmu", shape, e.to_string()))?;
+    let words = |l: pmu::cpuid::Leaf| [l.eax, l.ebx, l.ecx, l.edx];
+    Ok(CpuidPmu {
+        leaf_a: words(leaves.perfmon),
+        leaf_8000_0022: words(leaves.amd_perfmon),
+        perf_ctr_ext_core: leaves.amd_ext_core,
+        pdcm: leaves.pdcm,
+    })
+}
+
+/// The host's TSC frequency, asked once.
+fn tsc_khz() -> u64 {
+    static KHZ: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+    *KHZ.get_or_init(|| u64::from(crate::host::probe().tsc_khz))
+}
+
+/// Ids of guest PMUs are never used twice in a process: a core knows its resident by it.
+fn next_guest_id() -> GuestId {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    GuestId(NEXT.fetch_add(1, Ordering::Relaxed))
+}

@@ -1,0 +1,183 @@
+//! The destination's end.
+//!
+//! ```text
+//! Receiving ──all arrived, state set──▶ Ready ──grant──▶ Entered
+//!     └──error, cancel──▶ Failed
+//! ```
+//!
+//! Ready is a promise: from there on only the owner ends it. A failure leaves memory and vCPUs in an unknown state, so
+//! nothing runs and the worker is shut down.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use prost::Message as _;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use vpmu_proto::worker::{IncomingProgress, VmState};
+
+use super::{Thread, failed};
+use crate::dataplane::{CancelFlag, DataAddress, Incoming, Received, SessionId};
+use crate::error::WorkerError;
+use crate::machine::Machine;
+
+/// Where a destination is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Memory arrives.
+    Receiving,
+    /// Complete; only the grant is missing.
+    Ready,
+    /// Granted: the copy is the VM.
+    Entered,
+    /// It failed.
+    Failed,
+}
+
+/// What watchers see.
+#[derive(Debug, Clone)]
+pub enum IncomingState {
+    /// Memory arrives.
+    Receiving,
+    /// Complete, and whether it was granted since.
+    Ready(IncomingProgress, bool),
+    /// Failed.
+    Failed(Arc<WorkerError>),
+}
+
+/// One migration at its destination.
+pub struct IncomingMigration {
+    id: String,
+    cancel: CancelFlag,
+    bytes: Arc<AtomicU64>,
+    state: watch::Sender<IncomingState>,
+    thread: Thread,
+}
+
+impl IncomingMigration {
+    /// Opens the listener and starts receiving; returns the listener's address. Blocks for a moment: not for a
+    /// runtime's worker thread.
+    pub fn start(
+        id: &str,
+        session: SessionId,
+        listen: &DataAddress,
+        connections: u16,
+        machine: Arc<Machine>,
+        runtime: Handle,
+    ) -> Result<(Arc<Self>, String), WorkerError> {
+        let incoming = Incoming::bind(listen, session, connections, machine.memory().clone())
+            .map_err(|e| failed(id, &e))?;
+        let address = incoming.local_address().map_err(|e| failed(id, &e))?.to_string();
+        let cancel = CancelFlag::new();
+        let bytes = Arc::new(AtomicU64::new(0));
+        let state = watch::Sender::new(IncomingState::Receiving);
+        let thread = Thread::spawn("vpmud-in", {
+            let (id, cancel, bytes, state) =
+                (id.to_owned(), cancel.clone(), Arc::clone(&bytes), state.clone());
+            move || {
+                let end = match receive(&id, incoming, cancel, &bytes, &machine, &runtime) {
+                    Ok(ready) => IncomingState::Ready(ready, false),
+                    Err(error) => {
+                        tracing::warn!(migration = id, %error, "incoming migration failed");
+                        IncomingState::Failed(Arc::new(error))
+                    }
+                };
+                state.send_replace(end);
+            }
+        })?;
+        Ok((Arc::new(Self { id: id.to_owned(), cancel, bytes, state, thread }), address))
+    }
+
+    /// Migration id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Where it is.
+    pub fn phase(&self) -> Phase {
+        match &*self.state.borrow() {
+            IncomingState::Receiving => Phase::Receiving,
+            IncomingState::Ready(_, false) => Phase::Ready,
+            IncomingState::Ready(_, true) => Phase::Entered,
+            IncomingState::Failed(_) => Phase::Failed,
+        }
+    }
+
+    /// Bytes received so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Follows it.
+    pub fn watch(&self) -> watch::Receiver<IncomingState> {
+        self.state.subscribe()
+    }
+
+    /// A grant has come; returns whether it was the first.
+    pub fn enter(&self) -> bool {
+        self.state.send_if_modified(|state| match state {
+            IncomingState::Ready(_, entered) if !*entered => {
+                *entered = true;
+                true
+            }
+            _ => false,
+        })
+    }
+
+    /// Gives up receiving; does nothing to a complete copy.
+    pub fn cancel(&self) {
+        self.cancel.cancel();
+    }
+
+    /// Waits for its thread.
+    pub async fn joined(&self) {
+        self.thread.joined().await;
+    }
+}
+
+fn receive(
+    id: &str,
+    incoming: Incoming,
+    cancel: CancelFlag,
+    bytes: &AtomicU64,
+    machine: &Arc<Machine>,
+    runtime: &Handle,
+) -> Result<IncomingProgress, WorkerError> {
+    let mut received = incoming.run(cancel, bytes).map_err(|e| failed(id, &e))?;
+    let begin = Instant::now();
+    let pmu = match set(&received, machine, runtime) {
+        Ok(pmu) => pmu,
+        Err(error) => {
+            received.reject(&error.to_string());
+            return Err(error);
+        }
+    };
+    let restore_us = micros(begin.elapsed());
+    // The state stays set if this is lost: the control planes decide over their own connection.
+    if let Err(error) = received.acknowledge() {
+        tracing::warn!(migration = id, %error, "the source was not told that the state is set");
+    }
+    Ok(IncomingProgress {
+        bytes_received: received.bytes,
+        ready: true,
+        state_digest: received.digest.to_vec(),
+        pmu,
+        restore_us,
+    })
+}
+
+fn set(
+    received: &Received,
+    machine: &Arc<Machine>,
+    runtime: &Handle,
+) -> Result<Vec<vpmu_proto::worker::PmuImage>, WorkerError> {
+    let state = VmState::decode(received.state.as_slice())
+        .map_err(|e| WorkerError::BadState { field: "VmState", problem: e.to_string() })?;
+    runtime.block_on(machine.restore(state))
+}
+
+/// Microseconds, as figures are reported.
+pub(super) fn micros(d: std::time::Duration) -> u64 {
+    u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,281 @@
+//! The source's end: rounds of pre-copy until told to finish or to stop.
+//!
+//! ```text
+//! connect ─▶ dirty log on ─▶ round 1 (every allocated page) ─▶ round n (what was dirtied meanwhile) ─┐
+//!                                  ▲                                                              │ policy: next,
+//!                                  └──────────────────────────────────────────────────────────────┘ converged, give up
+//! converged: the same, but waits between rounds for Finish or Cancel      Finish ─▶ see `finish`
+//! ```
+//!
+//! Invariants: the dirty log is on from before the first page is read, and off when the thread ends; a page that was
+//! taken from the log is sent, or the migration fails, and the next one begins with a full copy again. Failure and
+//! cancel leave the machine as it is: running, if it was not sealed.
+
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+use tokio::sync::{oneshot, watch};
+use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutProgress};
+
+use super::{Thread, failed, finish};
+use crate::bitmap::PageBitmap;
+use crate::dataplane::precopy::{Decision, Goals, Policy, Prediction, Round};
+use crate::dataplane::{CancelFlag, DataAddress, Outgoing, SendProgress, SessionId};
+use crate::error::WorkerError;
+use crate::hypervisor::Vm;
+use crate::machine::Machine;
+
+/// Bound on opening the data connections.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// How long a converged migration waits before it copies again.
+const PAUSE_BETWEEN_ROUNDS: Duration = Duration::from_millis(20);
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+
+/// What is to be moved where.
+pub struct Source {
+    /// The machine.
+    pub machine: Arc<Machine>,
+    /// Migration, attempt, secret.
+    pub session: SessionId,
+    /// The destination's listener.
+    pub address: DataAddress,
+    /// Data connections.
+    pub connections: u16,
+    /// When to stop.
+    pub goals: Goals,
+    /// Bytes a second; 0 for no bound.
+    pub bandwidth: u64,
+    /// Seals the worker at an epoch.
+    pub seal: Box<dyn Fn(u64) + Send>,
+    /// For talking to vCPU threads.
+    pub runtime: Handle,
+}
+
+/// What watchers see.
+#[derive(Debug, Clone)]
+pub enum OutgoingState {
+    /// Copying; the last report.
+    Copying(MigrateOutProgress),
+    /// The destination has everything.
+    Finished,
+    /// Failed or cancelled.
+    Failed(Arc<WorkerError>),
+}
+
+/// The order to finish.
+pub(super) struct FinishOrder {
+    /// Epoch to seal.
+    pub(super) epoch: u64,
+    /// Where the answer goes.
+    pub(super) reply: oneshot::Sender<Result<FinishMigrationResponse, WorkerError>>,
+}
+
+/// One migration at its source.
+pub struct OutgoingMigration {
+    id: String,
+    cancel: CancelFlag,
+    orders: Mutex<Sender<FinishOrder>>,
+    state: watch::Sender<OutgoingState>,
+    sending: Arc<OnceLock<Arc<SendProgress>>>,
+    thread: Thread,
+}
+
+impl OutgoingMigration {
+    /// Starts it.
+    pub fn start(id: &str, source: Source) -> Result<Arc<Self>, WorkerError> {
+        let cancel = CancelFlag::new();
+        let (orders, taken) = channel();
+        let memory_bytes = source.machine.memory().bytes();
+        let state = watch::Sender::new(OutgoingState::Copying(MigrateOutProgress {
+            memory_bytes,
+            bytes_remaining: memory_bytes,
+            ..Default::default()
+        }));
+        let sending = Arc::new(OnceLock::new());
+        let thread = Thread::spawn("vpmud-out", {
+            let driver = Driver {
+                id: id.to_owned(),
+                source,
+                cancel: cancel.clone(),
+                orders: taken,
+                state: state.clone(),
+                sending: Arc::clone(&sending),
+            };
+            let (id, state) = (id.to_owned(), state.clone());
+            move || {
+                let end = match driver.run() {
+                    Ok(()) => OutgoingState::Finished,
+                    Err(error) => {
+                        tracing::info!(migration = id, %error, "outgoing migration ended");
+                        OutgoingState::Failed(Arc::new(error))
+                    }
+                };
+                state.send_replace(end);
+            }
+        })?;
+        Ok(Arc::new(Self { id: id.to_owned(), cancel, orders: Mutex::new(orders), state, sending, thread }))
+    }
+
+    /// Migration id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Follows it.
+    pub fn watch(&self) -> watch::Receiver<OutgoingState> {
+        self.state.subscribe()
+    }
+
+    /// The last report, with the numbers of the round that is under way.
+    pub fn progress(&self, last: &MigrateOutProgress) -> MigrateOutProgress {
+        let mut progress = *last;
+        if let Some(sending) = self.sending.get() {
+            let left = sending
+                .round_pages
+                .load(Ordering::Relaxed)
+                .saturating_sub(sending.round_done.load(Ordering::Relaxed));
+            progress.bytes_sent = progress.bytes_sent.max(sending.bytes.load(Ordering::Relaxed));
+            if left > 0 {
+                progress.bytes_remaining = left.saturating_mul(PAGE);
+            }
+        }
+        progress
+    }
+
+    /// Whether its thread has ended.
+    pub fn is_ended(&self) -> bool {
+        self.thread.is_ended()
+    }
+
+    /// Stops the machine, seals it at `epoch`, sends the rest and waits until the destination has set it.
+    pub async fn finish(&self, epoch: u64) -> Result<FinishMigrationResponse, WorkerError> {
+        let (reply, answer) = oneshot::channel();
+        let sent = {
+            let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+            orders.send(FinishOrder { epoch, reply }).is_ok()
+        };
+        let gone = || WorkerError::Migration {
+            id: self.id.clone(),
+            reason: "MIGRATION_ENDED",
+            message: match &*self.state.borrow() {
+                OutgoingState::Failed(error) => format!("it has ended: {error}"),
+                _ => "it has ended".to_owned(),
+            },
+        };
+        if !sent {
+            return Err(gone());
+        }
+        answer.await.unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// Gives up; the machine goes on if it was not sealed.
+    pub fn cancel(&self) {
+        self.cancel.cancel();
+    }
+
+    /// Waits for its thread.
+    pub async fn joined(&self) {
+        self.thread.joined().await;
+    }
+}
+
+/// Ends dirty tracking when the thread is done, however that happens.
+struct Tracking<'a>(&'a dyn Vm);
+
+impl Drop for Tracking<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.stop_dirty_tracking() {
+            tracing::warn!(%error, "dirty tracking could not be ended");
+        }
+    }
+}
+
+struct Driver {
+    id: String,
+    source: Source,
+    cancel: CancelFlag,
+    orders: Receiver<FinishOrder>,
+    state: watch::Sender<OutgoingState>,
+    sending: Arc<OnceLock<Arc<SendProgress>>>,
+}
+
+impl Driver {
+    fn run(self) -> Result<(), WorkerError> {
+        let Source { machine, session, address, connections, bandwidth, goals, .. } = &self.source;
+        let memory = machine.memory().clone();
+        let cancel = self.cancel.clone();
+        let mut out =
+            Outgoing::connect(address, session, *connections, memory.clone(), *bandwidth, cancel, CONNECT)
+                .map_err(|e| failed(&self.id, &e))?;
+        // Set once, here.
+        drop(self.sending.set(out.progress()));
+        let vm = machine.vm().as_ref();
+        vm.start_dirty_tracking()?;
+        let tracking = Tracking(vm);
+        let begin = Instant::now();
+        let mut policy = Policy::new(*goals);
+        let mut pages = PageBitmap::new(memory.pages());
+        pages.set_range(0, memory.pages());
+        let order = loop {
+            let round = out.rounds() + 1;
+            let stats = out.send_round(round, &pages, true).map_err(|e| failed(&self.id, &e))?;
+            pages.clear_all();
+            vm.collect_dirty(&mut pages)?;
+            let done = Round { bytes_sent: stats.bytes, elapsed: stats.elapsed, dirty_pages: pages.count() };
+            let verdict = policy.step(done, begin.elapsed());
+            let converged = verdict.decision == Decision::Converged;
+            tracing::debug!(migration = self.id, round, why = verdict.why, "pre-copy round");
+            self.report(&out, &verdict.prediction, round, converged);
+            let wait = match verdict.decision {
+                Decision::NextRound { .. } => Duration::ZERO,
+                Decision::Converged => PAUSE_BETWEEN_ROUNDS,
+                Decision::GiveUp(reason) => {
+                    out.abort();
+                    let reason = reason.reason();
+                    return Err(WorkerError::Migration { id: self.id.clone(), reason, message: verdict.why });
+                }
+            };
+            match self.orders.recv_timeout(wait) {
+                Ok(order) => break order,
+                Err(RecvTimeoutError::Timeout) if !self.cancel.is_cancelled() => {}
+                Err(_) => {
+                    out.abort();
+                    return Err(WorkerError::Cancelled { what: "the migration" });
+                }
+            }
+            if converged {
+                // What was dirtied while waiting belongs to the coming round, not to the rate measured during it.
+                vm.collect_dirty(&mut pages)?;
+            }
+        };
+        let result = finish::finish(&self.id, &self.source, &mut out, pages, order.epoch);
+        // The answer is what the handover waits for; ending the log can wait for it.
+        let end = result.as_ref().map(drop).map_err(|error| WorkerError::Migration {
+            id: self.id.clone(),
+            reason: error.reason(),
+            message: error.to_string(),
+        });
+        drop(order.reply.send(result));
+        drop(tracking);
+        end
+    }
+
+    fn report(&self, out: &Outgoing, prediction: &Prediction, round: u32, converged: bool) {
+        self.state.send_replace(OutgoingState::Copying(MigrateOutProgress {
+            round,
+            bytes_sent: out.bytes(),
+            bytes_remaining: prediction.remaining_bytes,
+            bytes_per_second: prediction.bytes_per_second,
+            dirty_bytes_per_second: prediction.dirty_bytes_per_second,
+            predicted_blackout_us: prediction.blackout.map_or(0, super::incoming::micros),
+            converged,
+            memory_bytes: self.source.machine.memory().bytes(),
+        }));
+    }
+}

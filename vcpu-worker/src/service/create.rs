@@ -1,0 +1,41 @@
+//! CreateVm: checks what is asked for, builds it on a blocking thread.
+
+use std::sync::Arc;
+
+use vpmu_proto::worker::{CreateVmRequest, CreateVmResponse};
+
+use super::{Inner, events};
+use crate::error::WorkerError;
+use crate::machine::build::{BuildOptions, Plan, build};
+use crate::pmu_glue::shape_to_proto;
+
+pub(super) async fn create(
+    inner: &Arc<Inner>,
+    request: CreateVmRequest,
+) -> Result<CreateVmResponse, WorkerError> {
+    let _control = inner.control.lock().await;
+    if let Some(machine) = &inner.held().machine {
+        return Err(WorkerError::Occupied { name: machine.name().to_owned() });
+    }
+    if inner.shutdown.is_cancelled() {
+        return Err(WorkerError::Cancelled { what: "creating the VM" });
+    }
+    let plan = Plan::new(&request, &inner.cores)?;
+    let options = BuildOptions { right: Arc::clone(&inner.right), rates: inner.rates };
+    let built = tokio::task::spawn_blocking(move || build(plan, &options))
+        .await
+        .map_err(|e| WorkerError::Thread { thread: "building the VM".to_owned(), problem: e.to_string() })?;
+    let (machine, loads, warnings) = built?;
+    let machine = Arc::new(machine);
+    if let Err(error) = machine.load(loads).await {
+        // The threads end before the answer goes out.
+        if let Err(stop) = machine.stop().await {
+            tracing::error!(error = %stop, "after a failed load");
+        }
+        return Err(error);
+    }
+    let pmu_shape = machine.shape().map(shape_to_proto);
+    events::follow(inner, &machine);
+    inner.held().machine = Some(machine);
+    Ok(CreateVmResponse { pmu_shape, warnings })
+}

@@ -1,0 +1,255 @@
+//! One vCPU: an OS thread of its own, pinned to a host core, driven by messages.
+//!
+//! The thread is created paused and lives until `Stop`. Others talk to it through a [`VcpuHandle`]: a bounded inbox, a
+//! kick that gets it out of the guest (hypervisor module's contract: message first, then kick; the thread clears the
+//! kick after an exit and then looks into its inbox, so none is lost), and figures that are read without stopping it.
+//! What it does with a message is the table in [`state`]; what it does in the guest is [`run`].
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use pmu::{GuestPmu, Rates};
+use vpmu_proto::worker::GuestEnd;
+
+use crate::cores::CoreSlot;
+use crate::devices::Devices;
+use crate::error::WorkerError;
+use crate::grant::RunRight;
+use crate::hypervisor::{Kick, Vm};
+
+mod counting;
+pub mod request;
+mod run;
+pub mod state;
+pub mod stats;
+
+use request::{Answer, LoadFrom, Request};
+use state::State;
+use stats::{Snapshot, Stats};
+
+/// Requests that may wait. A machine sends one at a time and a few looks.
+const INBOX: usize = 64;
+
+/// How a vCPU left the guest by itself.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Left {
+    /// The guest ended.
+    Ended(GuestEnd),
+    /// The right to run is over; it is paused.
+    RightLost,
+}
+
+/// Told by vCPU threads; must not block.
+pub trait Listener: Send + Sync {
+    /// vCPU `vcpu` left the guest by itself.
+    fn left(&self, vcpu: u32, how: Left);
+}
+
+/// What a vCPU thread is made of.
+pub struct VcpuSetup {
+    /// Index.
+    pub index: u32,
+    /// For the thread's name.
+    pub vm_name: String,
+    /// Its VM.
+    pub vm: Arc<dyn Vm>,
+    /// Devices.
+    pub devices: Arc<Devices>,
+    /// Core to be pinned to and to count on.
+    pub slot: Arc<CoreSlot>,
+    /// PMU; none if the guest has none.
+    pub pmu: Option<GuestPmu>,
+    /// Event rates of the model.
+    pub rates: Rates,
+    /// Right to run.
+    pub right: Arc<RunRight>,
+    /// Whom to tell.
+    pub listener: Arc<dyn Listener>,
+}
+
+/// What the thread shares with its handle.
+struct Shared {
+    state: AtomicU8,
+    stats: Stats,
+}
+
+impl Shared {
+    fn state(&self) -> State {
+        match self.state.load(Ordering::SeqCst) {
+            0 => State::Paused,
+            1 => State::Running,
+            2 => State::Ended,
+            _ => State::Gone,
+        }
+    }
+
+    fn set_state(&self, state: State) {
+        let word = match state {
+            State::Paused => 0,
+            State::Running => 1,
+            State::Ended => 2,
+            State::Gone => 3,
+        };
+        self.state.store(word, Ordering::SeqCst);
+    }
+}
+
+/// Sends to a vCPU thread without owning it.
+#[derive(Clone)]
+pub struct VcpuLink {
+    index: u32,
+    inbox: SyncSender<Request>,
+    kick: Arc<dyn Kick>,
+}
+
+impl VcpuLink {
+    /// Sends a request and kicks the thread. Never blocks.
+    pub fn send(&self, request: Request) -> Result<(), WorkerError> {
+        let problem = match self.inbox.try_send(request) {
+            Ok(()) => {
+                self.kick.kick();
+                return Ok(());
+            }
+            Err(TrySendError::Full(_)) => "too many requests wait for it",
+            Err(TrySendError::Disconnected(_)) => "it has ended",
+        };
+        Err(WorkerError::Thread { thread: format!("vCPU {}", self.index), problem: problem.to_owned() })
+    }
+}
+
+/// Talks to one vCPU thread. Dropping it ends the thread and waits for it.
+pub struct VcpuHandle {
+    link: VcpuLink,
+    core: u32,
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl VcpuHandle {
+    /// Starts the thread and waits until it is pinned, has made its vCPU and is paused. Blocks for that long.
+    pub fn spawn(setup: VcpuSetup) -> Result<Self, WorkerError> {
+        let (index, core) = (setup.index, setup.slot.id());
+        let name = thread_name(&setup.vm_name, index);
+        let failed = |problem: String| WorkerError::Thread { thread: name.clone(), problem };
+        let (inbox, requests) = sync_channel(INBOX);
+        let (ready, started) = sync_channel(1);
+        let shared = Arc::new(Shared { state: AtomicU8::new(0), stats: Stats::default() });
+        let thread = std::thread::Builder::new()
+            .name(name.clone())
+            .spawn({
+                let shared = Arc::clone(&shared);
+                move || run::thread(setup, shared, requests, &ready)
+            })
+            .map_err(|e| failed(e.to_string()))?;
+        match started.recv() {
+            Ok(Ok(kick)) => {
+                let link = VcpuLink { index, inbox, kick };
+                Ok(Self { link, core, shared, thread: Mutex::new(Some(thread)) })
+            }
+            Ok(Err(error)) => {
+                drop(thread.join());
+                Err(error)
+            }
+            Err(_) => {
+                drop(thread.join());
+                Err(failed("it ended while starting".to_owned()))
+            }
+        }
+    }
+
+    /// Sends a request and kicks the thread. Never blocks.
+    pub fn send(&self, request: Request) -> Result<(), WorkerError> {
+        self.link.send(request)
+    }
+
+    /// A way to send to it that does not own it.
+    pub fn link(&self) -> VcpuLink {
+        self.link.clone()
+    }
+
+    /// Sends what `make` builds around a reply, and returns where the answer will arrive.
+    pub fn ask<T>(&self, make: impl FnOnce(request::Reply<T>) -> Request) -> Result<Answer<T>, WorkerError> {
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        self.send(make(reply))?;
+        Ok(answer)
+    }
+
+    /// Sends a load.
+    pub fn load(&self, from: LoadFrom) -> Result<Answer<Option<pmu::Image>>, WorkerError> {
+        self.ask(|reply| Request::Load(from, reply))
+    }
+
+    /// Index.
+    pub fn index(&self) -> u32 {
+        self.link.index
+    }
+
+    /// Host core.
+    pub fn core(&self) -> u32 {
+        self.core
+    }
+
+    /// Where it is.
+    pub fn state(&self) -> State {
+        self.shared.state()
+    }
+
+    /// Its figures.
+    pub fn stats(&self) -> Snapshot {
+        self.shared.stats.snapshot()
+    }
+
+    /// Whether the thread has ended.
+    pub fn is_finished(&self) -> bool {
+        self.thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Ends the thread and waits for it. Blocks.
+    pub fn join(&self) {
+        // A full inbox empties, because the thread takes what is in it; a closed one means it has ended.
+        while !self.is_finished() {
+            if self.send(Request::Stop(None)).is_ok() || self.is_finished() {
+                break;
+            }
+            std::thread::yield_now();
+        }
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            tracing::error!(vcpu = self.index(), "vCPU thread panicked");
+        }
+    }
+}
+
+impl Drop for VcpuHandle {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+/// `vm-<name>/<n>`, cut so that the kernel's 15 bytes keep the number.
+fn thread_name(vm: &str, index: u32) -> String {
+    let tail = format!("/{index}");
+    let room = 15usize.saturating_sub("vm-".len() + tail.len());
+    let head: String = vm.chars().filter(char::is_ascii_graphic).take(room).collect();
+    format!("vm-{head}{tail}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thread_names_keep_the_number() {
+        assert_eq!(thread_name("web", 3), "vm-web/3");
+        assert_eq!(thread_name("a-very-long-machine-name", 255), "vm-a-very-l/255");
+        assert_eq!(thread_name("ä\n", 0), "vm-/0");
+    }
+}

@@ -1,0 +1,429 @@
+//! The vCPU thread: waits for requests while paused, runs the guest otherwise.
+//!
+//! At the loop head the right to run is checked, then the PMU is resumed, the guest entered, the PMU paused and an
+//! overflow judged. Exits are finished here without blocking; only `Interrupted` looks at the inbox and at who waits for
+//! the core, because every request comes with a kick that stays in force until it is cleared here.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
+use std::time::Duration;
+
+use vpmu_proto::worker::{GuestEnd, guest_end};
+
+use super::counting::{Counting, Pmi, TICK};
+use super::request::{LoadFrom, Reply, Request};
+use super::state::{Effect, Event, State, step};
+use super::{Left, Listener, Shared, VcpuSetup};
+use crate::devices::{Asked, Devices};
+use crate::error::WorkerError;
+use crate::grant::RunRight;
+use crate::host::{TickTimer, boottime_ns, monotonic_ns, pin_current_thread, thread_cpu_ns};
+use crate::hypervisor::{Completion, Exit, Kick, Vcpu, Vm};
+
+/// How long an idle guest without an interrupt controller sleeps before it is asked again.
+const IDLE: Duration = Duration::from_millis(5);
+
+/// Shortest time between two ticks.
+const SHORTEST_TICK: Duration = Duration::from_micros(62);
+
+/// Local APIC of vCPU 0, for message-signalled interrupts; the APIC id goes into bits 19:12.
+const MSI_BASE: u64 = 0xfee0_0000;
+
+/// Body of the thread.
+pub(super) fn thread(
+    setup: VcpuSetup,
+    shared: Arc<Shared>,
+    inbox: Receiver<Request>,
+    ready: &SyncSender<Result<Arc<dyn Kick>, WorkerError>>,
+) {
+    match Driver::new(setup, shared, inbox) {
+        Ok((mut driver, kick)) => {
+            // Nobody waits only if the starter is gone, and then the inbox is closed too.
+            drop(ready.send(Ok(kick)));
+            driver.main();
+        }
+        Err(error) => drop(ready.send(Err(error))),
+    }
+}
+
+struct Driver {
+    index: u32,
+    vm: Arc<dyn Vm>,
+    vcpu: Box<dyn Vcpu>,
+    devices: Arc<Devices>,
+    right: Arc<RunRight>,
+    listener: Arc<dyn Listener>,
+    counting: Counting,
+    tick: TickTimer,
+    shared: Arc<Shared>,
+    inbox: Receiver<Request>,
+    state: State,
+    run_replies: Vec<Reply<u64>>,
+    cpu_seen: u64,
+    finishing: bool,
+}
+
+impl Driver {
+    fn new(
+        setup: VcpuSetup,
+        shared: Arc<Shared>,
+        inbox: Receiver<Request>,
+    ) -> Result<(Self, Arc<dyn Kick>), WorkerError> {
+        let VcpuSetup { index, vm_name, vm, devices, slot, pmu, rates, right, listener } = setup;
+        let failed =
+            |problem: String| WorkerError::Thread { thread: super::thread_name(&vm_name, index), problem };
+        pin_current_thread(slot.id())
+            .map_err(|e| failed(format!("pinning it to core {}: {e}", slot.id())))?;
+        let tick = TickTimer::new(TICK).map_err(|e| failed(format!("tick timer: {e}")))?;
+        let vcpu = vm.create_vcpu(index)?;
+        let kick = vcpu.kicker();
+        let counting = Counting::new(index, pmu, slot, Arc::clone(&kick), rates);
+        let driver = Self {
+            index,
+            vm,
+            vcpu,
+            devices,
+            right,
+            listener,
+            counting,
+            tick,
+            shared,
+            inbox,
+            state: State::Paused,
+            run_replies: Vec::new(),
+            cpu_seen: 0,
+            finishing: false,
+        };
+        Ok((driver, kick))
+    }
+
+    fn main(&mut self) {
+        while self.state != State::Gone {
+            if self.state == State::Running {
+                if let Err(error) = self.run() {
+                    self.fail(&error);
+                }
+                continue;
+            }
+            match self.inbox.recv() {
+                Ok(request) => {
+                    self.vcpu.clear_kick();
+                    self.on_request(request);
+                    // Whose kick was cleared along with this one's is in the inbox already.
+                    while let Ok(request) = self.inbox.try_recv() {
+                        self.on_request(request);
+                    }
+                }
+                // Every handle is gone.
+                Err(_) => break,
+            }
+        }
+        if let Err(error) = self.counting.release() {
+            tracing::error!(vcpu = self.index, %error, "PMU at the thread's end");
+        }
+        self.shared.set_state(State::Gone);
+        // Requests that came too late are refused rather than left to a dropped reply.
+        while let Ok(request) = self.inbox.try_recv() {
+            self.on_request(request);
+        }
+    }
+
+    /// Runs the guest until the state is another.
+    fn run(&mut self) -> Result<(), WorkerError> {
+        self.cpu_seen = thread_cpu_ns();
+        while self.state == State::Running {
+            if !self.right.allows(boottime_ns) {
+                self.on_event(Event::RightLost, &Left::RightLost);
+                break;
+            }
+            if self.counting.pmi_raised() {
+                self.judge()?;
+            }
+            match self.counting.enter()? {
+                Some(bound) => self.arm(bound)?,
+                None => self.disarm(),
+            }
+            if !self.run_replies.is_empty() {
+                let now = monotonic_ns();
+                for reply in self.run_replies.drain(..) {
+                    drop(reply.send(Ok(now)));
+                }
+            }
+            let exit = self.vcpu.run();
+            let counted = self.counting.leave()?;
+            let exit = exit?;
+            self.shared.stats.exit();
+            if let Some(ns) = counted {
+                self.shared.stats.guest_ns(ns);
+            }
+            if self.counting.pmi_raised() {
+                self.judge()?;
+            }
+            self.on_exit(exit, counted.is_some())?;
+        }
+        self.disarm();
+        Ok(())
+    }
+
+    /// Ticks no later than `bound` apart. Steps of a half keep a bound that changes with every exit from costing system
+    /// calls with every exit.
+    fn arm(&mut self, bound: Duration) -> Result<(), WorkerError> {
+        let mut period = TICK;
+        while period > bound && period > SHORTEST_TICK {
+            period /= 2;
+        }
+        let armed = self.tick.set_period(period).and_then(|()| self.tick.arm());
+        armed.map_err(|e| WorkerError::Thread { thread: "tick timer".to_owned(), problem: e.to_string() })
+    }
+
+    fn disarm(&mut self) {
+        // A tick too many costs an exit and nothing else.
+        if let Err(error) = self.tick.disarm() {
+            tracing::warn!(vcpu = self.index, %error, "tick timer");
+        }
+    }
+
+    fn on_exit(&mut self, exit: Exit, counted: bool) -> Result<(), WorkerError> {
+        match exit {
+            Exit::RdMsr { index } => {
+                self.shared.stats.pmu_msr();
+                let answer = self.counting.rdmsr(index)?;
+                self.vcpu.complete(answer)?;
+            }
+            Exit::WrMsr { index, value } => {
+                self.shared.stats.pmu_msr();
+                let answer = self.counting.wrmsr(index, value)?;
+                self.vcpu.complete(answer)?;
+            }
+            Exit::PioIn { port, size } => {
+                let value = self.devices.port_in(port, size);
+                self.vcpu.complete(Completion::Value(value))?;
+            }
+            Exit::PioOut { port, size, data } => match self.devices.port_out(port, size, data) {
+                None => {}
+                Some(Asked::Shutdown) => self.ended(guest_end::Kind::Shutdown, &format!("port {port:#x}")),
+                Some(Asked::Reset) => self.ended(guest_end::Kind::Reset, &format!("port {port:#x}")),
+            },
+            Exit::MmioRead { addr, size } => {
+                let value = self.devices.mmio_read(addr, size);
+                self.vcpu.complete(Completion::Value(value))?;
+            }
+            // Nobody is there; the store is lost as on a bus.
+            Exit::MmioWrite { .. } => {}
+            // While an instruction is being finished there is no inbox to look at: a request is being served.
+            Exit::Interrupted if self.finishing => {}
+            Exit::Interrupted => self.interrupted(counted)?,
+            Exit::Hlt => self.idle()?,
+            Exit::DirtyRingFull => {
+                // The collector empties it; until then this vCPU has nothing to do.
+                self.counting.put()?;
+                self.wait(Duration::from_millis(1));
+            }
+            Exit::Shutdown => self.ended(guest_end::Kind::TripleFault, "triple fault"),
+            Exit::SystemEvent(1) => self.ended(guest_end::Kind::Shutdown, "system event 1"),
+            Exit::SystemEvent(2) => self.ended(guest_end::Kind::Reset, "system event 2"),
+            Exit::SystemEvent(n) => self.ended(guest_end::Kind::InternalError, &format!("system event {n}")),
+            Exit::InternalError { suberror, data } => {
+                self.ended(
+                    guest_end::Kind::InternalError,
+                    &format!("KVM internal error {suberror}, data {data:x?}"),
+                );
+            }
+            Exit::FailEntry { reason } => {
+                self.ended(guest_end::Kind::InternalError, &format!("VM entry failed, reason {reason:#x}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// A kick or a tick.
+    fn interrupted(&mut self, counted: bool) -> Result<(), WorkerError> {
+        self.vcpu.clear_kick();
+        let now = thread_cpu_ns();
+        if !counted {
+            self.shared.stats.guest_ns(now.saturating_sub(self.cpu_seen));
+        }
+        self.cpu_seen = now;
+        while self.state == State::Running {
+            match self.inbox.try_recv() {
+                Ok(request) => self.on_request(request),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => {
+                    self.counting.put()?;
+                    self.set_state(State::Gone);
+                }
+            }
+        }
+        if self.state == State::Running && self.counting.token_wanted() {
+            self.counting.put()?;
+        }
+        Ok(())
+    }
+
+    /// The guest has nothing to do and no interrupt controller that would wake it.
+    fn idle(&mut self) -> Result<(), WorkerError> {
+        self.counting.put()?;
+        self.disarm();
+        self.wait(IDLE);
+        Ok(())
+    }
+
+    fn wait(&mut self, at_most: Duration) {
+        match self.inbox.recv_timeout(at_most) {
+            Ok(request) => self.on_request(request),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => self.set_state(State::Gone),
+        }
+    }
+
+    fn judge(&mut self) -> Result<(), WorkerError> {
+        let lvtpc = self.vcpu.lvtpc()?;
+        match self.counting.judge(lvtpc) {
+            None => {}
+            Some(Pmi::Nmi) => self.vcpu.inject_nmi()?,
+            Some(Pmi::Fixed(vector)) => {
+                self.vm.signal_msi(MSI_BASE | u64::from(self.index & 0xff) << 12, u32::from(vector))?;
+            }
+        }
+        self.shared.stats.set_pmis(self.counting.pmis());
+        Ok(())
+    }
+
+    fn ended(&mut self, kind: guest_end::Kind, what: &str) {
+        let detail = format!("{what}; {}", self.vcpu.describe());
+        let end = GuestEnd { kind: kind.into(), vcpu: self.index, detail };
+        self.on_event(Event::GuestEnded, &Left::Ended(end));
+    }
+
+    /// The thread cannot go on with this guest.
+    fn fail(&mut self, error: &WorkerError) {
+        tracing::error!(vcpu = self.index, %error, "vCPU stopped");
+        self.ended(guest_end::Kind::WorkerError, &format!("{}: {error}", error.reason()));
+        // Also if putting the PMU failed in the table's effects: nothing runs again.
+        self.set_state(State::Ended);
+    }
+
+    fn on_event(&mut self, event: Event, left: &Left) {
+        // Events are never refused, only ignored.
+        let Ok((next, effects)) = step(self.state, event) else { return };
+        for effect in effects {
+            match effect {
+                Effect::Announce => {
+                    self.set_state(next);
+                    self.listener.left(self.index, left.clone());
+                }
+                other => {
+                    if let Err(error) = self.effect(*other) {
+                        tracing::error!(vcpu = self.index, %error, "leaving the guest");
+                    }
+                }
+            }
+        }
+        self.set_state(next);
+        for reply in self.run_replies.drain(..) {
+            drop(reply.send(Err(WorkerError::State {
+                what: "running",
+                state: format!("{next:?}"),
+                remedy: "the guest was not entered: it has no right to run, or has ended",
+            })));
+        }
+    }
+
+    fn on_request(&mut self, request: Request) {
+        let (next, effects) = match step(self.state, Event::Request(request.kind())) {
+            Ok(step) => step,
+            Err(refusal) => return request.refuse(refusal.into()),
+        };
+        for effect in effects {
+            if *effect == Effect::Serve {
+                break;
+            }
+            if let Err(error) = self.effect(*effect) {
+                // Left half-way: the values that were committed are in the image, the guest does not run again.
+                let message = error.to_string();
+                self.fail(&error);
+                return request.refuse(WorkerError::Pmu { vcpu: self.index, message });
+            }
+        }
+        // Finishing an instruction may have ended the guest, and that stands.
+        if !(self.state == State::Ended && next == State::Paused) {
+            self.set_state(next);
+        }
+        self.serve(request);
+    }
+
+    fn effect(&mut self, effect: Effect) -> Result<(), WorkerError> {
+        match effect {
+            Effect::Put => {
+                self.disarm();
+                self.counting.put()
+            }
+            Effect::FinishPending => {
+                self.finishing = true;
+                let done = self.finish_pending();
+                self.finishing = false;
+                done
+            }
+            Effect::Sync => self.counting.image().map(drop),
+            Effect::Serve | Effect::Announce => Ok(()),
+        }
+    }
+
+    fn finish_pending(&mut self) -> Result<(), WorkerError> {
+        while let Some(exit) = self.vcpu.finish_pending()? {
+            self.on_exit(exit, true)?;
+            if self.state != State::Running {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn serve(&mut self, request: Request) {
+        match request {
+            Request::Run(reply) => self.run_replies.push(reply),
+            Request::Pause(reply) | Request::Stop(reply) => {
+                if let Some(reply) = reply {
+                    drop(reply.send(self.counting.image()));
+                }
+            }
+            Request::Look(reply) => drop(reply.send(self.counting.image())),
+            Request::Save(reply) => drop(reply.send(self.save())),
+            Request::Load(from, reply) => drop(reply.send(self.load(from))),
+        }
+    }
+
+    fn save(&mut self) -> Result<super::request::Saved, WorkerError> {
+        let pieces = self.vcpu.save()?;
+        Ok((pieces, self.counting.image()?))
+    }
+
+    fn load(&mut self, from: LoadFrom) -> Result<Option<pmu::Image>, WorkerError> {
+        match from {
+            LoadFrom::Initial(regs) => {
+                self.vcpu.set_initial(&regs)?;
+                self.vcpu.set_runnable()?;
+            }
+            LoadFrom::Saved { pieces, pmu } => {
+                match &pmu {
+                    Some(image) => self.counting.import(image)?,
+                    None if self.counting.enabled() => {
+                        return Err(WorkerError::PmuImage {
+                            vcpu: self.index,
+                            message: "it is missing".to_owned(),
+                        });
+                    }
+                    None => {}
+                }
+                self.vcpu.restore(&pieces)?;
+                self.shared.stats.set_pmis(self.counting.pmis());
+            }
+        }
+        self.counting.image()
+    }
+
+    fn set_state(&mut self, state: State) {
+        self.state = state;
+        self.shared.set_state(state);
+    }
+}

@@ -1,0 +1,247 @@
+//! Two workers in one process: a probe VM moves from one to the other while it runs.
+
+mod worker_common;
+
+use tonic::{Code, Status, Streaming};
+use vpmu_proto::worker::worker_status::State;
+use vpmu_proto::worker::*;
+use worker_common::*;
+
+const ID: &str = "0b1e0b1e-0000-4000-8000-000000000001";
+const TOKEN: [u8; 32] = [7; 32];
+
+struct Pair {
+    source: Host,
+    destination: Host,
+    _dir: tempfile::TempDir,
+    out: Streaming<MigrateOutProgress>,
+    arriving: Streaming<IncomingProgress>,
+}
+
+async fn begin(
+    mut source: Host,
+    mut destination: Host,
+    hypervisor: &str,
+    attempt: u32,
+    listen: Option<&str>,
+) -> Pair {
+    destination.attach().await;
+    destination.create(hypervisor, probe_spec(2, 64), true).await;
+    assert_eq!(destination.state().await, State::Paused);
+    let dir = tempfile::tempdir().expect("tempdir");
+    let listen = listen.map_or_else(|| format!("unix:{}/data", dir.path().display()), str::to_owned);
+    let request = PrepareIncomingRequest {
+        fence: destination.fence(),
+        migration_id: ID.to_owned(),
+        attempt,
+        token: TOKEN.to_vec(),
+        listen,
+        connections: 2,
+        memory_bytes: 64 << 20,
+    };
+    let data_address =
+        destination.client.prepare_incoming(request).await.expect("prepare").into_inner().data_address;
+    assert_eq!(destination.state().await, State::Incoming);
+    let watch = WatchIncomingRequest { fence: destination.fence(), migration_id: ID.to_owned() };
+    let arriving = destination.client.watch_incoming(watch).await.expect("watch").into_inner();
+    let request = MigrateOutRequest {
+        fence: source.fence(),
+        migration_id: ID.to_owned(),
+        attempt,
+        data_address,
+        token: TOKEN.to_vec(),
+        connections: 2,
+        max_blackout_us: 50_000,
+        max_bandwidth: 0,
+        max_duration_ms: 0,
+    };
+    let out = source.client.migrate_out(request).await.expect("migrate out").into_inner();
+    Pair { source, destination, _dir: dir, out, arriving }
+}
+
+async fn converged(out: &mut Streaming<MigrateOutProgress>) -> MigrateOutProgress {
+    loop {
+        let progress =
+            out.message().await.expect("progress").expect("the stream stays open until it is finished");
+        if progress.converged {
+            return progress;
+        }
+    }
+}
+
+async fn ready(arriving: &mut Streaming<IncomingProgress>) -> Result<IncomingProgress, Status> {
+    loop {
+        match arriving.message().await? {
+            Some(progress) if progress.ready => return Ok(progress),
+            Some(_) => {}
+            None => panic!("the stream ended without READY"),
+        }
+    }
+}
+
+async fn started(hypervisor: &str) -> Host {
+    let cores = host_cores();
+    let mut source = Host::new(&cores, "vm-m");
+    source.attach().await;
+    source.create(hypervisor, probe_spec(2, 64), false).await;
+    source.grant(1, 1, true).await.expect("grant");
+    source
+        .report_until("it counts", |r| {
+            r.vcpus.iter().all(|v| v.heartbeats > 100 && v.pmis > 0 && v.pages_dirtied > 0)
+        })
+        .await;
+    source
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_probe_moves() {
+    for hypervisor in hypervisors() {
+        println!("on {hypervisor}");
+        moves(hypervisor, None).await;
+        moves(hypervisor, Some("tcp:127.0.0.1:0")).await;
+        cancelled_and_again(hypervisor).await;
+        paused_stays_paused(hypervisor).await;
+        assert_eq!(worker_threads(), Vec::<String>::new(), "{hypervisor}: threads are left");
+    }
+}
+
+async fn moves(hypervisor: &str, listen: Option<&str>) {
+    let source = started(hypervisor).await;
+    let destination = Host::new(&host_cores(), "vm-m");
+    let mut pair = begin(source, destination, hypervisor, 1, listen).await;
+    let progress = converged(&mut pair.out).await;
+    assert_eq!(progress.memory_bytes, 64 << 20);
+    assert_eq!(pair.source.state().await, State::Running, "it runs while it is copied");
+    refused(pair.destination.grant(2, 1, true).await, Code::FailedPrecondition, "ILLEGAL_STATE");
+
+    let request =
+        FinishMigrationRequest { fence: pair.source.fence(), migration_id: ID.to_owned(), epoch: 1 };
+    let finished = pair.source.client.finish_migration(request).await.expect("finish").into_inner();
+    let arrived = ready(&mut pair.arriving).await.expect("ready");
+    assert_eq!(arrived.state_digest, finished.state_digest);
+    assert_eq!(arrived.state_digest.len(), 32);
+    // Bit for bit: what was put at the stop is what was read back at the destination.
+    assert_eq!(arrived.pmu, finished.pmu);
+    assert_eq!(finished.pmu.len(), 2);
+    assert!(!finished.was_paused);
+    assert_eq!(pair.source.state().await, State::Sealed);
+    assert_eq!(pair.destination.state().await, State::Ready);
+    refused(pair.source.run().await, Code::FailedPrecondition, "NO_GRANT");
+    refused(pair.destination.run().await, Code::FailedPrecondition, "NO_GRANT");
+    let at_stop = pair.source.report().await;
+
+    let running = pair.destination.grant(2, 1, true).await.expect("grant");
+    let blackout_us = (running - finished.stop_monotonic_ns) / 1000;
+    println!(
+        "{hypervisor} {}: blackout {blackout_us} us (stop {}, save {}, transfer {}, restore {}), {} bytes, {} rounds, {} pages, {} zero",
+        finished.transport,
+        finished.stop_us,
+        finished.save_us,
+        finished.transfer_us,
+        arrived.restore_us,
+        finished.bytes,
+        finished.rounds,
+        finished.pages_sent,
+        finished.zero_pages
+    );
+    assert_eq!(pair.destination.state().await, State::Running);
+    let after = pair
+        .destination
+        .report_until("it goes on at the destination", |r| {
+            r.vcpus.iter().zip(&at_stop.vcpus).all(|(now, then)| {
+                now.heartbeats > then.heartbeats + 100
+                    && now.pmis > then.pmis + 1
+                    && now.pages_dirtied > then.pages_dirtied
+            })
+        })
+        .await;
+    assert!(after.vcpus.iter().all(|v| v.faults == 0), "{after:?}");
+    println!("guest gap {} us", after.vcpus.iter().map(|v| v.last_gap_ns).max().unwrap_or(0) / 1000);
+    let now = pair.destination.pmu().await;
+    for (stop, now) in finished.pmu.iter().zip(&now) {
+        assert!(register(now, 0x309) > register(stop, 0x309), "{stop:x?}\n{now:x?}");
+        assert!(now.pmis > stop.pmis);
+    }
+    // The console's history came along.
+    let (old, new) = (pair.source.console().await, pair.destination.console().await);
+    assert!(
+        new.starts_with(&old),
+        "{:?}\n{:?}",
+        String::from_utf8_lossy(&old),
+        String::from_utf8_lossy(&new)
+    );
+    assert_eq!(pair.source.state().await, State::Sealed, "the source keeps its copy until it is released");
+    pair.source.shutdown().await;
+    pair.destination.shutdown().await;
+}
+
+async fn cancelled_and_again(hypervisor: &str) {
+    let source = started(hypervisor).await;
+    let mut pair = begin(source, Host::new(&host_cores(), "vm-m"), hypervisor, 1, None).await;
+    converged(&mut pair.out).await;
+    let cancel = CancelMigrationRequest { fence: pair.source.fence(), migration_id: ID.to_owned() };
+    pair.source.client.cancel_migration(cancel).await.expect("cancel");
+    let end = loop {
+        match pair.out.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the stream ended without an error"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(end.code(), Code::Cancelled, "{end:?}");
+    let failed = ready(&mut pair.arriving).await.expect_err("the destination gives up");
+    assert!(!reason(&failed).is_empty(), "{failed:?}");
+    pair.destination.shutdown().await;
+    assert_eq!(pair.source.state().await, State::Running, "cancel leaves it running");
+    let then = pair.source.report().await;
+    pair.source
+        .report_until("it goes on", |r| {
+            r.vcpus.iter().zip(&then.vcpus).all(|(n, t)| n.heartbeats > t.heartbeats + 20)
+        })
+        .await;
+
+    // The next attempt begins with a full copy and succeeds; memory is the same at both ends.
+    let mut pair = begin(pair.source, Host::new(&host_cores(), "vm-m"), hypervisor, 2, None).await;
+    converged(&mut pair.out).await;
+    let request =
+        FinishMigrationRequest { fence: pair.source.fence(), migration_id: ID.to_owned(), epoch: 1 };
+    let finished = pair.source.client.finish_migration(request).await.expect("finish").into_inner();
+    let arrived = ready(&mut pair.arriving).await.expect("ready");
+    assert_eq!(arrived.pmu, finished.pmu);
+    assert_eq!(pair.destination.report().await, pair.source.report().await);
+    // The owner takes it back instead: a later epoch runs it here again, nothing was lost.
+    pair.destination.shutdown().await;
+    pair.source.grant(2, 2, true).await.expect("taken back");
+    let then = pair.source.report().await;
+    let after = pair
+        .source
+        .report_until("it goes on", |r| {
+            r.vcpus.iter().zip(&then.vcpus).all(|(n, t)| n.heartbeats > t.heartbeats + 20)
+        })
+        .await;
+    assert!(after.vcpus.iter().all(|v| v.faults == 0), "{after:?}");
+    pair.source.shutdown().await;
+}
+
+async fn paused_stays_paused(hypervisor: &str) {
+    let mut source = started(hypervisor).await;
+    let images = source.pause().await;
+    let mut pair = begin(source, Host::new(&host_cores(), "vm-m"), hypervisor, 1, None).await;
+    converged(&mut pair.out).await;
+    let request =
+        FinishMigrationRequest { fence: pair.source.fence(), migration_id: ID.to_owned(), epoch: 1 };
+    let finished = pair.source.client.finish_migration(request).await.expect("finish").into_inner();
+    assert!(finished.was_paused);
+    assert_eq!(finished.pmu, images);
+    let arrived = ready(&mut pair.arriving).await.expect("ready");
+    assert_eq!(arrived.pmu, images);
+    assert_eq!(pair.destination.grant(2, 1, false).await.expect("grant"), 0);
+    assert_eq!(pair.destination.state().await, State::Paused);
+    assert_eq!(pair.destination.pmu().await, images);
+    pair.destination.run().await.expect("run");
+    let report =
+        pair.destination.report_until("it goes on", |r| r.vcpus.iter().all(|v| v.heartbeats > 200)).await;
+    assert!(report.vcpus.iter().all(|v| v.faults == 0), "{report:?}");
+    pair.source.shutdown().await;
+    pair.destination.shutdown().await;
+}
