@@ -14,11 +14,15 @@
 
 mod blob;
 mod config;
+#[cfg(test)]
+pub(crate) mod harness;
 pub mod layout;
 mod loader;
 mod plan;
 mod report;
 mod tables;
+#[cfg(test)]
+mod tests;
 mod verify;
 
 pub use config::{ProbeConfig, ProbePmu};

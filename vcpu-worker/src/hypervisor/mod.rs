@@ -10,6 +10,7 @@
 //! requests again (kvm-facts section 5: clearing right before the run loses kicks).
 
 pub mod kvm;
+pub mod simulated;
 
 use std::sync::Arc;
 
