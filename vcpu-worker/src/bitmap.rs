@@ -77,11 +77,8 @@ impl PageBitmap {
     /// Ors in words whose bit 0 of word 0 is page `first_page`; any alignment; what lies beyond the end is ignored.
     pub fn or_words(&mut self, first_page: u64, words: &[u64]) {
         let shift = first_page % 64;
-        let mut at = (first_page / 64) as usize;
-        for &word in words {
-            if at >= self.words.len() {
-                break;
-            }
+        let first_word = usize::try_from(first_page / 64).unwrap_or(usize::MAX);
+        for (at, &word) in (first_word..self.words.len()).zip(words) {
             if word != 0 {
                 self.words[at] |= word << shift;
                 if shift != 0
@@ -90,7 +87,6 @@ impl PageBitmap {
                     *next |= word >> (64 - shift);
                 }
             }
-            at += 1;
         }
         self.trim();
     }

@@ -12,6 +12,11 @@ use super::mapping::Mapping;
 /// IOV_MAX of Linux.
 const MAX_PIECES: usize = 1024;
 
+/// At most MAX_PIECES.
+fn count(rest: &[libc::iovec]) -> libc::c_int {
+    libc::c_int::try_from(rest.len()).unwrap_or(0)
+}
+
 fn piece(mapping: &Mapping, offset: u64, len: u64) -> Result<libc::iovec> {
     let at = mapping.pointer(offset, len).map_err(|e| Error::new(ErrorKind::InvalidInput, e.to_string()))?;
     Ok(libc::iovec { iov_base: at.cast(), iov_len: len as usize })
@@ -68,7 +73,7 @@ pub(super) fn send(
     let write = |rest: &[libc::iovec]| {
         // SAFETY: every piece is `header`, which outlives the call, or inside the mapping; at most IOV_MAX of them.
         // writev only reads through them.
-        unsafe { libc::writev(fd.as_raw_fd(), rest.as_ptr(), rest.len() as libc::c_int) }
+        unsafe { libc::writev(fd.as_raw_fd(), rest.as_ptr(), count(rest)) }
     };
     transfer(&mut pieces, write, ErrorKind::WriteZero)
 }
@@ -80,7 +85,7 @@ pub(super) fn recv(mapping: &Mapping, fd: BorrowedFd<'_>, ranges: &[(u64, u64)])
     }
     let read = |rest: &[libc::iovec]| {
         // SAFETY: every piece is inside the mapping, which is writable shared memory without references to it.
-        unsafe { libc::readv(fd.as_raw_fd(), rest.as_ptr(), rest.len() as libc::c_int) }
+        unsafe { libc::readv(fd.as_raw_fd(), rest.as_ptr(), count(rest)) }
     };
     transfer(&mut pieces, read, ErrorKind::UnexpectedEof)
 }

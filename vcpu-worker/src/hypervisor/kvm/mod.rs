@@ -20,6 +20,7 @@ mod tests;
 pub use cpuid::{CpuidDifference, CpuidPmu};
 
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::*;
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -37,6 +38,8 @@ pub const MAX_VCPUS: u32 = 255;
 const TSS_ADDRESS: usize = 0xfffb_d000;
 /// One page for the same purpose.
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+/// See [`KvmVm::new`].
+const SRCU_QUIET: Duration = Duration::from_micros(30);
 
 /// How a VM is made.
 #[derive(Debug, Clone, Default)]
@@ -119,10 +122,7 @@ pub struct KvmVm {
 
 impl std::fmt::Debug for KvmVm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("KvmVm")
-            .field("memory", &self.shared.memory)
-            .field("options", &self.shared.options)
-            .finish()
+        write!(f, "KvmVm({:?}, {:?})", self.shared.memory, self.shared.options)
     }
 }
 
@@ -140,14 +140,21 @@ impl KvmVm {
         // Both before any vCPU; processors that run real mode natively ignore them.
         fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+        let dirty = dirty::DirtyLog::new(&fd, &memory)?;
+        let settled = Instant::now();
+        if options.filter_pmu_msrs {
+            msr_filter::disable_pmu(&fd)?;
+            // Setting the filter waits for an SRCU grace period. That takes tens of microseconds instead of some
+            // milliseconds only before the interrupt controller registers its devices (callbacks on the same SRCU)
+            // and when 25 us (srcutree.exp_holdoff) have passed since the last grace period.
+            while settled.elapsed() < SRCU_QUIET {
+                std::hint::spin_loop();
+            }
+            msr_filter::filter_pmu(&fd)?;
+        }
         fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(failed("KVM_CREATE_PIT2"))?;
-        if options.filter_pmu_msrs {
-            msr_filter::disable_pmu(&fd)?;
-            msr_filter::filter_pmu(&fd)?;
-        }
-        let dirty = dirty::DirtyLog::new(&fd, &memory)?;
         let xsave_size = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let sregs2 = fd.check_extension_raw(KVM_CAP_SREGS2.into()) > 0;
         let tsc_shift = state::TscShift::new();

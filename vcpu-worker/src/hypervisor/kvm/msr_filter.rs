@@ -6,6 +6,7 @@
 
 use kvm_bindings::*;
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
+use pmu::PMU_MSR_RANGES;
 
 use crate::hypervisor::HvError;
 use crate::sys::failed;
@@ -54,26 +55,5 @@ pub(super) fn filter_pmu(vm: &VmFd) -> Result<(), HvError> {
         .collect();
     vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges).map_err(failed("KVM_X86_SET_MSR_FILTER"))
 }
-
-/// Whether an MSR is in the filtered ranges.
-pub(super) fn is_filtered(msr: u32) -> bool {
-    PMU_MSR_RANGES.iter().any(|&(base, count)| msr >= base && msr - base < count)
-}
-
-/// Base and count of every range of PMU MSRs; switch rules, section 8.
-const PMU_MSR_RANGES: &[(u32, u32)] = &[
-    (0xc1, 18),
-    (0x186, 18),
-    (0x309, 16),
-    (0x329, 1),
-    (0x345, 1),
-    (0x38d, 6),
-    (0x3f1, 2),
-    (0x4c1, 18),
-    (0x600, 1),
-    (0xc001_0000, 8),
-    (0xc001_0200, 12),
-    (0xc000_0300, 4),
-];
 
 const _: () = assert!(PMU_MSR_RANGES.len() <= KVM_MSR_FILTER_MAX_RANGES as usize);

@@ -14,7 +14,7 @@ use kvm_bindings::*;
 use vpmu_proto::worker::StatePiece;
 
 use super::vcpu::KvmVcpu;
-use super::{Shared, cpuid, msr_filter};
+use super::{Shared, cpuid};
 use crate::host::clock;
 use crate::hypervisor::HvError;
 use crate::sys::{self, State, failed};
@@ -193,7 +193,7 @@ pub(super) fn restore_vm(shared: &Shared, pieces: &[StatePiece]) -> Result<(), H
             kind => {
                 check_len(kind, &p.data, sys::IRQCHIP.size)?;
                 let chip = p.data.first_chunk::<4>().map_or(u32::MAX, |id| u32::from_le_bytes(*id));
-                if !kind.strip_prefix("irqchip").is_some_and(|n| n == chip.to_string()) {
+                if kind.strip_prefix("irqchip") != Some(chip.to_string().as_str()) {
                     return Err(bad(kind, format!("holds chip {chip}")));
                 }
             }
@@ -233,7 +233,7 @@ fn deadline_armed(lapic: &[u8]) -> bool {
 fn read_msrs(vcpu: &KvmVcpu, deadline_armed: bool) -> Result<Vec<u8>, HvError> {
     let filtered = vcpu.shared.options.filter_pmu_msrs;
     let mut wanted: Vec<u32> = vcpu.shared.system.msrs.clone();
-    wanted.retain(|msr| *msr != MSR_TSC && !(filtered && msr_filter::is_filtered(*msr)));
+    wanted.retain(|msr| *msr != MSR_TSC && !(filtered && pmu::is_pmu_msr(*msr)));
     let mut bytes = Vec::with_capacity(wanted.len() * MSR_ENTRY);
     let mut from = 0;
     while let Some(rest) = wanted.get(from..).filter(|r| !r.is_empty()) {
@@ -302,7 +302,7 @@ fn write_msrs(vcpu: &KvmVcpu, entries: &[kvm_msr_entry]) -> Result<(), HvError> 
 struct Tsc {
     khz: u64,
     offset: u64,
-    host_tsc: u64,
+    host: u64,
     realtime_ns: u64,
     boot_id: [u8; 16],
 }
@@ -317,7 +317,7 @@ impl Tsc {
         Ok(Some(Self {
             khz,
             offset,
-            host_tsc: clock::tsc(),
+            host: clock::tsc(),
             realtime_ns: clock::realtime_ns(),
             boot_id: clock::boot_id_bytes(),
         }))
@@ -325,7 +325,7 @@ impl Tsc {
 
     fn to_bytes(self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(48);
-        for word in [self.khz, self.offset, self.host_tsc, self.realtime_ns] {
+        for word in [self.khz, self.offset, self.host, self.realtime_ns] {
             bytes.extend_from_slice(&word.to_le_bytes());
         }
         bytes.extend_from_slice(&self.boot_id);
@@ -338,7 +338,7 @@ impl Tsc {
             bytes.get(at..).and_then(|b| b.first_chunk::<8>()).map_or(0, |w| u64::from_le_bytes(*w))
         };
         let boot_id = bytes.last_chunk::<16>().copied().unwrap_or_default();
-        let tsc = Self { khz: word(0), offset: word(8), host_tsc: word(16), realtime_ns: word(24), boot_id };
+        let tsc = Self { khz: word(0), offset: word(8), host: word(16), realtime_ns: word(24), boot_id };
         // 100 GHz: far above any, and small enough that no product below overflows 128 bits.
         if tsc.khz > 100_000_000 {
             return Err(bad("tsc", format!("{} kHz", tsc.khz)));
@@ -351,7 +351,7 @@ impl Tsc {
         // A clock that runs behind the source's must not turn the guest's time back.
         let passed_ns = realtime_ns.saturating_sub(self.realtime_ns);
         let ticks = u128::from(passed_ns) * u128::from(self.khz) / 1_000_000;
-        self.host_tsc.wrapping_add(ticks as u64).wrapping_sub(host_tsc)
+        self.host.wrapping_add(ticks as u64).wrapping_sub(host_tsc)
     }
 
     fn write(&self, vcpu: &KvmVcpu) -> Result<(), HvError> {
@@ -406,7 +406,7 @@ mod tests {
 
     #[test]
     fn tsc_moves_on_by_the_time_that_passed() {
-        let tsc = Tsc { khz: 2_000_000, offset: 5, host_tsc: 1_000, realtime_ns: 50, boot_id: [7; 16] };
+        let tsc = Tsc { khz: 2_000_000, offset: 5, host: 1_000, realtime_ns: 50, boot_id: [7; 16] };
         assert_eq!(Tsc::from_bytes(&tsc.to_bytes()).expect("good"), tsc);
         // 10 ns at 2 GHz are 20 ticks; the new host's counter stands at 400.
         assert_eq!(tsc.shift(400, 60), 620);

@@ -80,3 +80,46 @@ fn figures() {
     }
     println!("VM creation: {:.0} us, and a vCPU: {:.0} us", median(create), median(create_vcpu));
 }
+
+/// Where the time of making a VM goes.
+#[test]
+#[ignore = "prints figures"]
+fn creation_step_by_step() {
+    if !require_kvm() {
+        return;
+    }
+    let system = system().expect("kvm");
+    let names = ["create", "identity map", "tss", "slots", "quiet", "msr filter", "irqchip", "pit2", "vcpu"];
+    let mut steps: Vec<Vec<f64>> = vec![Vec::new(); names.len()];
+    for _ in 0..30 {
+        let memory = memory(16 * MIB);
+        let mut begin = Instant::now();
+        let mut step = 0;
+        let mut lap = |steps: &mut Vec<Vec<f64>>| {
+            steps[step].push(begin.elapsed().as_nanos() as f64 / 1000.0);
+            step += 1;
+            begin = Instant::now();
+        };
+        let fd = system.kvm.create_vm().expect("vm");
+        lap(&mut steps);
+        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).expect("identity map");
+        lap(&mut steps);
+        fd.set_tss_address(TSS_ADDRESS).expect("tss");
+        lap(&mut steps);
+        let _log = dirty::DirtyLog::new(&fd, &memory).expect("slots");
+        lap(&mut steps);
+        std::thread::sleep(SRCU_QUIET);
+        lap(&mut steps);
+        msr_filter::filter_pmu(&fd).expect("filter");
+        lap(&mut steps);
+        fd.create_irq_chip().expect("irqchip");
+        lap(&mut steps);
+        fd.create_pit2(kvm_pit_config::default()).expect("pit2");
+        lap(&mut steps);
+        fd.create_vcpu(0).expect("vcpu");
+        lap(&mut steps);
+    }
+    for (name, samples) in names.iter().zip(steps) {
+        println!("{name}: {:.0} us", median(samples));
+    }
+}
