@@ -140,18 +140,18 @@ impl KvmVm {
         // Both before any vCPU; processors that run real mode natively ignore them.
         fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
-        let dirty = dirty::DirtyLog::new(&fd, &memory)?;
-        let settled = Instant::now();
+        let made = Instant::now();
         if options.filter_pmu_msrs {
             msr_filter::disable_pmu(&fd)?;
             // Setting the filter waits for an SRCU grace period. That takes tens of microseconds instead of some
             // milliseconds only before the interrupt controller registers its devices (callbacks on the same SRCU)
             // and when 25 us (srcutree.exp_holdoff) have passed since the last grace period.
-            while settled.elapsed() < SRCU_QUIET {
+            while made.elapsed() < SRCU_QUIET {
                 std::hint::spin_loop();
             }
             msr_filter::filter_pmu(&fd)?;
         }
+        let dirty = dirty::DirtyLog::new(&fd, &memory)?;
         fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(failed("KVM_CREATE_PIT2"))?;

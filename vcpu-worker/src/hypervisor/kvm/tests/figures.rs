@@ -89,7 +89,7 @@ fn creation_step_by_step() {
         return;
     }
     let system = system().expect("kvm");
-    let names = ["create", "identity map", "tss", "slots", "quiet", "msr filter", "irqchip", "pit2", "vcpu"];
+    let names = ["create", "identity map", "tss", "quiet", "msr filter", "slots", "irqchip", "pit2", "vcpu"];
     let mut steps: Vec<Vec<f64>> = vec![Vec::new(); names.len()];
     for _ in 0..30 {
         let memory = memory(16 * MIB);
@@ -106,11 +106,11 @@ fn creation_step_by_step() {
         lap(&mut steps);
         fd.set_tss_address(TSS_ADDRESS).expect("tss");
         lap(&mut steps);
-        let _log = dirty::DirtyLog::new(&fd, &memory).expect("slots");
-        lap(&mut steps);
         std::thread::sleep(SRCU_QUIET);
         lap(&mut steps);
         msr_filter::filter_pmu(&fd).expect("filter");
+        lap(&mut steps);
+        let _log = dirty::DirtyLog::new(&fd, &memory).expect("slots");
         lap(&mut steps);
         fd.create_irq_chip().expect("irqchip");
         lap(&mut steps);
