@@ -143,12 +143,7 @@ impl Driver {
                 Some(bound) => self.arm(bound)?,
                 None => self.disarm(),
             }
-            if !self.run_replies.is_empty() {
-                let now = monotonic_ns();
-                for reply in self.run_replies.drain(..) {
-                    drop(reply.send(Ok(now)));
-                }
-            }
+            self.answer_runs();
             let exit = self.vcpu.run();
             let counted = self.counting.leave()?;
             let exit = exit?;
@@ -163,6 +158,16 @@ impl Driver {
         }
         self.disarm();
         Ok(())
+    }
+
+    /// Tells who asked for it that the guest is being entered.
+    fn answer_runs(&mut self) {
+        if !self.run_replies.is_empty() {
+            let now = monotonic_ns();
+            for reply in self.run_replies.drain(..) {
+                drop(reply.send(Ok(now)));
+            }
+        }
     }
 
     /// Ticks no later than `bound` apart. Steps of a half keep a bound that changes with every exit from costing system
@@ -348,6 +353,10 @@ impl Driver {
         // Finishing an instruction may have ended the guest, and that stands.
         if !(self.state == State::Ended && next == State::Paused) {
             self.set_state(next);
+        }
+        if next != State::Running {
+            // Overtaken by this request before the first entry: what was asked was done, and undone.
+            self.answer_runs();
         }
         self.serve(request);
     }
