@@ -47,11 +47,12 @@ fn migrate(address: &DataAddress, connections: u16, source: &GuestMemory) -> Fal
     // An empty live round waits until all of it has arrived.
     out.send_round(4, &PageBitmap::new(source.pages()), true)?;
     let stopped = begin.elapsed();
+    let state = vec![7; 64 << 10];
     let mut few = PageBitmap::new(source.pages());
     (0..256).for_each(|n| few.set(n * 37 % source.pages()));
     let begin = Instant::now();
     out.send_round(5, &few, false)?;
-    out.finish(&[7; 64 << 10])?;
+    out.finish(&state)?;
     let last = begin.elapsed();
     thread.join().map_err(|_| "the destination panicked")??.acknowledge()?;
     out.await_applied(deadline)?;

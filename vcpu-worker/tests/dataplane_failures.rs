@@ -294,6 +294,8 @@ fn misuse_is_refused_and_changes_nothing() {
         let error = Incoming::bind(&tcp(), session(), connections, source.clone()).expect_err("bounds");
         assert_eq!(error.reason(), "DATA_CONNECTIONS_INVALID");
     }
+    let used = Incoming::bind(&tcp(), session(), 1, source.clone()).expect_err("not zero");
+    assert_eq!(used.reason(), "DATA_MEMORY_NOT_ZERO");
     let mut out = destination.connect(1, &source);
     let none = PageBitmap::new(source.pages());
     assert_eq!(out.finish(b"s").expect_err("no round yet").reason(), "DATA_USAGE");

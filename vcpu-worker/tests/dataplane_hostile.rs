@@ -5,7 +5,7 @@ mod dataplane_support;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dataplane_support::*;
 use vcpu_worker::bitmap::PageBitmap;
@@ -141,7 +141,7 @@ fn lies_about_order() {
     lie("DATA_ORDER", ErrorCode::Order, |raw| raw.hello(session().token, 1, MEMORY));
     lie("DATA_ORDER", ErrorCode::Order, |raw| raw.state(0, 1, b"s"));
     lie("DATA_ORDER", ErrorCode::Order, |raw| {
-        raw.send(Kind::Done, 0, 0, &DoneTotals::default().encode(), &[])
+        raw.send(Kind::Done, 0, 0, &DoneTotals::default().encode(), &[]);
     });
     lie("DATA_ORDER", ErrorCode::Order, |raw| raw.send(Kind::Applied, 1, 0, &[], &[]));
     lie("DATA_ORDER", ErrorCode::Order, |raw| {
@@ -244,11 +244,18 @@ fn lies_about_lengths_and_plain_garbage() {
     }
 }
 
-/// Any valid prefix followed by anything: an error or a wait that the hang-up ends, never a panic.
+/// Any valid prefix followed by anything: an error or a wait that the hang-up ends, never a panic. With
+/// `VPMU_FUZZ_SECONDS` it goes on for that long, from another seed each time.
 #[test]
 fn random_frames_never_panic() {
-    let mut random = Random(4242);
-    for _ in 0..60 {
+    let seconds: u64 = std::env::var("VPMU_FUZZ_SECONDS").map_or(0, |text| text.parse().expect("a number"));
+    let seed = if seconds > 0 { u64::from(std::process::id()) << 20 | 1 } else { 4242 };
+    println!("seed {seed}");
+    let mut random = Random(seed);
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let mut turns = 0;
+    while turns < 60 || Instant::now() < end {
+        turns += 1;
         let destination = destination(&tcp(), 1, MEMORY);
         let mut raw = Raw::introduced(&destination.address, 1, 0);
         for _ in 0..random.below(6) {

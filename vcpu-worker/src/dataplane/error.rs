@@ -38,6 +38,12 @@ pub enum DataplaneError {
     /// A number of connections outside the bounds.
     #[error("connections is {0}, allowed is 1 to 16")]
     Connections(u16),
+    /// The destination's memory was written before the migration.
+    #[error("page {page} of the destination's memory is not zero; use memory that was just made")]
+    NotZero {
+        /// The first such page.
+        page: u64,
+    },
     /// State larger than the protocol carries, or empty.
     #[error("state is {bytes} bytes, allowed is 1 byte to 64 MiB")]
     StateSize {
@@ -140,6 +146,7 @@ impl DataplaneError {
             Self::Bind { .. } => "DATA_LISTENER_FAILED",
             Self::Connect { .. } => "DATA_CONNECT_FAILED",
             Self::Connections(_) => "DATA_CONNECTIONS_INVALID",
+            Self::NotZero { .. } => "DATA_MEMORY_NOT_ZERO",
             Self::StateSize { .. } => "DATA_STATE_SIZE",
             Self::Usage(_) => "DATA_USAGE",
             Self::Io { .. } => "DATA_IO",

@@ -27,7 +27,8 @@ use super::address::{DataAddress, DataListener};
 use super::cancel::CancelFlag;
 use super::conn::{Conn, Timeouts};
 use super::error::{DataplaneError, Result};
-use super::frame::{ErrorCode, Kind, Receipt, RoundCounts};
+use super::frame::{ErrorCode, Kind, PAGE_BYTES, Receipt, RoundCounts};
+use super::sender::page_bytes;
 use super::{SessionId, check_connections};
 use crate::memory::GuestMemory;
 
@@ -42,10 +43,10 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Opens the listener. `memory` must be untouched (all zero): zero pages are not sent.
+    /// Opens the listener. `memory` must be all zero: zero pages are not sent.
     ///
     /// # Errors
-    /// `Connections`, `Bind`.
+    /// `Connections`, `NotZero`, `Bind`.
     pub fn bind(
         address: &DataAddress,
         session: SessionId,
@@ -53,6 +54,7 @@ impl Incoming {
         memory: GuestMemory,
     ) -> Result<Self> {
         check_connections(connections)?;
+        check_zero(&memory)?;
         let listener = DataListener::bind(address)?;
         Ok(Self { listener, session, connections, memory, timeouts: Timeouts::default() })
     }
@@ -108,6 +110,19 @@ impl Incoming {
             }
         }
     }
+}
+
+/// Quick where it matters: a new memory has no page to look at.
+fn check_zero(memory: &GuestMemory) -> Result<()> {
+    let Some(resident) = memory.resident_pages() else { return Ok(()) };
+    for (first, pages) in resident.runs() {
+        for page in first..first + pages {
+            if !memory.is_zero(page_bytes(page), PAGE_BYTES)? {
+                return Err(DataplaneError::NotZero { page });
+            }
+        }
+    }
+    Ok(())
 }
 
 fn receive(

@@ -1,0 +1,125 @@
+//! A recorded stream of protocol version 1 is still understood, and this build still writes the same bytes.
+//!
+//! `VPMU_RECORD=1` writes the recording anew; that is right only together with a new protocol version.
+
+mod dataplane_support;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use dataplane_support::*;
+use vcpu_worker::bitmap::PageBitmap;
+use vcpu_worker::dataplane::frame::{Frame, FrameKey, Header, HelloAck, Kind, Receipt, RoundCounts};
+use vcpu_worker::dataplane::{CancelFlag, DataAddress, Outgoing};
+use vcpu_worker::memory::{GuestMemory, PAGE_SIZE};
+
+const MEMORY: u64 = 2 * MIB;
+const STATE: &[u8] = b"the state of a machine";
+
+fn path() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/dataplane_v1.stream")
+}
+
+/// Three pages, one of them zeroed in the second round.
+fn source() -> GuestMemory {
+    let memory = GuestMemory::new("source", MEMORY).expect("memory");
+    for page in [1, 2, 40] {
+        memory.write_at(page * PAGE_SIZE, &Random(page).page()).expect("inside memory");
+    }
+    memory
+}
+
+/// What the source of [`source`] writes on its one connection, caught by a listener that answers as a destination would.
+fn written_now() -> Vec<u8> {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let address = DataAddress::Tcp(listener.local_addr().expect("address"));
+    let catcher = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("accept");
+        stream.set_read_timeout(Some(Duration::from_secs(5))).expect("time-out");
+        let key = FrameKey { migration_id: session().migration_id, attempt: session().attempt };
+        let mut all = Vec::new();
+        let mut read_to = 0;
+        let mut answers = 0;
+        let mut counts = RoundCounts::default();
+        loop {
+            let mut piece = [0; 4096];
+            let n = stream.read(&mut piece).expect("bytes");
+            all.extend_from_slice(&piece[..n]);
+            while let Ok((frame, length)) = Frame::parse(&all[read_to..], MEMORY / PAGE_SIZE) {
+                read_to += length;
+                let (kind, meta) = match frame.header.kind {
+                    Kind::Hello => (Kind::HelloAck, HelloAck { version: 1 }.encode()),
+                    Kind::RoundEnd => {
+                        counts.add(&RoundCounts::decode(&frame.meta).expect("counts"));
+                        if frame.header.flags == 0 {
+                            continue;
+                        }
+                        (Kind::RoundAck, Vec::new())
+                    }
+                    Kind::Done => {
+                        let digest = <sha2::Sha256 as sha2::Digest>::digest(STATE).into();
+                        (Kind::Receipt, Receipt { counts, digest }.encode())
+                    }
+                    _ => continue,
+                };
+                let header = Header::new(kind, key, frame.header.round, answers, 0);
+                answers += 1;
+                let last = kind == Kind::Receipt;
+                stream.write_all(&Frame { header, meta, data: Vec::new() }.to_bytes()).expect("answer");
+                if last {
+                    return all;
+                }
+            }
+        }
+    });
+    let memory = source();
+    let mut out = Outgoing::connect(
+        &address,
+        &session(),
+        1,
+        memory.clone(),
+        0,
+        CancelFlag::new(),
+        Duration::from_secs(5),
+    )
+    .expect("connect");
+    out.send_round(1, &PageBitmap::full(memory.pages()), true).expect("round 1");
+    memory.write_at(2 * PAGE_SIZE, &[0; PAGE_SIZE as usize]).expect("inside memory");
+    memory.write_at(40 * PAGE_SIZE, b"changed").expect("inside memory");
+    let mut dirty = PageBitmap::new(memory.pages());
+    dirty.set(2);
+    dirty.set(40);
+    out.send_round(2, &dirty, false).expect("round 2");
+    out.finish(STATE).expect("finish");
+    catcher.join().expect("no panic")
+}
+
+#[test]
+fn version_1_is_written_as_recorded() {
+    let now = written_now();
+    if std::env::var_os("VPMU_RECORD").is_some() {
+        std::fs::write(path(), &now).expect("written");
+    }
+    let recorded = std::fs::read(path()).expect("the recording");
+    assert!(now == recorded, "this build writes another stream than version 1");
+}
+
+#[test]
+fn version_1_is_read() {
+    let recorded = std::fs::read(path()).expect("the recording");
+    let destination = destination(&tcp(), 1, MEMORY);
+    let DataAddress::Tcp(address) = destination.address else { panic!("TCP") };
+    let mut stream = TcpStream::connect(address).expect("connect");
+    stream.write_all(&recorded).expect("written");
+    let memory = destination.memory.clone();
+    let received = destination.join().expect("received");
+    assert_eq!(received.state, STATE);
+    assert_eq!((received.rounds, received.counts.pages, received.counts.zero_pages), (2, 4, 1));
+    assert_eq!(received.bytes, recorded.len() as u64);
+    let expected = source();
+    expected.write_at(2 * PAGE_SIZE, &[0; PAGE_SIZE as usize]).expect("inside memory");
+    expected.write_at(40 * PAGE_SIZE, b"changed").expect("inside memory");
+    assert_same(&expected, &memory);
+}
