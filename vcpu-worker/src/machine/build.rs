@@ -19,7 +19,8 @@ use crate::devices::Devices;
 use crate::error::WorkerError;
 use crate::grant::RunRight;
 use crate::hypervisor::kvm::{CpuidPmu, KvmOptions, KvmVm};
-use crate::hypervisor::{HvError, InitialRegs, Vm};
+use crate::hypervisor::simulated::{SimOptions, SimVm};
+use crate::hypervisor::{InitialRegs, Vm};
 use crate::memory::GuestMemory;
 use crate::probe::{ProbeConfig, ProbePmu};
 use crate::vcpu::request::LoadFrom;
@@ -182,12 +183,7 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
             memory.clone(),
             KvmOptions { vcpus: plan.vcpus, filter_pmu_msrs: true, guest_pmu_cpuid: cpuid },
         )?,
-        Kind::Simulated => {
-            return Err(WorkerError::Hypervisor(HvError::Unsupported {
-                what: "the simulated hypervisor in this build",
-                remedy: "use kvm".to_owned(),
-            }));
-        }
+        Kind::Simulated => SimVm::new(memory.clone(), SimOptions::default())?,
     };
     let console = Arc::new(Console::default());
     let devices = Arc::new(Devices::new(Arc::clone(&vm), Arc::clone(&console)));

@@ -29,7 +29,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Hypervisors to test on; without /dev/kvm it says so, or fails if KVM is required.
 pub fn hypervisors() -> Vec<&'static str> {
-    if kvm() { vec!["kvm"] } else { Vec::new() }
+    if kvm() { vec!["kvm", "simulated"] } else { vec!["simulated"] }
 }
 
 pub fn kvm() -> bool {
