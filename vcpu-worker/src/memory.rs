@@ -9,12 +9,14 @@
 
 mod io;
 mod mapping;
+mod writes;
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::bitmap::PageBitmap;
 use mapping::Mapping;
+use writes::HostWrites;
 
 /// Bytes of a page as tracked and sent.
 pub const PAGE_SIZE: u64 = 4096;
@@ -101,6 +103,7 @@ struct Inner {
     mapping: Mapping,
     fd: OwnedFd,
     regions: Vec<Region>,
+    writes: HostWrites,
 }
 
 impl std::fmt::Debug for GuestMemory {
@@ -125,7 +128,9 @@ impl GuestMemory {
             return Err(MemoryError::Size { bytes, problem: "the memory handed over has another size" });
         }
         let mapping = Mapping::new(&fd, bytes)?;
-        Ok(Self { inner: Arc::new(Inner { mapping, fd, regions: layout(bytes) }) })
+        Ok(Self {
+            inner: Arc::new(Inner { mapping, fd, regions: layout(bytes), writes: HostWrites::default() }),
+        })
     }
 
     /// Size in bytes.
@@ -176,10 +181,10 @@ impl GuestMemory {
         self.inner.mapping.read(offset, buf)
     }
 
-    /// Copies into the guest. Not atomic, and not seen by KVM's dirty log: only while nothing is tracked.
+    /// Copies into the guest. Not atomic.
     pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), MemoryError> {
         let offset = self.translate(gpa, data.len())?;
-        self.inner.mapping.write(offset, data)
+        self.write_at(offset, data)
     }
 
     /// Atomic load (acquire) of an aligned word.
@@ -188,10 +193,12 @@ impl GuestMemory {
         self.inner.mapping.load_u64(offset).ok_or(MemoryError::Unaligned { address: gpa })
     }
 
-    /// Atomic store (release) of an aligned word. Not seen by KVM's dirty log.
+    /// Atomic store (release) of an aligned word.
     pub fn store_u64(&self, gpa: u64, value: u64) -> Result<(), MemoryError> {
         let offset = self.translate(gpa, 8)?;
-        self.inner.mapping.store_u64(offset, value).ok_or(MemoryError::Unaligned { address: gpa })
+        self.inner.mapping.store_u64(offset, value).ok_or(MemoryError::Unaligned { address: gpa })?;
+        self.inner.writes.mark(offset, 8);
+        Ok(())
     }
 
     /// Copies out of the memfd.
@@ -199,9 +206,23 @@ impl GuestMemory {
         self.inner.mapping.read(offset, buf)
     }
 
-    /// Copies into the memfd. Not seen by KVM's dirty log.
+    /// Copies into the memfd.
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), MemoryError> {
-        self.inner.mapping.write(offset, data)
+        self.inner.mapping.write(offset, data)?;
+        self.inner.writes.mark(offset, data.len() as u64);
+        Ok(())
+    }
+
+    /// Begins to note, or forgets, what this process writes (`write`, `write_at`, `store_u64`, `discard`): KVM's
+    /// dirty log sees the guest's writes and KVM's own, not ours. `recv_into` is not noted: it fills the memory of a
+    /// guest that does not run.
+    pub fn track_writes(&self, on: bool) {
+        self.inner.writes.track(on, self.pages());
+    }
+
+    /// Moves the pages written by this process since the last call into `into` (ored).
+    pub fn take_writes(&self, into: &mut PageBitmap) {
+        self.inner.writes.take(into);
     }
 
     /// Whether a piece of the memfd is all zero. A page that was never touched gets mapped by looking at it: ask
@@ -221,7 +242,9 @@ impl GuestMemory {
         }
         let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
         rustix::fs::fallocate(&self.inner.fd, flags, offset, len)
-            .map_err(|e| MemoryError::Os { call: "fallocate", source: e.into() })
+            .map_err(|e| MemoryError::Os { call: "fallocate", source: e.into() })?;
+        self.inner.writes.mark(offset, len);
+        Ok(())
     }
 
     /// Pages that were ever touched: all others are zero and need not be read. None where the kernel cannot tell.

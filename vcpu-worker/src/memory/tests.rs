@@ -113,3 +113,27 @@ fn another_mapping_of_the_same_memory() {
     assert_eq!(other.load_u64(64).expect("loaded"), 7);
     assert_eq!(GuestMemory::from_fd(fd, 4 * MIB).expect_err("size").reason(), "MEMORY_SIZE_INVALID");
 }
+
+#[test]
+fn own_writes_are_noted_while_tracked() {
+    let memory = GuestMemory::new("t", 2 * MIB).expect("made");
+    let mut pages = PageBitmap::new(memory.pages());
+    memory.write_at(0, &[1]).expect("written");
+    memory.take_writes(&mut pages);
+    assert!(pages.is_empty(), "not tracked yet");
+    memory.track_writes(true);
+    memory.write(PAGE_SIZE * 3 - 1, &[1, 2]).expect("written");
+    memory.store_u64(PAGE_SIZE * 9, 1).expect("stored");
+    memory.discard(PAGE_SIZE * 20, PAGE_SIZE * 2).expect("discarded");
+    memory.write(77, &[]).expect("written");
+    assert!(memory.write(2 * MIB, &[1]).is_err());
+    memory.take_writes(&mut pages);
+    assert_eq!(pages.runs().collect::<Vec<_>>(), [(2, 2), (9, 1), (20, 2)]);
+    pages.clear_all();
+    memory.take_writes(&mut pages);
+    assert!(pages.is_empty(), "taken once");
+    memory.store_u64(0, 1).expect("stored");
+    memory.track_writes(false);
+    memory.take_writes(&mut pages);
+    assert!(pages.is_empty(), "forgotten");
+}

@@ -2,7 +2,8 @@
 //!
 //! With manual protection (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) reading the log changes nothing and re-arming is a
 //! second call over just the pages that were dirty; without it reading re-arms everything. Either way a page written
-//! after `collect` is in the next `collect`, so whoever copies pages after `collect` misses nothing.
+//! after `collect` is in the next `collect`, so whoever copies pages after `collect` misses nothing. What this process
+//! writes itself (devices, the probe's report page) is noted by [`GuestMemory`] and added here.
 
 use kvm_bindings::*;
 use kvm_ioctls::VmFd;
@@ -33,6 +34,7 @@ struct Inner {
 pub(super) struct DirtyLog {
     inner: Mutex<Inner>,
     manual: bool,
+    memory: GuestMemory,
 }
 
 impl Slot {
@@ -72,11 +74,12 @@ impl DirtyLog {
             slot.set(vm, false)?;
             slots.push(slot);
         }
-        Ok(Self { inner: Mutex::new(Inner { slots, tracking: false }), manual })
+        Ok(Self { inner: Mutex::new(Inner { slots, tracking: false }), manual, memory: memory.clone() })
     }
 
     pub(super) fn start(&self, vm: &VmFd) -> Result<(), HvError> {
         let mut inner = self.inner.lock();
+        self.memory.track_writes(true);
         for slot in &mut inner.slots {
             // Off first: a log left over from before would not be empty.
             slot.set(vm, false)?;
@@ -90,6 +93,7 @@ impl DirtyLog {
     pub(super) fn stop(&self, vm: &VmFd) -> Result<(), HvError> {
         let mut inner = self.inner.lock();
         inner.tracking = false;
+        self.memory.track_writes(false);
         for slot in &mut inner.slots {
             slot.set(vm, false)?;
             slot.words = Vec::new();
@@ -105,6 +109,7 @@ impl DirtyLog {
                 remedy: "call start_dirty_tracking first".to_owned(),
             });
         }
+        self.memory.take_writes(into);
         for slot in &mut inner.slots {
             let pages = slot.pages();
             sys::get_dirty_log(vm, slot.number, pages, &mut slot.words)?;

@@ -259,6 +259,8 @@ fn the_dirty_log_is_exact_in_both_regions() {
             written.insert(memory.offset_of(base, 1).expect("ram") / PAGE_SIZE + page);
         }
         assert_eq!(exit, Exit::MmioWrite { addr: DEVICE, size: 8, data: x });
+        // Ours, above.
+        written.insert(RESULT / PAGE_SIZE);
         written
     };
     let mut pages = PageBitmap::new(memory.pages());
@@ -422,6 +424,47 @@ fn two_vcpus_and_their_identity() {
     for thread in threads {
         thread.join().expect("vcpu thread");
     }
+}
+
+/// An application processor waits in KVM_RUN until the boot processor sends INIT and SIPI, and begins in real mode;
+/// KVM_RUN's EAGAIN on the way is not seen.
+#[test]
+fn an_application_processor_starts_by_sipi() {
+    if !require_kvm() {
+        return;
+    }
+    let memory = memory(4 * MIB);
+    let mut regs = guest::load(&memory, guest::sipi(), EntryMode::Long, None);
+    regs.rbx = 0xfee0_0000;
+    // Real mode at 0x8000: mov al, 0x33; out 0x81, al; jmp $.
+    memory.write(0x8000, &[0xb0, 0x33, 0xe6, 0x81, 0xeb, 0xfe]).expect("inside");
+    let vm = make_vm(&memory, 2);
+    let (send, receive) = std::sync::mpsc::channel();
+    let second = {
+        let vm = Arc::clone(&vm);
+        std::thread::spawn(move || {
+            let mut vcpu = vm.create_vcpu(1).expect("vcpu");
+            send.send(vcpu.kicker()).expect("sent");
+            loop {
+                match vcpu.run().expect("run") {
+                    // The kick below: a waiting processor can be got out too.
+                    Exit::Interrupted => {
+                        vcpu.clear_kick();
+                        assert_eq!(vcpu.finish_pending().expect("finished"), None);
+                        send.send(vcpu.kicker()).expect("sent");
+                    }
+                    exit => return exit,
+                }
+            }
+        })
+    };
+    let deadline = Duration::from_secs(20);
+    receive.recv_timeout(deadline).expect("made").kick();
+    receive.recv_timeout(deadline).expect("kicked out");
+    let mut first = vm.create_vcpu(0).expect("vcpu");
+    first.set_initial(&regs).expect("start state");
+    assert!(matches!(first.run().expect("run"), Exit::PioOut { port: 0x80, .. }), "{}", first.describe());
+    assert_eq!(second.join().expect("thread"), Exit::PioOut { port: 0x81, size: 1, data: 0x33 });
 }
 
 #[test]

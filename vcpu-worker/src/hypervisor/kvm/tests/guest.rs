@@ -91,6 +91,22 @@ std::arch::global_asm!(
         jmp 2b
     vpmu_guest_msr_end:
 
+    .globl vpmu_guest_sipi, vpmu_guest_sipi_end
+    /* Ring 0: INIT, then SIPI with vector 8 to APIC id 1, by the local APIC at [rbx]; then OUT. */
+    vpmu_guest_sipi:
+        mov eax, 0x01000000
+        mov [rbx + 0x310], eax
+        mov eax, 0x00004500
+        mov [rbx + 0x300], eax
+        mov eax, 0x01000000
+        mov [rbx + 0x310], eax
+        mov eax, 0x00004608
+        mov [rbx + 0x300], eax
+        mov edx, 0x80
+        out dx, al
+    2:  jmp 2b
+    vpmu_guest_sipi_end:
+
     .globl vpmu_guest_exits, vpmu_guest_exits_end
     /* Ring 0: one of each exit; results from [rsi]. */
     vpmu_guest_exits:
@@ -164,6 +180,7 @@ guests! {
     spin: vpmu_guest_spin, vpmu_guest_spin_end;
     doorbell: vpmu_guest_doorbell, vpmu_guest_doorbell_end;
     msr: vpmu_guest_msr, vpmu_guest_msr_end;
+    sipi: vpmu_guest_sipi, vpmu_guest_sipi_end;
     exits: vpmu_guest_exits, vpmu_guest_exits_end;
 }
 
