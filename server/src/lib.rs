@@ -1,8 +1,28 @@
 //! vpmud: the daemon on each host.
+//!
+//! Data flows one way: request → [`api`] (validates, translates) → VM actor ([`vm`]) → worker ([`worker_link`]) → vCPU
+//! thread. What happened flows back: worker → actor → [`store`] → watchers. Migrations between hosts are driven in
+//! [`migration`] under the rules of the handover (epochs, grants, seal, journal).
 #![forbid(unsafe_code)]
 
+pub mod api;
+pub mod capacity;
+pub mod cli;
+pub mod config;
+pub mod daemon;
 pub mod demo;
 pub mod handover;
 pub mod journal;
+pub mod listen;
+pub mod migration;
+pub mod names;
+pub mod ops;
 pub mod parent;
+pub mod peer;
+pub mod pmu_view;
+pub mod serve;
+pub mod status;
 pub mod store;
+pub mod validate;
+pub mod vm;
+pub mod worker_link;

@@ -1,4 +1,6 @@
 //! The vpmud binary.
 #![forbid(unsafe_code)]
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    vpmu_server::cli::main()
+}

@@ -1,0 +1,124 @@
+//! AttachConsole: history from an offset, then what follows; input to the guest.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tonic::{Status, Streaming};
+use vpmu_proto::api::{AttachConsoleRequest, AttachConsoleResponse};
+
+use super::BoxStream;
+use super::details::explain;
+use crate::daemon::Daemon;
+use crate::names::VmName;
+use crate::status::ApiError;
+
+/// Largest input message in bytes.
+const MAX_INPUT: usize = 4096;
+/// A client must say what it wants within this time.
+const FIRST_MESSAGE: Duration = Duration::from_secs(10);
+/// Bytes of one output message.
+const CHUNK: usize = 64 << 10;
+const METHOD: &str = "/vpmu.v1.VirtualMachinesService/AttachConsole";
+
+pub(super) async fn attach(
+    daemon: &Arc<Daemon>,
+    mut input: Streaming<AttachConsoleRequest>,
+) -> Result<BoxStream<AttachConsoleResponse>, Status> {
+    let first = match tokio::time::timeout(FIRST_MESSAGE, input.message()).await {
+        Ok(Ok(Some(first))) => first,
+        Ok(Err(status)) => return Err(explain(&status, METHOD)),
+        Ok(Ok(None)) | Err(_) => {
+            return Err(ApiError::invalid("name", "", "FIELD_REQUIRED", "was not sent", "send the machine's name in the first message").into());
+        }
+    };
+    let name = VmName::parse("name", &first.name, "")?;
+    let handle = daemon.registry.get(&name)?;
+    let view = handle.view();
+    let Some(worker) = view.worker.clone() else {
+        return Ok(history(&view.console, first.offset));
+    };
+    let mut output = worker.read_console(first.offset, !first.history_only).await?;
+    let shutdown = daemon.shutdown.clone();
+    if first.history_only {
+        let stream = async_stream::stream! {
+            while let Some(piece) = output.message().await.transpose() {
+                match piece {
+                    Ok(piece) => yield Ok(AttachConsoleResponse { offset: piece.offset, data: piece.data }),
+                    Err(status) => {
+                        yield Err(ApiError::from_status("console", &status).into());
+                        return;
+                    }
+                }
+            }
+        };
+        return Ok(Box::pin(stream));
+    }
+    let write = first.write;
+    let mut pending = first.data;
+    let stream = async_stream::stream! {
+        let mut input_open = true;
+        loop {
+            if !pending.is_empty() {
+                if let Err(error) = feed(&worker, write, &pending).await {
+                    yield Err(error.into());
+                    return;
+                }
+                pending.clear();
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => {
+                    yield Err(ApiError::shutting_down().into());
+                    return;
+                }
+                piece = output.message() => match piece {
+                    Ok(Some(piece)) => yield Ok(AttachConsoleResponse { offset: piece.offset, data: piece.data }),
+                    Ok(None) => return,
+                    Err(status) => {
+                        yield Err(ApiError::from_status("console", &status).into());
+                        return;
+                    }
+                },
+                message = input.message(), if input_open => match message {
+                    Ok(Some(message)) => pending = message.data,
+                    Ok(None) => input_open = false,
+                    Err(status) => {
+                        yield Err(explain(&status, METHOD));
+                        return;
+                    }
+                },
+            }
+        }
+    };
+    Ok(Box::pin(stream))
+}
+
+async fn feed(worker: &crate::worker_link::WorkerLink, write: bool, data: &[u8]) -> Result<(), ApiError> {
+    if !write {
+        return Err(ApiError::invalid("data", data.len(), "CONSOLE_READ_ONLY", "bytes of input came without write", "set write in the first message"));
+    }
+    if data.len() > MAX_INPUT {
+        return Err(ApiError::invalid("data", data.len(), "INPUT_TOO_LARGE", "bytes are more than 4096", "send smaller pieces"));
+    }
+    let accepted = worker.write_console(data.to_vec()).await? as usize;
+    if accepted < data.len() {
+        return Err(ApiError::exhausted(
+            "CONSOLE_INPUT_FULL",
+            format!("the guest took {accepted} of {} bytes of input; send the rest once it reads", data.len()),
+        )
+        .with("accepted", accepted));
+    }
+    Ok(())
+}
+
+/// What an ended machine left.
+fn history(console: &crate::worker_link::ConsoleHistory, offset: u64) -> BoxStream<AttachConsoleResponse> {
+    let skip = usize::try_from(offset.saturating_sub(console.offset)).unwrap_or(usize::MAX).min(console.data.len());
+    let start = console.offset + skip as u64;
+    let data = console.data.get(skip..).unwrap_or_default();
+    let pieces: Vec<_> = data
+        .chunks(CHUNK)
+        .enumerate()
+        .map(|(i, chunk)| Ok(AttachConsoleResponse { offset: start + (i * CHUNK) as u64, data: chunk.to_vec() }))
+        .collect();
+    Box::pin(tokio_stream::iter(pieces))
+}

@@ -1,0 +1,140 @@
+//! The command line of `vpmud`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{Address, HypervisorKind, Isolation, PmuMode, ServeConfig};
+
+/// Runs virtual machines on this host and gives their guests the processor's performance counters.
+#[derive(Debug, Parser)]
+#[command(name = "vpmud", version, about, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serves the control plane of this host.
+    Serve(ServeArgs),
+}
+
+/// Options of `vpmud serve`.
+#[derive(Debug, clap::Args)]
+struct ServeArgs {
+    /// Directory of the store, the ownership journal and the data plane's sockets; made if it is not there.
+    #[arg(long, value_name = "DIR")]
+    state_dir: PathBuf,
+    /// Where the API is served: unix:PATH (mode 0600) or tcp:ADDR:PORT (loopback). Repeatable.
+    #[arg(long, value_name = "ADDRESS", required = true)]
+    listen: Vec<Address>,
+    /// Where other hosts reach this one for migrations. Repeatable. The API's listeners serve them too.
+    #[arg(long, value_name = "ADDRESS")]
+    peer_listen: Vec<Address>,
+    /// Host cores that vCPUs may use, e.g. 0,1; default: all that this process may use.
+    #[arg(long, value_delimiter = ',', value_name = "CORES")]
+    cores: Vec<u32>,
+    /// Where workers live.
+    #[arg(long, value_enum, default_value = "thread")]
+    isolation: Isolation,
+    /// What runs guests; default: kvm where /dev/kvm works, else simulated.
+    #[arg(long, value_enum)]
+    hypervisor: Option<HypervisorKind>,
+    /// Who holds the guests' PMU.
+    #[arg(long, value_enum, default_value = "auto")]
+    pmu: PmuMode,
+    /// The modelled host PMU.
+    #[arg(long, value_name = "SHAPE", default_value = "intel:v5:8+4:48")]
+    model_pmu: String,
+    /// At SIGTERM end process-isolated machines too; thread-isolated ones always end with the daemon.
+    #[arg(long)]
+    stop_vms: bool,
+}
+
+impl From<ServeArgs> for ServeConfig {
+    fn from(args: ServeArgs) -> Self {
+        Self {
+            state_dir: args.state_dir,
+            listen: args.listen,
+            peer_listen: args.peer_listen,
+            cores: args.cores,
+            isolation: args.isolation,
+            hypervisor: args.hypervisor,
+            pmu: args.pmu,
+            model_pmu: args.model_pmu,
+            stop_vms: args.stop_vms,
+        }
+    }
+}
+
+/// Parses the arguments and runs the command. Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let usage = error.use_stderr();
+            let _ = error.print();
+            return if usage { ExitCode::from(2) } else { ExitCode::SUCCESS };
+        }
+    };
+    match cli.command {
+        Command::Serve(args) => serve(args.into()),
+    }
+}
+
+fn serve(config: ServeConfig) -> ExitCode {
+    init_tracing();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("vpmud: cannot start the async runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(crate::serve::run(config));
+    // Blocking helpers (none should be left) get a moment, not for ever.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vpmud: [{}] {error}", error.reason());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logs go to standard error; RUST_LOG chooses what.
+fn init_tracing() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,h2=warn,hyper=warn,sled=warn"));
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_promised_command_line_parses() {
+        let cli = Cli::try_parse_from([
+            "vpmud", "serve", "--state-dir", "/tmp/x", "--listen", "unix:/tmp/x/a.sock", "--listen", "tcp:127.0.0.1:0",
+            "--peer-listen", "unix:/tmp/x/p.sock", "--cores", "0,1", "--isolation", "thread", "--hypervisor", "kvm",
+            "--pmu", "auto", "--model-pmu", "amd:v2:6:48", "--stop-vms",
+        ])
+        .expect("parses");
+        let Command::Serve(args) = cli.command;
+        assert_eq!((args.listen.len(), args.cores), (2, vec![0, 1]));
+    }
+
+    #[test]
+    fn a_missing_listener_is_wrong_usage() {
+        let error = Cli::try_parse_from(["vpmud", "serve", "--state-dir", "/tmp/x"]).expect_err("refused");
+        assert_eq!(error.exit_code(), 2);
+    }
+}

@@ -1,0 +1,245 @@
+//! What `vpmud serve` was asked for, parsed and bounded; nothing here touches the host.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Longest path of a Unix socket: `sun_path` is 108 bytes with its final zero (unix(7)).
+pub const MAX_SOCKET_PATH: usize = 107;
+
+/// Where to listen or to connect: `unix:PATH` or `tcp:ADDR:PORT`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// Unix socket.
+    Unix(PathBuf),
+    /// TCP.
+    Tcp(SocketAddr),
+}
+
+/// Why an address or an option is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// Neither form.
+    #[error("address {0:?}: write unix:PATH or tcp:ADDR:PORT, e.g. unix:/run/vpmud/vpmud.sock or tcp:127.0.0.1:7400")]
+    Address(String),
+    /// Too long for the kernel.
+    #[error("socket path {0:?} is {1} bytes long and the kernel takes {MAX_SOCKET_PATH}; choose a shorter one")]
+    PathTooLong(String, usize),
+    /// TCP beyond this machine.
+    #[error(
+        "tcp:{0}: only loopback is served without mutual TLS, which is not there yet; listen on tcp:127.0.0.1:PORT or \
+         on unix:PATH"
+    )]
+    NotLoopback(SocketAddr),
+    /// No address at all.
+    #[error("no --listen: give at least one, e.g. --listen unix:/run/vpmud/vpmud.sock")]
+    NoListener,
+    /// Process isolation.
+    #[error("--isolation process is not there yet: workers as child processes come later; use --isolation thread")]
+    ProcessIsolation,
+    /// A PMU mode that cannot work here.
+    #[error("--pmu {mode} cannot be used: {why}; use --pmu model (or auto), which counts in a software PMU")]
+    PmuMode {
+        /// The mode.
+        mode: &'static str,
+        /// Why not.
+        why: String,
+    },
+    /// A model that is none.
+    #[error("--model-pmu {value:?}: {problem}; write e.g. intel:v5:8+4:48 or amd:v2:6:48")]
+    ModelPmu {
+        /// As given.
+        value: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Cores that are not there.
+    #[error("--cores {given:?}: {problem}; this process may use {allowed:?}")]
+    Cores {
+        /// As asked.
+        given: Vec<u32>,
+        /// What is wrong.
+        problem: String,
+        /// What it may use.
+        allowed: Vec<u32>,
+    },
+    /// KVM was asked for and is not there.
+    #[error("--hypervisor kvm: {0}; give this user access to /dev/kvm, or use --hypervisor simulated")]
+    NoKvm(String),
+}
+
+impl ConfigError {
+    /// Stable reason code.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Address(_) => "BAD_ADDRESS",
+            Self::PathTooLong(..) => "SOCKET_PATH_TOO_LONG",
+            Self::NotLoopback(_) => "TLS_REQUIRED",
+            Self::NoListener => "NO_LISTENER",
+            Self::ProcessIsolation => "PROCESS_ISOLATION_UNAVAILABLE",
+            Self::PmuMode { .. } => "PMU_MODE_UNAVAILABLE",
+            Self::ModelPmu { .. } => "BAD_MODEL_PMU",
+            Self::Cores { .. } => "BAD_CORES",
+            Self::NoKvm(_) => "NO_KVM",
+        }
+    }
+}
+
+impl FromStr for Address {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            if path.is_empty() || path.contains('\0') {
+                return Err(ConfigError::Address(crate::status::clip(text, 128)));
+            }
+            if path.len() > MAX_SOCKET_PATH {
+                return Err(ConfigError::PathTooLong(crate::status::clip(path, 128), path.len()));
+            }
+            return Ok(Self::Unix(PathBuf::from(path)));
+        }
+        text.strip_prefix("tcp:")
+            .and_then(|rest| {
+                let rest = rest.strip_prefix("localhost:").map_or_else(|| rest.to_owned(), |p| format!("127.0.0.1:{p}"));
+                rest.parse().ok()
+            })
+            .map(Self::Tcp)
+            .ok_or_else(|| ConfigError::Address(crate::status::clip(text, 128)))
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp(addr) => write!(f, "tcp:{addr}"),
+        }
+    }
+}
+
+impl Address {
+    /// A listener must be a Unix socket or on loopback as long as there is no mutual TLS.
+    pub fn check_listener(&self) -> Result<(), ConfigError> {
+        match self {
+            Self::Tcp(addr) if !addr.ip().is_loopback() => Err(ConfigError::NotLoopback(*addr)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What runs guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum HypervisorKind {
+    /// Linux KVM.
+    Kvm,
+    /// A scripted guest on the same threads, switcher, memory and migration; nothing real runs.
+    Simulated,
+}
+
+impl HypervisorKind {
+    /// Its name in the API.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Simulated => "simulated",
+        }
+    }
+}
+
+/// Who holds the guests' PMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PmuMode {
+    /// The best that this host can do.
+    Auto,
+    /// A register-accurate software PMU per core.
+    Model,
+    /// The hardware, through /dev/cpu/N/msr.
+    Msr,
+    /// The host kernel's vPMU.
+    Kvm,
+}
+
+/// Where workers live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Isolation {
+    /// In this process.
+    Thread,
+    /// One child process a machine.
+    Process,
+}
+
+/// Everything `serve` needs to know.
+#[derive(Debug, Clone)]
+pub struct ServeConfig {
+    /// Store, journal, sockets of the data plane.
+    pub state_dir: PathBuf,
+    /// Public API, and the peer service too.
+    pub listen: Vec<Address>,
+    /// Peer service and health only.
+    pub peer_listen: Vec<Address>,
+    /// Cores that vCPUs may use; empty means all this process may use.
+    pub cores: Vec<u32>,
+    /// Worker isolation.
+    pub isolation: Isolation,
+    /// Hypervisor; none means KVM where it works, else simulated.
+    pub hypervisor: Option<HypervisorKind>,
+    /// PMU mode.
+    pub pmu: PmuMode,
+    /// The modelled host PMU.
+    pub model_pmu: String,
+    /// End process-isolated machines at SIGTERM; thread-isolated ones always end with the daemon.
+    pub stop_vms: bool,
+}
+
+impl ServeConfig {
+    /// What can be judged without looking at the host.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.listen.is_empty() {
+            return Err(ConfigError::NoListener);
+        }
+        for address in self.listen.iter().chain(&self.peer_listen) {
+            address.check_listener()?;
+        }
+        if self.isolation == Isolation::Process {
+            return Err(ConfigError::ProcessIsolation);
+        }
+        match self.pmu {
+            PmuMode::Auto | PmuMode::Model => Ok(()),
+            PmuMode::Msr => Err(ConfigError::PmuMode {
+                mode: "msr",
+                why: "the switcher's back end on /dev/cpu/N/msr is not there yet".to_owned(),
+            }),
+            PmuMode::Kvm => Err(ConfigError::PmuMode {
+                mode: "kvm",
+                why: "the back end on the host kernel's vPMU is not there yet".to_owned(),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_round_trip_and_bad_ones_are_refused() {
+        for good in ["unix:/run/v.sock", "tcp:127.0.0.1:0", "tcp:[::1]:7400"] {
+            assert_eq!(good.parse::<Address>().expect(good).to_string(), good);
+        }
+        for bad in ["", "unix:", "tcp:", "tcp:127.0.0.1", "http://x", "/run/v.sock", "tcp:host:1"] {
+            assert_eq!(bad.parse::<Address>().expect_err(bad).reason(), "BAD_ADDRESS");
+        }
+        let long = format!("unix:/{}", "x".repeat(MAX_SOCKET_PATH));
+        assert_eq!(long.parse::<Address>().expect_err("too long").reason(), "SOCKET_PATH_TOO_LONG");
+    }
+
+    #[test]
+    fn tcp_beyond_loopback_wants_tls() {
+        let open: Address = "tcp:0.0.0.0:1".parse().expect("address");
+        assert_eq!(open.check_listener().expect_err("refused").reason(), "TLS_REQUIRED");
+        let inner: Address = "tcp:127.0.0.1:1".parse().expect("address");
+        assert!(inner.check_listener().is_ok());
+    }
+}

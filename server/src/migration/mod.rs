@@ -1,0 +1,96 @@
+//! Live migration between two daemons, by the rules of the handover.
+//!
+//! ```text
+//! source                                   destination
+//!   check, Prepare ------------------------> journal Incoming, worker built, data listener open
+//!   journal Open, MigrateOut  ===data=====>  receives
+//!   journal Quiesced, FinishMigration =====> state set; journal Ready; Ready(digest)
+//!   journal HandedOver(e+1), Go -----------> journal Entered(e+1), grant, running, Entered
+//!   worker ended, journal Released <-------- guest's own gap, measured
+//! ```
+//! Invariants: nothing is sent that depends on a record that is not durable; until HandedOver the machine goes on at
+//! the source whatever fails, under a new epoch; from HandedOver on only the destination (or its return) decides.
+
+pub mod check;
+pub mod destination;
+pub mod outcome;
+pub mod recover;
+pub mod resolve;
+pub mod source;
+mod source_commit;
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
+
+use tokio::sync::watch;
+use uuid::Uuid;
+use vpmu_proto::api::Migration;
+
+use crate::daemon::Daemon;
+use crate::names::MigrationName;
+use crate::status::ApiError;
+
+/// Migrations that are under way.
+#[derive(Default)]
+pub struct Migrations {
+    outgoing: Mutex<HashMap<Uuid, watch::Receiver<Migration>>>,
+    incoming: Mutex<HashMap<Uuid, destination::Door>>,
+}
+
+impl Migrations {
+    pub(crate) fn outgoing(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, watch::Receiver<Migration>>> {
+        self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn incoming(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, destination::Door>> {
+        self.incoming.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A migration as it is now: live, or as stored.
+pub fn get(daemon: &Daemon, name: &MigrationName) -> Result<Migration, ApiError> {
+    if let Some(live) = daemon.migrations.outgoing().get(&name.id) {
+        let migration = live.borrow().clone();
+        if migration.name == name.to_string() {
+            return Ok(migration);
+        }
+    }
+    let missing = || {
+        ApiError::not_found("Migration", &name.to_string(), "list the machine's migrations; the source host keeps them")
+    };
+    let handle = daemon.registry.get(&name.vm).map_err(|_| missing())?;
+    daemon
+        .store
+        .get_migration(&handle.uid, &name.id.to_string())
+        .and_then(|r| r.migration)
+        .filter(|m| m.name == name.to_string())
+        .ok_or_else(missing)
+}
+
+/// Asks an open migration to stop; refused once it is committed.
+pub fn cancel(daemon: &Daemon, name: &str) -> Result<(), ApiError> {
+    let parsed = MigrationName::parse("name", name)?;
+    let over = |migration: &Migration| {
+        ApiError::precondition(
+            "MIGRATION_OVER",
+            name,
+            format!("{name} is {} and cannot be cancelled", migration.state().as_str_name()),
+        )
+    };
+    let migration = get(daemon, &parsed)?;
+    let handle = daemon.registry.get(&parsed.vm)?;
+    let view = handle.view();
+    let Some(open) = view.migration.as_ref().filter(|open| open.name == name) else {
+        return Err(over(&migration));
+    };
+    if open.committed.load(Ordering::SeqCst) {
+        return Err(ApiError::precondition(
+            "MIGRATION_COMMITTED",
+            name,
+            format!("{name} is committed: the destination owns the machine; migrate it back instead"),
+        ));
+    }
+    open.cancel.cancel();
+    Ok(())
+}

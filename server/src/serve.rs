@@ -1,0 +1,399 @@
+//! `vpmud serve`: opens everything, says that it is ready, serves until it is asked to end, and ends cleanly.
+//!
+//! Order at the start: store (and its lock) → listeners → recovery → services → ready line. At the end: no new work →
+//! streams and servers → machines (their PMU state durable) → store → socket files.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::transport::Server;
+use tonic::transport::server::{Router, TcpIncoming};
+use vpmu_proto::api::migrations_service_server::MigrationsServiceServer;
+use vpmu_proto::api::pmu_service_server::PmuServiceServer;
+use vpmu_proto::api::virtual_machines_service_server::VirtualMachinesServiceServer;
+use vpmu_proto::longrunning::operations_server::OperationsServer;
+use vpmu_proto::peer::CpuidLeaf;
+use vpmu_proto::peer::migration_peer_service_server::MigrationPeerServiceServer;
+
+use crate::api;
+use crate::api::details::DetailsLayer;
+use crate::capacity::Capacity;
+use crate::config::{Address, ConfigError, HypervisorKind, ServeConfig};
+use crate::daemon::{Daemon, HostInfo};
+use crate::listen::{self, ListenError, Listener, Socket};
+use crate::ops::Ops;
+use crate::status::ApiError;
+use crate::store::{Health, Store, StoreError};
+use crate::worker_link::WorkerFactory;
+
+/// Largest request in bytes.
+const MAX_REQUEST: usize = 4 << 20;
+/// Streams and requests at once on one connection.
+const MAX_STREAMS: u32 = 256;
+/// Connections get this long to finish at the end.
+const DRAIN: Duration = Duration::from_secs(5);
+/// Machines and migrations get this long at the end.
+const ENDING: Duration = Duration::from_secs(30);
+
+/// Why it does not serve.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// Options.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Listeners.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// Recovery.
+    #[error("cannot bring the machines of the last run back: {0}")]
+    Recovery(ApiError),
+    /// The system.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl ServeError {
+    /// Stable reason code.
+    pub fn reason(&self) -> &str {
+        match self {
+            Self::Config(e) => e.reason(),
+            Self::Store(e) => e.reason(),
+            Self::Listen(e) => e.reason(),
+            Self::Recovery(e) => e.reason(),
+            Self::Io { .. } => "SYSTEM",
+        }
+    }
+}
+
+fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> ServeError {
+    move |source| ServeError::Io { what, source }
+}
+
+/// Serves until SIGTERM or SIGINT.
+pub async fn run(config: ServeConfig) -> Result<(), ServeError> {
+    // Signals first: one that comes while it starts must end it in order too.
+    let mut terminate = signal(SignalKind::terminate()).map_err(io("cannot handle SIGTERM"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(io("cannot handle SIGINT"))?;
+    config.check()?;
+    let host = Host::judge(&config).await?;
+    let store = open_store(config.state_dir.clone()).await?;
+    let result = serve(&config, host, store.clone(), async {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM: ending"),
+            _ = interrupt.recv() => tracing::info!("SIGINT: ending"),
+        }
+    })
+    .await;
+    store.close().await;
+    result
+}
+
+async fn open_store(dir: PathBuf) -> Result<Store, ServeError> {
+    let opened = tokio::task::spawn_blocking(move || Store::open(&dir)).await;
+    let store = opened.map_err(|e| io("cannot open the store")(std::io::Error::other(e)))??;
+    for damaged in store.damaged() {
+        tracing::error!(key = %damaged.key, problem = %damaged.problem, "a stored record is damaged and is left out");
+    }
+    Ok(store)
+}
+
+/// What this host can do, judged before anything is opened.
+struct Host {
+    hypervisor: HypervisorKind,
+    shape: pmu::Shape,
+    host_pmu: String,
+    notes: Vec<String>,
+    cores: Vec<u32>,
+    memory_bytes: u64,
+    boot_id: String,
+    cpuid: Vec<CpuidLeaf>,
+}
+
+impl Host {
+    async fn judge(config: &ServeConfig) -> Result<Self, ServeError> {
+        let facts = tokio::task::spawn_blocking(vcpu_worker::host::probe)
+            .await
+            .map_err(|e| io("cannot look at the host")(std::io::Error::other(e)))?;
+        let no_kvm = facts.kvm.as_ref().err().map(ToString::to_string);
+        let hypervisor = match (config.hypervisor, &no_kvm) {
+            (Some(HypervisorKind::Kvm), Some(why)) => return Err(ConfigError::NoKvm(why.clone()).into()),
+            (Some(asked), _) => asked,
+            (None, None) => HypervisorKind::Kvm,
+            (None, Some(why)) => {
+                tracing::warn!(%why, "no KVM here: guests are simulated, nothing real runs");
+                HypervisorKind::Simulated
+            }
+        };
+        let shape: pmu::Shape = config.model_pmu.parse().map_err(|e: pmu::ShapeError| ConfigError::ModelPmu {
+            value: crate::status::clip(&config.model_pmu, 64),
+            problem: e.to_string(),
+        })?;
+        let cores = judge_cores(&config.cores, &facts.allowed_cores)?;
+        let mut notes = vec![
+            "msr: the switcher's back end on /dev/cpu/N/msr is not there yet".to_owned(),
+            "kvm: the back end on the host kernel's vPMU is not there yet".to_owned(),
+        ];
+        if let Some(why) = no_kvm {
+            notes.push(format!("no KVM: {why}"));
+        }
+        Ok(Self {
+            hypervisor,
+            host_pmu: shape.to_string(),
+            shape,
+            notes,
+            cores,
+            memory_bytes: facts.memory_bytes,
+            boot_id: facts.boot_id.to_string(),
+            cpuid: facts.cpuid_leaves(),
+        })
+    }
+}
+
+fn judge_cores(asked: &[u32], allowed: &[u32]) -> Result<Vec<u32>, ConfigError> {
+    let bad = |problem: String| ConfigError::Cores { given: asked.to_vec(), problem, allowed: allowed.to_vec() };
+    let mut cores = if asked.is_empty() { allowed.to_vec() } else { asked.to_vec() };
+    cores.sort_unstable();
+    if let Some(twice) = cores.windows(2).find(|w| w.first() == w.last()).and_then(|w| w.first()) {
+        return Err(bad(format!("core {twice} is named twice")));
+    }
+    if let Some(missing) = cores.iter().find(|c| !allowed.contains(c)) {
+        return Err(bad(format!("core {missing} is not there or not allowed")));
+    }
+    if cores.is_empty() {
+        return Err(bad("there is no core".to_owned()));
+    }
+    Ok(cores)
+}
+
+async fn serve(
+    config: &ServeConfig,
+    host: Host,
+    store: Store,
+    asked_to_end: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let mut listeners = Vec::new();
+    for address in &config.listen {
+        listeners.push((listen::open(address).await?, true));
+    }
+    for address in &config.peer_listen {
+        listeners.push((listen::open(address).await?, false));
+    }
+    let addresses = |public: bool| -> Vec<String> {
+        listeners.iter().filter(|(_, p)| *p == public).map(|(l, _)| absolute(&l.address)).collect()
+    };
+    let (listen, peer_listen) = (addresses(true), addresses(false));
+    let peer_address = peer_listen.first().or_else(|| listen.first()).cloned().unwrap_or_default();
+
+    let end_workers = CancellationToken::new();
+    let workers = WorkerFactory {
+        cores: Arc::new(vcpu_worker::cores::HostCores::new(host.shape.clone(), &host.cores)),
+        hypervisor: host.hypervisor.as_str(),
+        pmu_mode: "model",
+        model_pmu: host.host_pmu.clone(),
+        store_id: store.store_id().to_owned(),
+        term: store.term(),
+        shutdown: end_workers.clone(),
+    };
+    let daemon = Arc::new(Daemon {
+        ops: Ops::open(store.clone()).await.map_err(ServeError::Recovery)?,
+        host: HostInfo {
+            host_id: store.store_id().to_owned(),
+            hypervisor: host.hypervisor.as_str(),
+            pmu_mode: "model",
+            shape: host.shape,
+            host_pmu: host.host_pmu,
+            notes: host.notes,
+            boot_id: host.boot_id,
+            cpuid: host.cpuid,
+        },
+        capacity: Capacity::new(host.memory_bytes, host.cores),
+        events: crate::vm::events::Events::default(),
+        workers,
+        registry: crate::vm::registry::Registry::default(),
+        migrations: crate::migration::Migrations::default(),
+        peer_address,
+        shutdown: CancellationToken::new(),
+        tasks: TaskTracker::new(),
+        store,
+    });
+    crate::migration::recover::recover(&daemon).await.map_err(ServeError::Recovery)?;
+
+    let health = health(&daemon).await;
+    let mut servers = tokio::task::JoinSet::new();
+    let mut files = Vec::new();
+    for (listener, public) in listeners {
+        let Listener { socket, file, .. } = listener;
+        files.extend(file);
+        let router = router(&daemon, public, health.clone());
+        let ending = daemon.shutdown.clone().cancelled_owned();
+        servers.spawn(async move {
+            match socket {
+                Socket::Tcp(socket) => {
+                    let incoming = TcpIncoming::from(socket).with_nodelay(Some(true));
+                    router.serve_with_incoming_shutdown(incoming, ending).await
+                }
+                Socket::Unix(socket) => {
+                    let incoming = tokio_stream::wrappers::UnixListenerStream::new(socket);
+                    router.serve_with_incoming_shutdown(incoming, ending).await
+                }
+            }
+        });
+    }
+    say_ready(&daemon, &listen, &peer_listen)?;
+
+    tokio::select! {
+        () = asked_to_end => {}
+        ended = servers.join_next() => tracing::error!(?ended, "a listener ended by itself; ending"),
+    }
+    end(&daemon, servers, &end_workers).await;
+    drop(files);
+    Ok(())
+}
+
+/// Ends everything in order; each step is bounded.
+async fn end(
+    daemon: &Arc<Daemon>,
+    mut servers: tokio::task::JoinSet<Result<(), tonic::transport::Error>>,
+    end_workers: &CancellationToken,
+) {
+    daemon.shutdown.cancel();
+    let drained = tokio::time::timeout(DRAIN, async { while servers.join_next().await.is_some() {} });
+    if drained.await.is_err() {
+        tracing::warn!("some connections did not end in time and are closed");
+        servers.shutdown().await;
+    }
+    let machines = async {
+        let handles = daemon.registry.list(None);
+        futures_util::future::join_all(handles.iter().map(crate::vm::registry::VmHandle::end)).await;
+        daemon.tasks.close();
+        daemon.tasks.wait().await;
+    };
+    if tokio::time::timeout(ENDING, machines).await.is_err() {
+        tracing::error!("some machines did not end in time");
+    }
+    end_workers.cancel();
+}
+
+fn absolute(address: &Address) -> String {
+    match address {
+        Address::Unix(path) => Address::Unix(std::path::absolute(path).unwrap_or_else(|_| path.clone())).to_string(),
+        Address::Tcp(_) => address.to_string(),
+    }
+}
+
+fn say_ready(daemon: &Daemon, listen: &[String], peer_listen: &[String]) -> Result<(), ServeError> {
+    let line = serde_json::json!({
+        "ready": true,
+        "listen": listen,
+        "peer_listen": peer_listen,
+        "host_id": daemon.host.host_id,
+        "hypervisor": daemon.host.hypervisor,
+        "pmu_mode": daemon.host.pmu_mode,
+        "host_pmu": daemon.host.host_pmu,
+        "pid": std::process::id(),
+    });
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(io("cannot write the ready line to standard output"))
+}
+
+type HealthServer = tonic_health::pb::health_server::HealthServer<tonic_health::server::HealthService>;
+
+/// Health of every service; NOT_SERVING once the store takes no writes or the daemon ends.
+async fn health(daemon: &Arc<Daemon>) -> HealthServer {
+    use tonic_health::ServingStatus;
+    let (reporter, server) = tonic_health::server::health_reporter();
+    let names = [
+        "",
+        "vpmu.v1.VirtualMachinesService",
+        "vpmu.v1.PmuService",
+        "vpmu.v1.MigrationsService",
+        "google.longrunning.Operations",
+        "vpmu.peer.v1.MigrationPeerService",
+    ];
+    for name in names {
+        reporter.set_service_status(name, ServingStatus::Serving).await;
+    }
+    let daemon = Arc::clone(daemon);
+    let tasks = daemon.tasks.clone();
+    tasks.spawn(async move {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        let mut serving = true;
+        loop {
+            tokio::select! {
+                () = daemon.shutdown.cancelled() => break,
+                _ = tick.tick() => {}
+            }
+            let well = daemon.store.health() == Health::Serving;
+            if well != serving {
+                serving = well;
+                let status = if well { ServingStatus::Serving } else { ServingStatus::NotServing };
+                for name in names {
+                    reporter.set_service_status(name, status).await;
+                }
+            }
+        }
+        for name in names {
+            reporter.set_service_status(name, ServingStatus::NotServing).await;
+        }
+    });
+    server
+}
+
+fn router(
+    daemon: &Arc<Daemon>,
+    public: bool,
+    health: HealthServer,
+) -> Router<tower::layer::util::Stack<DetailsLayer, tower::layer::util::Identity>> {
+    let d = || Arc::clone(daemon);
+    let router = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(20)))
+        .max_concurrent_streams(Some(MAX_STREAMS))
+        .concurrency_limit_per_connection(MAX_STREAMS as usize)
+        .layer(DetailsLayer)
+        .add_service(health)
+        .add_service(
+            // PMU images of a large machine come along with the requirements.
+            MigrationPeerServiceServer::new(api::peer::PeerApi::new(d())).max_decoding_message_size(MAX_REQUEST),
+        );
+    if !public {
+        return router;
+    }
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(vpmu_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    // The descriptors are compiled in: they can only be wrong for all users at once, which a test shows.
+    let v1 = reflection().build_v1().ok();
+    let v1alpha = reflection().build_v1alpha().ok();
+    router
+        .add_optional_service(v1)
+        .add_optional_service(v1alpha)
+        .add_service(
+            VirtualMachinesServiceServer::new(api::vms::Vms::new(d())).max_decoding_message_size(MAX_REQUEST),
+        )
+        .add_service(PmuServiceServer::new(api::pmu::PmuApi::new(d())).max_decoding_message_size(MAX_REQUEST))
+        .add_service(
+            MigrationsServiceServer::new(api::migrations::MigrationsApi::new(d()))
+                .max_decoding_message_size(MAX_REQUEST),
+        )
+        .add_service(
+            OperationsServer::new(api::operations::OperationsApi::new(d())).max_decoding_message_size(MAX_REQUEST),
+        )
+}

@@ -1,0 +1,239 @@
+//! What users ask of a machine: create, start, stop, pause, resume, delete.
+
+use uuid::Uuid;
+use vpmu_proto::api::virtual_machine::{DesiredState, State};
+use vpmu_proto::api::watch_virtual_machines_response::Kind;
+use vpmu_proto::api::{VirtualMachine, VirtualMachineSpec};
+use vpmu_proto::store::OwnershipRecord;
+use vpmu_proto::store::ownership_record::Phase;
+
+use super::Actor;
+use crate::ops::{Running, Seed, pack, pack_empty};
+use crate::status::ApiError;
+use crate::vm::command::Reply;
+use crate::vm::transitions::Action;
+use crate::worker_link::{Launch, WorkerLink};
+
+impl Actor {
+    /// Begins an operation and answers with its id; none if the caller was refused.
+    async fn begin(&self, seed: Seed, reply: Reply<Uuid>) -> Option<Running> {
+        match seed.begin().await {
+            Ok(running) => {
+                let _ = reply.send(Ok(running.id()));
+                Some(running)
+            }
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                None
+            }
+        }
+    }
+
+    pub(super) async fn create(&mut self, seed: Seed, start: bool, reply: Reply<Uuid>) {
+        if self.born {
+            let _ = reply.send(Err(ApiError::already_exists("VirtualMachine", &self.name.to_string(), "look at it")));
+            return;
+        }
+        let Some(running) = self.begin(seed, reply).await else {
+            self.forget();
+            return;
+        };
+        match self.do_create().await {
+            Ok(()) => {
+                let started = if start { self.do_start().await } else { Ok(()) };
+                running.finish(started.map(|()| pack("VirtualMachine", &self.vm))).await;
+            }
+            Err(error) => {
+                self.forget();
+                running.finish(Err(error)).await;
+            }
+        }
+    }
+
+    async fn do_create(&mut self) -> Result<(), ApiError> {
+        let first = OwnershipRecord {
+            vm_uid: self.vm.uid.clone(),
+            epoch: 1,
+            owner_host: self.daemon.host.host_id.clone(),
+            phase: Phase::Owned as i32,
+            ..OwnershipRecord::default()
+        };
+        self.ownership = self.daemon.store.append_ownership(first).await?;
+        self.change(State::Stopped, "", "", Kind::Created, |vm| {
+            vm.set_desired_state(DesiredState::Stopped);
+            vm.create_time = Some(crate::ops::now());
+        })
+        .await?;
+        self.born = true;
+        Ok(())
+    }
+
+    pub(super) async fn start(&mut self, seed: Seed, reply: Reply<Uuid>) {
+        if let Err(error) = self.admit(Action::Start) {
+            let _ = reply.send(Err(error));
+            return;
+        }
+        let Some(running) = self.begin(seed, reply).await else { return };
+        let started = self.do_start().await;
+        running.finish(started.map(|()| pack("VirtualMachine", &self.vm))).await;
+    }
+
+    async fn do_start(&mut self) -> Result<(), ApiError> {
+        let previous = (self.state(), self.vm.reason.clone(), self.vm.message.clone());
+        // A failed machine may still have its worker.
+        self.retire_worker("stop").await;
+        self.show(State::Starting);
+        match self.launch_and_run().await {
+            Ok(()) => {
+                let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Running);
+                self.change(State::Running, "", "", Kind::Updated, edit).await
+            }
+            Err(error) if error.reason() == "HOST_MEMORY_EXHAUSTED" => {
+                // Nothing of the machine failed: it is what it was.
+                (self.vm.reason, self.vm.message) = (previous.1, previous.2);
+                self.show(previous.0);
+                Err(error)
+            }
+            Err(error) => {
+                if let Some(worker) = self.worker.take() {
+                    worker.end().await;
+                }
+                let (reason, message) = (error.reason().to_owned(), error.message().to_owned());
+                let _ = self.change(State::Failed, &reason, &message, Kind::Updated, |_| {}).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn launch_and_run(&mut self) -> Result<(), ApiError> {
+        let spec = self.vm.spec.clone().unwrap_or_default();
+        let grant = self.daemon.capacity.grant(spec.memory_bytes, spec.vcpus)?;
+        let next = OwnershipRecord { incarnation: self.ownership.incarnation + 1, ..self.owned() };
+        self.ownership = self.daemon.store.append_ownership(next).await?;
+        self.launch(grant, &spec).await?;
+        let Some(worker) = self.worker.clone() else { return Ok(()) };
+        self.follow_worker(&worker).await?;
+        worker.grant(self.ownership.epoch, true).await?;
+        Ok(())
+    }
+
+    async fn launch(&mut self, grant: crate::capacity::Grant, spec: &VirtualMachineSpec) -> Result<(), ApiError> {
+        let launch = Launch {
+            vm_uid: &self.vm.uid,
+            vm_name: self.name.vm(),
+            incarnation: self.ownership.incarnation,
+            spec,
+            incoming: false,
+        };
+        let (worker, built) = WorkerLink::launch(&self.daemon.workers, grant, launch).await?;
+        for warning in &built.warnings {
+            tracing::warn!(vm = %self.name, %warning);
+        }
+        self.worker = Some(worker);
+        self.shape = built.pmu_shape;
+        self.console = std::sync::Arc::default();
+        self.vm.hypervisor = self.daemon.host.hypervisor.to_owned();
+        self.vm.pmu_mode = self.daemon.host.pmu_mode.to_owned();
+        Ok(())
+    }
+
+    /// The ownership record as plain Owned at its epoch.
+    pub(super) fn owned(&self) -> OwnershipRecord {
+        OwnershipRecord {
+            vm_uid: self.vm.uid.clone(),
+            epoch: self.ownership.epoch,
+            owner_host: self.daemon.host.host_id.clone(),
+            incarnation: self.ownership.incarnation,
+            phase: Phase::Owned as i32,
+            ..OwnershipRecord::default()
+        }
+    }
+
+    pub(super) async fn stop(&mut self, seed: Seed, reply: Reply<Uuid>) {
+        let Some(running) = self.begin(seed, reply).await else { return };
+        self.show(State::Stopping);
+        self.retire_worker("stop").await;
+        let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Stopped);
+        let stored = self.change(State::Stopped, "", "", Kind::Updated, edit).await;
+        running.finish(stored.map(|()| pack("VirtualMachine", &self.vm))).await;
+    }
+
+    pub(super) async fn delete(&mut self, etag: &str, seed: Seed, reply: Reply<Uuid>) {
+        if let Err(error) = self.may_delete(etag) {
+            let _ = reply.send(Err(error));
+            return;
+        }
+        let Some(running) = self.begin(seed, reply).await else { return };
+        let previous = self.state();
+        self.show(State::Stopping);
+        if let Some(worker) = self.worker.take() {
+            if let Err(error) = worker.shutdown().await {
+                tracing::warn!(vm = %self.name, %error, "the worker of a deleted machine did not end in order");
+            }
+        }
+        let result = self.do_delete().await;
+        match result {
+            Ok(()) => {
+                self.forget();
+                running.finish(Ok(pack_empty())).await;
+            }
+            Err(error) => {
+                let state = if previous == State::Moved { State::Moved } else { State::Stopped };
+                self.show(state);
+                running.finish(Err(error)).await;
+            }
+        }
+    }
+
+    fn may_delete(&self, etag: &str) -> Result<(), ApiError> {
+        if !etag.is_empty() && etag != self.vm.etag {
+            return Err(ApiError::aborted(
+                "ETAG_MISMATCH",
+                &self.name.to_string(),
+                format!("{}: etag {:?} is not the current one; get it again", self.name, crate::status::clip(etag, 64)),
+            ));
+        }
+        if self.ownership.phase() == Phase::HandedOver {
+            return Err(ApiError::precondition(
+                "HANDOVER_OPEN",
+                &self.name.to_string(),
+                format!("{}: the destination has not confirmed yet; delete it once it has", self.name),
+            ));
+        }
+        Ok(())
+    }
+
+    async fn do_delete(&mut self) -> Result<(), ApiError> {
+        let gone = OwnershipRecord { phase: Phase::Deleted as i32, ..self.ownership.clone() };
+        self.ownership = self.daemon.store.append_ownership(gone).await?;
+        self.daemon.store.delete_vm(&self.vm.uid).await?;
+        Ok(())
+    }
+
+    /// Leaves the registry; the actor ends.
+    pub(super) fn forget(&mut self) {
+        self.gone = true;
+        self.daemon.registry.remove(&self.name, &self.vm.uid);
+        self.announce(Kind::Deleted);
+    }
+
+    pub(super) async fn pause(&mut self) -> Result<VirtualMachine, ApiError> {
+        self.admit(Action::Pause)?;
+        let worker = self.worker.clone().ok_or_else(|| self.refuse(Action::Pause))?;
+        let images = worker.pause().await?;
+        let stored = self.store_pmu(images, worker.cores(), "pause").await;
+        let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Paused);
+        self.change(State::Paused, "", "", Kind::Updated, edit).await?;
+        stored?;
+        Ok(self.vm.clone())
+    }
+
+    pub(super) async fn resume(&mut self) -> Result<VirtualMachine, ApiError> {
+        self.admit(Action::Resume)?;
+        let worker = self.worker.clone().ok_or_else(|| self.refuse(Action::Resume))?;
+        worker.run().await?;
+        let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Running);
+        self.change(State::Running, "", "", Kind::Updated, edit).await?;
+        Ok(self.vm.clone())
+    }
+}

@@ -1,0 +1,123 @@
+//! A machine that leaves or arrives: the actor's side of a migration. The drivers are in `crate::migration`.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use tokio_util::sync::CancellationToken;
+use vpmu_proto::api::virtual_machine::{DesiredState, State};
+use vpmu_proto::api::watch_virtual_machines_response::Kind;
+use vpmu_proto::store::{OwnershipRecord, VmRecord};
+
+use super::Actor;
+use crate::status::ApiError;
+use crate::vm::command::{Arrival, Lease, Outcome};
+use crate::vm::transitions::Action;
+use crate::vm::view::ActiveMigration;
+
+impl Actor {
+    pub(super) fn begin_migration(
+        &mut self,
+        name: String,
+        cancel: CancellationToken,
+        committed: Arc<AtomicBool>,
+    ) -> Result<Lease, ApiError> {
+        let state = self.admit(Action::Migrate)?;
+        let worker = self.worker.clone().ok_or_else(|| self.refuse(Action::Migrate))?;
+        let paused = self.state() == State::Paused;
+        self.vm.migration.clone_from(&name);
+        self.migration = Some(ActiveMigration { name, cancel, committed });
+        self.show(state);
+        Ok(Lease { record: self.record(), worker, ownership: self.ownership.clone(), paused })
+    }
+
+    pub(super) async fn end_migration(&mut self, outcome: Outcome) -> Result<(), ApiError> {
+        self.migration = None;
+        self.vm.migration.clear();
+        match outcome {
+            Outcome::Stayed { ownership, lost: None } => {
+                self.ownership = ownership;
+                let paused = self.vm.desired_state() == DesiredState::Paused;
+                let state = if paused { State::Paused } else { State::Running };
+                self.change(state, "", "", Kind::Updated, |_| {}).await
+            }
+            Outcome::Stayed { ownership, lost: Some(error) } => {
+                self.ownership = ownership;
+                self.retire_worker("stop").await;
+                // The daemon's end is no fault of the machine.
+                let ended = matches!(error.reason(), "HOST_RESTARTED" | "SHUTTING_DOWN");
+                let (state, reason) =
+                    if ended { (State::Stopped, "HOST_RESTARTED") } else { (State::Failed, error.reason()) };
+                self.change(state, reason, error.message(), Kind::Updated, |_| {}).await
+            }
+            Outcome::Moved { ownership, moved_to } => {
+                self.ownership = ownership;
+                if let Some(worker) = self.worker.take() {
+                    worker.end().await;
+                }
+                let message = format!("it runs on host {moved_to}");
+                self.change(State::Moved, "MOVED", &message, Kind::Updated, |vm| vm.moved_to = moved_to).await
+            }
+        }
+    }
+
+    pub(super) async fn receive(&mut self, record: VmRecord, ownership: OwnershipRecord) -> Result<(), ApiError> {
+        if self.born {
+            self.admit(Action::Receive)?;
+        }
+        let ownership = match self.daemon.store.append_ownership(ownership).await {
+            Ok(ownership) => ownership,
+            Err(error) => {
+                if !self.born {
+                    self.forget();
+                }
+                return Err(error.into());
+            }
+        };
+        if self.born {
+            self.before_incoming = Some(self.record());
+        }
+        self.ownership = ownership;
+        self.shape = record.pmu_shape;
+        self.vm = record.vm.unwrap_or_default();
+        let kind = if self.born { Kind::Updated } else { Kind::Created };
+        // Stored now, so that an entry that is durable in the journal always finds its record.
+        self.change(State::Incoming, "", "", kind, |_| {}).await
+    }
+
+    /// The machine runs here already (or is paused); this makes the records follow.
+    pub(super) async fn adopt(&mut self, arrival: Arrival) -> Result<(), ApiError> {
+        let Arrival { record, worker, ownership, images, paused } = arrival;
+        self.ownership = ownership;
+        self.born = true;
+        self.before_incoming = None;
+        self.shape = record.pmu_shape;
+        self.vm = record.vm.unwrap_or_default();
+        self.worker = Some(worker.clone());
+        self.vm.migration.clear();
+        self.vm.moved_to.clear();
+        self.vm.hypervisor = self.daemon.host.hypervisor.to_owned();
+        self.vm.pmu_mode = self.daemon.host.pmu_mode.to_owned();
+        let pmu = self.store_pmu(images, worker.cores(), "migrate-in").await;
+        let state = if paused { State::Paused } else { State::Running };
+        let desired = if paused { DesiredState::Paused } else { DesiredState::Running };
+        self.change(state, "", "", Kind::Updated, |vm| vm.set_desired_state(desired)).await?;
+        self.follow_worker(&worker).await?;
+        pmu
+    }
+
+    pub(super) async fn drop_incoming(&mut self, ownership: OwnershipRecord) -> Result<(), ApiError> {
+        self.ownership = ownership;
+        match self.before_incoming.take() {
+            Some(before) => {
+                self.shape = before.pmu_shape;
+                self.vm = before.vm.unwrap_or_default();
+                self.announce(Kind::Updated);
+                Ok(self.daemon.store.put_vm(&self.record()).await?)
+            }
+            None => {
+                self.forget();
+                Ok(self.daemon.store.delete_vm(&self.vm.uid).await?)
+            }
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Machines by name. Holding the lock, a name is given to at most one actor; everything slow happens in the actor.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use vpmu_proto::api::VirtualMachine;
+use vpmu_proto::store::{OwnershipRecord, VmRecord};
+
+use super::actor::Actor;
+use super::command::Command;
+use super::view::VmView;
+use crate::daemon::Daemon;
+use crate::names::VmName;
+use crate::status::ApiError;
+
+/// Machines on one host, tombstones included.
+pub const MAX_VMS: usize = 1024;
+/// Commands that wait in one mailbox.
+const MAILBOX: usize = 32;
+
+/// Machines by name.
+#[derive(Default)]
+pub struct Registry {
+    vms: Mutex<BTreeMap<VmName, VmHandle>>,
+}
+
+/// An actor as others hold it.
+#[derive(Clone)]
+pub struct VmHandle {
+    /// Full name.
+    pub name: VmName,
+    /// Uid.
+    pub uid: String,
+    sender: mpsc::Sender<Command>,
+    view: watch::Receiver<Arc<VmView>>,
+}
+
+impl VmHandle {
+    /// Snapshot; never waits.
+    pub fn view(&self) -> Arc<VmView> {
+        self.view.borrow().clone()
+    }
+
+    /// Changes of the snapshot.
+    pub fn watch(&self) -> watch::Receiver<Arc<VmView>> {
+        self.view.clone()
+    }
+
+    /// Sends a command and waits for its answer.
+    pub async fn ask<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<T, ApiError>>) -> Command,
+    ) -> Result<T, ApiError> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || {
+            ApiError::aborted("VM_GONE", &self.name.to_string(), format!("{} ended meanwhile; look again", self.name))
+        };
+        // A full mailbox is refused at once: queueing more would only make everybody wait longer.
+        match self.sender.try_send(command(reply)) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                return Err(ApiError::exhausted(
+                    "VM_BUSY",
+                    format!("{} has {MAILBOX} commands waiting; ask again later", self.name),
+                ));
+            }
+            Err(mpsc::error::TrySendError::Closed(_)) => return Err(gone()),
+        }
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Tells the actor that the daemon ends and waits for it.
+    pub async fn end(&self) {
+        let (reply, answer) = oneshot::channel();
+        if self.sender.send(Command::End { reply }).await.is_ok() {
+            let _ = answer.await;
+        }
+    }
+}
+
+impl Registry {
+    fn vms(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmName, VmHandle>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A machine by name.
+    pub fn get(&self, name: &VmName) -> Result<VmHandle, ApiError> {
+        self.vms().get(name).cloned().ok_or_else(|| {
+            ApiError::not_found("VirtualMachine", &name.to_string(), "list the machines of this host, or create it")
+        })
+    }
+
+    /// A machine by uid.
+    pub fn by_uid(&self, uid: &str) -> Option<VmHandle> {
+        self.vms().values().find(|h| h.uid == uid).cloned()
+    }
+
+    /// Machines of a project, or all, by name.
+    pub fn list(&self, project: Option<&str>) -> Vec<VmHandle> {
+        self.vms().values().filter(|h| project.is_none_or(|p| h.name.project() == p)).cloned().collect()
+    }
+
+    /// Takes a name for a new machine and starts its actor, which waits for `Create` or `Receive`.
+    pub fn insert(
+        &self,
+        daemon: &Arc<Daemon>,
+        name: &VmName,
+        record: VmRecord,
+        ownership: OwnershipRecord,
+        born: bool,
+    ) -> Result<VmHandle, ApiError> {
+        if daemon.shutdown.is_cancelled() {
+            return Err(ApiError::shutting_down());
+        }
+        let mut vms = self.vms();
+        if vms.contains_key(name) {
+            return Err(ApiError::already_exists(
+                "VirtualMachine",
+                &name.to_string(),
+                "choose another id, or delete that one first",
+            ));
+        }
+        if vms.len() >= MAX_VMS {
+            return Err(ApiError::exhausted(
+                "TOO_MANY_VMS",
+                format!("this host has {MAX_VMS} machines, which is the bound; delete one first"),
+            ));
+        }
+        let uid = record.vm.as_ref().map(|vm| vm.uid.clone()).unwrap_or_default();
+        let (sender, mailbox) = mpsc::channel(MAILBOX);
+        let vm: VirtualMachine = record.vm.clone().unwrap_or_default();
+        let view = VmView { vm, pmu_shape: record.pmu_shape.clone(), ..VmView::default() };
+        let (publish, view) = watch::channel(Arc::new(view));
+        let handle = VmHandle { name: name.clone(), uid, sender, view };
+        let actor = Actor::new(
+            Arc::clone(daemon),
+            name.clone(),
+            record,
+            ownership,
+            born,
+            mailbox,
+            handle.sender.downgrade(),
+            publish,
+        );
+        daemon.tasks.spawn(actor.run());
+        vms.insert(name.clone(), handle.clone());
+        Ok(handle)
+    }
+
+    /// Gives a name free, if it still belongs to that uid.
+    pub fn remove(&self, name: &VmName, uid: &str) {
+        let mut vms = self.vms();
+        if vms.get(name).is_some_and(|h| h.uid == uid) {
+            vms.remove(name);
+        }
+    }
+}

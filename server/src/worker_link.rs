@@ -1,0 +1,293 @@
+//! The control plane's end of one worker: a `vpmu.worker.v1` client, the fence that every command carries, and the
+//! resources that the worker holds.
+//!
+//! In thread isolation the worker is served in this process over an in-memory channel; nothing here relies on that
+//! but [`WorkerLink::launch`]. Every call has a deadline, so that no worker can hang an actor.
+
+use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+use tonic::{Response, Status, Streaming};
+use vpmu_proto::api::{ProbeReport, VirtualMachineSpec};
+use vpmu_proto::worker::worker_service_client::WorkerServiceClient;
+use vpmu_proto::worker::*;
+
+use crate::capacity::Grant;
+use crate::status::ApiError;
+
+/// Deadline of an ordinary command.
+const COMMAND: Duration = Duration::from_secs(15);
+/// Deadline of building a machine: it may allocate and load much.
+const BUILD: Duration = Duration::from_secs(120);
+/// Most console history that is kept of an ended machine, in bytes.
+const CONSOLE_KEPT: usize = 1 << 20;
+
+/// What this host's workers are made of.
+#[derive(Clone)]
+pub struct WorkerFactory {
+    /// One PMU and core token a host core, shared by all machines of this process.
+    pub cores: Arc<vcpu_worker::cores::HostCores>,
+    /// "kvm" or "simulated".
+    pub hypervisor: &'static str,
+    /// "model", "msr" or "kvm".
+    pub pmu_mode: &'static str,
+    /// The modelled host PMU.
+    pub model_pmu: String,
+    /// Identity of the store.
+    pub store_id: String,
+    /// Term of this daemon.
+    pub term: u64,
+    /// Ends workers with the daemon.
+    pub shutdown: CancellationToken,
+}
+
+/// What a new worker is told.
+pub struct Launch<'a> {
+    /// Machine.
+    pub vm_uid: &'a str,
+    /// For thread names.
+    pub vm_name: &'a str,
+    /// Which start this is.
+    pub incarnation: u64,
+    /// What to build.
+    pub spec: &'a VirtualMachineSpec,
+    /// State arrives by migration.
+    pub incoming: bool,
+}
+
+/// A worker; cloned freely, ended by [`WorkerLink::end`] or with its last clone.
+#[derive(Clone)]
+pub struct WorkerLink {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    client: WorkerServiceClient<Channel>,
+    fence: Fence,
+    seq: AtomicU64,
+    cores: Vec<u32>,
+    grant: Mutex<Option<Grant>>,
+    process: tokio::sync::Mutex<Option<vcpu_worker::channel::InProcessWorker>>,
+}
+
+/// Console output of an ended machine.
+#[derive(Debug, Default)]
+pub struct ConsoleHistory {
+    /// Offset of `data` in the whole output.
+    pub offset: u64,
+    /// The kept part.
+    pub data: Vec<u8>,
+}
+
+impl WorkerLink {
+    /// Starts a worker, attaches to it and builds the machine, paused.
+    pub async fn launch(
+        factory: &WorkerFactory,
+        grant: Grant,
+        launch: Launch<'_>,
+    ) -> Result<(Self, CreateVmResponse), ApiError> {
+        let options =
+            vcpu_worker::service::WorkerOptions::new(Arc::clone(&factory.cores), factory.shutdown.child_token());
+        let (channel, process) = vcpu_worker::channel::in_process(options)
+            .map_err(|e| ApiError::internal("WORKER_START_FAILED", format!("cannot start a worker: {e}")))?;
+        let fence =
+            Fence { vm_uid: launch.vm_uid.to_owned(), incarnation: launch.incarnation, term: factory.term };
+        let cores = grant.cores.clone();
+        let link = Self {
+            inner: Arc::new(Inner {
+                client: WorkerServiceClient::new(channel).max_decoding_message_size(16 << 20),
+                fence: fence.clone(),
+                seq: AtomicU64::new(0),
+                cores: cores.clone(),
+                grant: Mutex::new(Some(grant)),
+                process: tokio::sync::Mutex::new(Some(process)),
+            }),
+        };
+        let built = async {
+            let mut client = link.client();
+            let attach = AttachRequest {
+                store_id: factory.store_id.clone(),
+                vm_uid: launch.vm_uid.to_owned(),
+                incarnation: launch.incarnation,
+                term: factory.term,
+            };
+            call(COMMAND, client.attach(attach)).await?;
+            let request = CreateVmRequest {
+                fence: Some(fence),
+                vm_name: launch.vm_name.to_owned(),
+                spec: Some(launch.spec.clone()),
+                vcpu_cores: cores,
+                hypervisor: factory.hypervisor.to_owned(),
+                pmu_mode: factory.pmu_mode.to_owned(),
+                model_pmu: factory.model_pmu.clone(),
+                incoming: launch.incoming,
+            };
+            call(BUILD, client.create_vm(request)).await
+        };
+        match built.await {
+            Ok(response) => Ok((link, response)),
+            Err(error) => {
+                link.end().await;
+                Err(error)
+            }
+        }
+    }
+
+    fn client(&self) -> WorkerServiceClient<Channel> {
+        self.inner.client.clone()
+    }
+
+    fn fence(&self) -> Option<Fence> {
+        Some(self.inner.fence.clone())
+    }
+
+    /// Host core of each vCPU.
+    pub fn cores(&self) -> &[u32] {
+        &self.inner.cores
+    }
+
+    /// Gives the right to run at `epoch`, and runs at once if asked. Returns the monotonic time of the first entry, ns.
+    pub async fn grant(&self, epoch: u64, run: bool) -> Result<u64, ApiError> {
+        let seq = self.inner.seq.fetch_add(1, Ordering::Relaxed) + 1;
+        let request = GrantRequest { fence: self.fence(), epoch, seq, deadline_boottime_ns: 0, run };
+        Ok(call(COMMAND, self.client().grant(request)).await?.running_monotonic_ns)
+    }
+
+    /// Takes every right to run at `epoch` and below.
+    pub async fn seal(&self, migration_id: &str, epoch: u64) -> Result<(), ApiError> {
+        let request = SealRequest { fence: self.fence(), migration_id: migration_id.to_owned(), epoch };
+        call(COMMAND, self.client().seal(request)).await.map(drop)
+    }
+
+    /// Lets a paused machine run on.
+    pub async fn run(&self) -> Result<(), ApiError> {
+        call(COMMAND, self.client().run(RunRequest { fence: self.fence() })).await.map(drop)
+    }
+
+    /// Gets every vCPU out and returns the PMU images.
+    pub async fn pause(&self) -> Result<Vec<PmuImage>, ApiError> {
+        Ok(call(COMMAND, self.client().pause(PauseRequest { fence: self.fence() })).await?.pmu)
+    }
+
+    /// What the worker is.
+    pub async fn status(&self) -> Result<WorkerStatus, ApiError> {
+        call(COMMAND, self.client().get_status(GetStatusRequest { fence: self.fence() })).await
+    }
+
+    /// PMU images now.
+    pub async fn pmu(&self) -> Result<Vec<PmuImage>, ApiError> {
+        Ok(call(COMMAND, self.client().get_pmu(GetPmuRequest { fence: self.fence() })).await?.pmu)
+    }
+
+    /// The probe guest's report.
+    pub async fn probe_report(&self) -> Result<ProbeReport, ApiError> {
+        call(COMMAND, self.client().get_probe_report(GetProbeReportRequest { fence: self.fence() })).await
+    }
+
+    /// Console output.
+    pub async fn read_console(&self, offset: u64, follow: bool) -> Result<Streaming<ReadConsoleResponse>, ApiError> {
+        let request = ReadConsoleRequest { fence: self.fence(), offset, follow };
+        call(COMMAND, self.client().read_console(request)).await
+    }
+
+    /// Console input; returns how many bytes were taken.
+    pub async fn write_console(&self, data: Vec<u8>) -> Result<u32, ApiError> {
+        let request = WriteConsoleRequest { fence: self.fence(), data };
+        Ok(call(COMMAND, self.client().write_console(request)).await?.accepted)
+    }
+
+    /// What there is of console output, bounded.
+    pub async fn console_history(&self) -> ConsoleHistory {
+        let mut history = ConsoleHistory::default();
+        let Ok(mut stream) = self.read_console(0, false).await else { return history };
+        while let Ok(Ok(Some(piece))) = tokio::time::timeout(COMMAND, stream.message()).await {
+            if history.data.is_empty() {
+                history.offset = piece.offset;
+            }
+            history.data.extend_from_slice(&piece.data);
+            if history.data.len() > CONSOLE_KEPT {
+                let excess = history.data.len() - CONSOLE_KEPT;
+                history.data.drain(..excess);
+                history.offset += excess as u64;
+            }
+        }
+        history
+    }
+
+    /// State changes that the guest or KVM caused.
+    pub async fn watch_events(&self) -> Result<Streaming<WorkerEvent>, ApiError> {
+        call(COMMAND, self.client().watch_events(WatchEventsRequest { fence: self.fence() })).await
+    }
+
+    /// Source: begins copying.
+    pub async fn migrate_out(
+        &self,
+        mut request: MigrateOutRequest,
+    ) -> Result<Streaming<MigrateOutProgress>, ApiError> {
+        request.fence = self.fence();
+        call(COMMAND, self.client().migrate_out(request)).await
+    }
+
+    /// Source: stops, seals and sends the rest.
+    pub async fn finish_migration(
+        &self,
+        migration_id: &str,
+        epoch: u64,
+        deadline: Duration,
+    ) -> Result<FinishMigrationResponse, ApiError> {
+        let request =
+            FinishMigrationRequest { fence: self.fence(), migration_id: migration_id.to_owned(), epoch };
+        call(deadline, self.client().finish_migration(request)).await
+    }
+
+    /// Source: gives up.
+    pub async fn cancel_migration(&self, migration_id: &str) -> Result<(), ApiError> {
+        let request = CancelMigrationRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
+        call(COMMAND, self.client().cancel_migration(request)).await.map(drop)
+    }
+
+    /// Destination: opens the data listener and returns its real address.
+    pub async fn prepare_incoming(&self, mut request: PrepareIncomingRequest) -> Result<String, ApiError> {
+        request.fence = self.fence();
+        Ok(call(COMMAND, self.client().prepare_incoming(request)).await?.data_address)
+    }
+
+    /// Destination: progress until ready.
+    pub async fn watch_incoming(&self, migration_id: &str) -> Result<Streaming<IncomingProgress>, ApiError> {
+        let request = WatchIncomingRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
+        call(COMMAND, self.client().watch_incoming(request)).await
+    }
+
+    /// Ends the machine and returns its last PMU images; then ends the worker and gives its resources back.
+    pub async fn shutdown(&self) -> Result<Vec<PmuImage>, ApiError> {
+        let answer = call(COMMAND, self.client().shutdown(ShutdownRequest { fence: self.fence() })).await;
+        self.end().await;
+        Ok(answer?.pmu)
+    }
+
+    /// Ends the worker without asking it anything; its threads are joined.
+    pub async fn end(&self) {
+        if let Some(process) = self.inner.process.lock().await.take() {
+            process.join().await;
+        }
+        drop(self.inner.grant.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}
+
+async fn call<T>(
+    deadline: Duration,
+    future: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, ApiError> {
+    match tokio::time::timeout(deadline, future).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(ApiError::from_status("worker", &status)),
+        Err(_) => Err(ApiError::unavailable(
+            "WORKER_TIMEOUT",
+            format!("the worker did not answer within {} s; stop the machine if this persists", deadline.as_secs()),
+        )),
+    }
+}
