@@ -19,6 +19,8 @@ pub struct Cli {
 enum Command {
     /// Serves the control plane of this host.
     Serve(ServeArgs),
+    /// Shows the whole path in front of you: two hosts, a machine, its counters, a live migration, a host that dies.
+    Demo(crate::demo::DemoArgs),
 }
 
 /// Options of `vpmud serve`.
@@ -81,6 +83,7 @@ pub fn main() -> ExitCode {
     };
     match cli.command {
         Command::Serve(args) => serve(args.into()),
+        Command::Demo(args) => crate::demo::main(&args),
     }
 }
 
@@ -128,7 +131,7 @@ mod tests {
             "--pmu", "auto", "--model-pmu", "amd:v2:6:48", "--stop-vms",
         ])
         .expect("parses");
-        let Command::Serve(args) = cli.command;
+        let Command::Serve(args) = cli.command else { panic!("another command") };
         assert_eq!((args.listen.len(), args.cores), (2, vec![0, 1]));
     }
 

@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
+use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic::transport::server::{Router, TcpIncoming};
 use vpmu_proto::api::migrations_service_server::MigrationsServiceServer;
 use vpmu_proto::api::pmu_service_server::PmuServiceServer;
@@ -28,7 +29,7 @@ use crate::daemon::{Daemon, HostInfo};
 use crate::listen::{self, ListenError, Listener, Socket};
 use crate::ops::Ops;
 use crate::status::ApiError;
-use crate::store::{Health, Store, StoreError};
+use crate::store::{self, Store, StoreError};
 use crate::worker_link::WorkerFactory;
 
 /// Largest request in bytes.
@@ -129,6 +130,11 @@ impl Host {
         let facts = tokio::task::spawn_blocking(vcpu_worker::host::probe)
             .await
             .map_err(|e| io("cannot look at the host")(std::io::Error::other(e)))?;
+        let leaves = facts.kvm.as_ref().map(|k| k.cpuid.as_slice()).unwrap_or_default();
+        let cpuid = leaves
+            .iter()
+            .map(|&(function, index, [eax, ebx, ecx, edx])| CpuidLeaf { function, index, eax, ebx, ecx, edx })
+            .collect();
         let no_kvm = facts.kvm.as_ref().err().map(ToString::to_string);
         let hypervisor = match (config.hypervisor, &no_kvm) {
             (Some(HypervisorKind::Kvm), Some(why)) => return Err(ConfigError::NoKvm(why.clone()).into()),
@@ -158,8 +164,8 @@ impl Host {
             notes,
             cores,
             memory_bytes: facts.memory_bytes,
-            boot_id: facts.boot_id.to_string(),
-            cpuid: facts.cpuid_leaves(),
+            boot_id: facts.boot_id,
+            cpuid,
         })
     }
 }
@@ -311,10 +317,8 @@ fn say_ready(daemon: &Daemon, listen: &[String], peer_listen: &[String]) -> Resu
     writeln!(out, "{line}").and_then(|()| out.flush()).map_err(io("cannot write the ready line to standard output"))
 }
 
-type HealthServer = tonic_health::pb::health_server::HealthServer<tonic_health::server::HealthService>;
-
 /// Health of every service; NOT_SERVING once the store takes no writes or the daemon ends.
-async fn health(daemon: &Arc<Daemon>) -> HealthServer {
+async fn health(daemon: &Arc<Daemon>) -> HealthServer<impl Health> {
     use tonic_health::ServingStatus;
     let (reporter, server) = tonic_health::server::health_reporter();
     let names = [
@@ -338,7 +342,7 @@ async fn health(daemon: &Arc<Daemon>) -> HealthServer {
                 () = daemon.shutdown.cancelled() => break,
                 _ = tick.tick() => {}
             }
-            let well = daemon.store.health() == Health::Serving;
+            let well = daemon.store.health() == store::Health::Serving;
             if well != serving {
                 serving = well;
                 let status = if well { ServingStatus::Serving } else { ServingStatus::NotServing };
@@ -357,7 +361,7 @@ async fn health(daemon: &Arc<Daemon>) -> HealthServer {
 fn router(
     daemon: &Arc<Daemon>,
     public: bool,
-    health: HealthServer,
+    health: HealthServer<impl Health>,
 ) -> Router<tower::layer::util::Stack<DetailsLayer, tower::layer::util::Identity>> {
     let d = || Arc::clone(daemon);
     let router = Server::builder()

@@ -57,7 +57,7 @@ impl Source {
             keep_paused: self.lease.paused,
         };
         let answer = self.await_entered(conversation, epoch, &go).await;
-        let entered_ns = vcpu_worker::grant::monotonic_ns();
+        let entered_ns = vcpu_worker::host::monotonic_ns();
         let (entered, conversation) = match answer {
             Answer::Entered(entered, conversation) => (entered, conversation),
             Answer::Returned(epoch) => return self.returned(epoch).await,

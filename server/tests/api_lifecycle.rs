@@ -1,0 +1,168 @@
+//! A machine's life through the public API, on both hypervisors.
+
+mod support;
+
+use support::*;
+use tonic::Code;
+use vpmu_proto::api::virtual_machine::{DesiredState, State};
+use vpmu_proto::api::watch_virtual_machines_response::Kind;
+use vpmu_proto::api::*;
+
+#[tokio::test]
+async fn life_on_the_simulated_hypervisor() {
+    life("simulated").await;
+}
+
+#[tokio::test]
+async fn life_on_kvm() {
+    if have_kvm() {
+        life("kvm").await;
+    }
+}
+
+async fn life(hypervisor: &str) {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let mut host = Host::start(dir.path(), &["--hypervisor", hypervisor]).await;
+    assert_eq!(host.ready["hypervisor"], hypervisor);
+    assert_eq!(host.ready["pmu_mode"], "model");
+
+    let created = host.create("a", probe_spec(2, 64)).await;
+    assert_eq!((created.observed_state(), created.desired_state()), (State::Stopped, DesiredState::Stopped));
+    assert_eq!((created.epoch, created.name.as_str()), (1, name("a").as_str()));
+
+    let running = host.start_vm("a").await;
+    assert_eq!((running.observed_state(), running.desired_state()), (State::Running, DesiredState::Running));
+    assert_eq!((running.uid.as_str(), running.incarnation), (created.uid.as_str(), 1));
+    assert_eq!((running.hypervisor.as_str(), running.vcpu_cores.len()), (hypervisor, 2));
+    let pmu = host.until_counting("a").await;
+    assert_eq!((pmu.mode.as_str(), pmu.vcpus.len()), ("model", 2));
+    assert_eq!(pmu.shape.as_ref().expect("shape").gp_bitmap.count_ones(), 8);
+    assert_eq!(pmu.probe.as_ref().expect("probe report").vcpus.iter().map(|v| v.faults).sum::<u64>(), 0);
+
+    // Paused: what is stored is what it has, and it stands still.
+    let mut vms = host.vms().await;
+    let paused = vms.pause_virtual_machine(PauseVirtualMachineRequest { name: name("a") }).await.expect("paused").into_inner();
+    assert_eq!((paused.observed_state(), paused.desired_state()), (State::Paused, DesiredState::Paused));
+    let stored = host.stored_pmu("a").await.expect("stored");
+    assert_eq!(stored.cause, "pause");
+    let still = host.live_pmu("a").await;
+    for (stored, live) in stored.vcpus.iter().zip(&still.vcpus) {
+        assert_eq!((&stored.digest, &stored.registers), (&live.digest, &live.registers));
+    }
+    assert_eq!(stored.vcpus.len(), 2);
+    let again = vms.pause_virtual_machine(PauseVirtualMachineRequest { name: name("a") }).await;
+    expect_error(again, Code::FailedPrecondition, "ILLEGAL_TRANSITION");
+
+    let resumed = vms.resume_virtual_machine(ResumeVirtualMachineRequest { name: name("a") }).await.expect("resumed").into_inner();
+    assert_eq!(resumed.observed_state(), State::Running);
+    let more = until_more(&host, &stored.vcpus).await;
+    assert_eq!(more.probe.expect("probe report").vcpus.iter().map(|v| v.faults).sum::<u64>(), 0);
+
+    let stopped = host.stop_vm("a").await;
+    assert_eq!((stopped.observed_state(), stopped.desired_state()), (State::Stopped, DesiredState::Stopped));
+    assert_eq!(host.stored_pmu("a").await.expect("stored").cause, "stop");
+    assert!(!console(&host, "a").await.is_empty(), "the probe prints, and the history outlives the machine");
+
+    let second = host.start_vm("a").await;
+    assert_eq!((second.epoch, second.incarnation), (1, 2));
+    let delete = DeleteVirtualMachineRequest { name: name("a"), ..DeleteVirtualMachineRequest::default() };
+    let operation = vms.delete_virtual_machine(delete).await.expect("accepted").into_inner();
+    host.finish(operation).await.expect("deleted, running as it was");
+    assert!(host.list().await.is_empty());
+    assert_eq!(host.terminate().await, 0);
+    let left: Vec<_> = std::fs::read_dir(dir.path()).expect("list").map(|e| e.expect("entry").file_name()).collect();
+    assert!(left.iter().all(|f| f == "state" || f == "log"), "left behind: {left:?}");
+}
+
+async fn until_more(host: &Host, before: &[VcpuPmu]) -> Pmu {
+    let begin = std::time::Instant::now();
+    let total = |vcpus: &[VcpuPmu]| -> u64 {
+        vcpus.iter().flat_map(|v| &v.counters).filter(|c| !c.pmi_enabled).map(|c| c.value).sum()
+    };
+    loop {
+        let pmu = host.live_pmu("a").await;
+        if total(&pmu.vcpus) > total(before) {
+            return pmu;
+        }
+        assert!(begin.elapsed() < DEADLINE, "the counters stand still");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
+async fn console(host: &Host, id: &str) -> Vec<u8> {
+    let request = AttachConsoleRequest { name: name(id), history_only: true, ..AttachConsoleRequest::default() };
+    let mut stream = host.vms().await.attach_console(tokio_stream::once(request)).await.expect("attaches").into_inner();
+    let mut out = Vec::new();
+    while let Some(piece) = stream.message().await.expect("reads") {
+        out.extend(piece.data);
+    }
+    out
+}
+
+#[tokio::test]
+async fn a_watcher_sees_what_is_and_then_every_change() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let host = Host::start(dir.path(), &["--hypervisor", "simulated"]).await;
+    host.create("first", probe_spec(1, 16)).await;
+    let mut watch = host.vms().await.watch_virtual_machines(WatchVirtualMachinesRequest::default()).await.expect("watches").into_inner();
+    let mut next = async || watch.message().await.expect("stream").expect("open");
+    assert_eq!(next().await.kind(), Kind::Existing);
+    assert_eq!(next().await.kind(), Kind::Synced);
+    host.create("second", probe_spec(1, 16)).await;
+    let created = next().await;
+    assert_eq!(created.kind(), Kind::Created);
+    assert_eq!(created.virtual_machine.expect("machine").name, name("second"));
+    host.start_vm("second").await;
+    let mut states = Vec::new();
+    let mut last = created.sequence;
+    while states.last() != Some(&State::Running) {
+        let event = next().await;
+        assert_eq!(event.sequence, last + 1, "no event is missing");
+        last = event.sequence;
+        states.push(event.virtual_machine.expect("machine").observed_state());
+    }
+    assert_eq!(states, [State::Starting, State::Running]);
+}
+
+#[tokio::test]
+async fn the_same_request_id_gets_the_first_answer() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let mut host = Host::start(dir.path(), &["--hypervisor", "simulated"]).await;
+    let mut request = create("once", probe_spec(1, 16));
+    request.request_id = uuid::Uuid::new_v4().to_string();
+    let (one, two) = (host.vms().await, host.vms().await);
+    let (mut one, mut two) = (one, two);
+    let (first, same) = tokio::join!(one.create_virtual_machine(request.clone()), two.create_virtual_machine(request.clone()));
+    let (first, same) = (first.expect("created").into_inner(), same.expect("the same").into_inner());
+    assert_eq!(first.name, same.name);
+    host.kill().await;
+    host.restart().await;
+    let mut vms = host.vms().await;
+    let later = vms.create_virtual_machine(request.clone()).await.expect("still the same").into_inner();
+    assert_eq!((later.name.as_str(), later.done), (first.name.as_str(), true));
+    request.virtual_machine_id = "other".to_owned();
+    expect_error(vms.create_virtual_machine(request).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_eq!(host.list().await.len(), 1);
+}
+
+#[tokio::test]
+async fn lists_come_in_pages() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let host = Host::start(dir.path(), &["--hypervisor", "simulated"]).await;
+    for id in ["c", "a", "b"] {
+        host.create(id, probe_spec(1, 16)).await;
+    }
+    let mut vms = host.vms().await;
+    let mut names = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let request = ListVirtualMachinesRequest { parent: String::new(), page_size: 2, page_token };
+        let page = vms.list_virtual_machines(request).await.expect("lists").into_inner();
+        names.extend(page.virtual_machines.into_iter().map(|vm| vm.name));
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(names, [name("a"), name("b"), name("c")]);
+}

@@ -1,0 +1,267 @@
+//! Real vpmud processes for tests: own state directory, Unix sockets, the public API as any client has it.
+#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(missing_docs, unreachable_pub)]
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use hyper_util::rt::TokioIo;
+use prost::Message;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::process::{Child, Command};
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+use vpmu_proto::api::migrations_service_client::MigrationsServiceClient;
+use vpmu_proto::api::pmu_service_client::PmuServiceClient;
+use vpmu_proto::api::virtual_machine::State;
+use vpmu_proto::api::virtual_machines_service_client::VirtualMachinesServiceClient;
+use vpmu_proto::api::*;
+use vpmu_proto::longrunning::operations_client::OperationsClient;
+use vpmu_proto::longrunning::{Operation, WaitOperationRequest, operation};
+
+/// Every wait ends here.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// One vpmud.
+pub struct Host {
+    pub dir: PathBuf,
+    pub child: Child,
+    pub ready: serde_json::Value,
+    options: Vec<String>,
+}
+
+/// Whether KVM tests run. Says so if not; VPMU_REQUIRE_KVM=1 makes that a failure.
+pub fn have_kvm() -> bool {
+    if vcpu_worker::host::probe().kvm.is_ok() {
+        return true;
+    }
+    assert!(std::env::var_os("VPMU_REQUIRE_KVM").is_none_or(|v| v != "1"), "KVM is required and not there");
+    println!("skipped: no /dev/kvm");
+    false
+}
+
+impl Host {
+    pub async fn start(dir: &Path, options: &[&str]) -> Self {
+        let options: Vec<String> = options.iter().map(ToString::to_string).collect();
+        std::fs::create_dir_all(dir).expect("state directory's parent");
+        let (child, ready) = spawn(dir, &options).await.expect("vpmud is ready");
+        Self { dir: dir.to_owned(), child, ready, options }
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("api.sock")
+    }
+
+    pub fn peer(&self) -> String {
+        format!("unix:{}", self.dir.join("peer.sock").display())
+    }
+
+    pub async fn kill(&mut self) {
+        self.child.start_kill().expect("SIGKILL");
+        self.child.wait().await.expect("reaped");
+    }
+
+    pub async fn restart(&mut self) {
+        let (child, ready) = spawn(&self.dir, &self.options).await.expect("vpmud is ready again");
+        (self.child, self.ready) = (child, ready);
+    }
+
+    /// SIGTERM; returns the exit code.
+    pub async fn terminate(&mut self) -> i32 {
+        let pid = rustix::process::Pid::from_raw(self.child.id().expect("running") as i32).expect("pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("SIGTERM");
+        let status = tokio::time::timeout(DEADLINE, self.child.wait()).await.expect("ends in time").expect("reaped");
+        status.code().expect("no signal")
+    }
+
+    pub async fn channel(&self) -> Channel {
+        let socket = self.socket();
+        Endpoint::from_static("http://vpmud.invalid")
+            .connect_with_connector(tower::service_fn(move |_: Uri| {
+                let socket = socket.clone();
+                async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
+            }))
+            .await
+            .expect("connects")
+    }
+
+    pub async fn vms(&self) -> VirtualMachinesServiceClient<Channel> {
+        VirtualMachinesServiceClient::new(self.channel().await)
+    }
+
+    pub async fn pmu(&self) -> PmuServiceClient<Channel> {
+        PmuServiceClient::new(self.channel().await)
+    }
+
+    pub async fn migrations(&self) -> MigrationsServiceClient<Channel> {
+        MigrationsServiceClient::new(self.channel().await)
+    }
+
+    pub async fn operations(&self) -> OperationsClient<Channel> {
+        OperationsClient::new(self.channel().await)
+    }
+
+    /// Waits for an operation's end.
+    pub async fn finish(&self, operation: Operation) -> Result<prost_types::Any, Box<vpmu_proto::google::rpc::Status>> {
+        let mut client = self.operations().await;
+        let begin = Instant::now();
+        let mut now = operation;
+        while !now.done {
+            assert!(begin.elapsed() < DEADLINE, "operation {} does not end: {now:?}", now.name);
+            let timeout = Some(prost_types::Duration { seconds: 10, nanos: 0 });
+            now = client
+                .wait_operation(WaitOperationRequest { name: now.name, timeout })
+                .await
+                .expect("waits")
+                .into_inner();
+        }
+        match now.result.expect("a done operation has a result") {
+            operation::Result::Response(any) => Ok(any),
+            operation::Result::Error(error) => Err(Box::new(error)),
+        }
+    }
+
+    pub async fn create(&self, id: &str, spec: VirtualMachineSpec) -> VirtualMachine {
+        let operation = self.vms().await.create_virtual_machine(create(id, spec)).await.expect("created").into_inner();
+        unpack(&self.finish(operation).await.expect("created"))
+    }
+
+    pub async fn start_vm(&self, id: &str) -> VirtualMachine {
+        let request = StartVirtualMachineRequest { name: name(id), request_id: String::new() };
+        let operation = self.vms().await.start_virtual_machine(request).await.expect("accepted").into_inner();
+        unpack(&self.finish(operation).await.expect("started"))
+    }
+
+    pub async fn stop_vm(&self, id: &str) -> VirtualMachine {
+        let request = StopVirtualMachineRequest { name: name(id), request_id: String::new() };
+        let operation = self.vms().await.stop_virtual_machine(request).await.expect("accepted").into_inner();
+        unpack(&self.finish(operation).await.expect("stopped"))
+    }
+
+    pub async fn get(&self, id: &str) -> VirtualMachine {
+        self.vms().await.get_virtual_machine(GetVirtualMachineRequest { name: name(id) }).await.expect("there").into_inner()
+    }
+
+    pub async fn list(&self) -> Vec<VirtualMachine> {
+        self.vms().await.list_virtual_machines(ListVirtualMachinesRequest::default()).await.expect("lists").into_inner().virtual_machines
+    }
+
+    pub async fn live_pmu(&self, id: &str) -> Pmu {
+        self.pmu().await.get_pmu(GetPmuRequest { name: name(id) }).await.expect("live PMU").into_inner()
+    }
+
+    pub async fn stored_pmu(&self, id: &str) -> Result<PmuState, Status> {
+        Ok(self.pmu().await.get_pmu_state(GetPmuStateRequest { name: name(id) }).await?.into_inner())
+    }
+
+    /// Waits until the machine is as wanted.
+    pub async fn until(&self, id: &str, what: &str, wanted: impl Fn(&VirtualMachine) -> bool) -> VirtualMachine {
+        let begin = Instant::now();
+        loop {
+            let vm = self.get(id).await;
+            if wanted(&vm) {
+                return vm;
+            }
+            assert!(begin.elapsed() < DEADLINE, "{id} does not become {what}: {vm:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits until the guest has counted something, and returns its PMU.
+    pub async fn until_counting(&self, id: &str) -> Pmu {
+        let begin = Instant::now();
+        loop {
+            let pmu = self.live_pmu(id).await;
+            let all = pmu.vcpus.iter().all(|v| v.counters.iter().any(|c| c.live && c.value > 0));
+            if all && !pmu.vcpus.is_empty() {
+                return pmu;
+            }
+            assert!(begin.elapsed() < DEADLINE, "{id} does not count: {pmu:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+/// Spawns without expecting success: the ready line, or the exit code and what it said.
+pub async fn spawn(dir: &Path, options: &[String]) -> Result<(Child, serde_json::Value), (Option<i32>, String)> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vpmud"));
+    command
+        .arg("serve")
+        .arg("--state-dir")
+        .arg(dir.join("state"))
+        .arg("--listen")
+        .arg(format!("unix:{}", dir.join("api.sock").display()))
+        .arg("--peer-listen")
+        .arg(format!("unix:{}", dir.join("peer.sock").display()))
+        .args(options)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::from(std::fs::File::create(dir.join("log")).expect("log")))
+        .kill_on_drop(true);
+    let mut child = command.spawn().expect("spawns");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let line = tokio::time::timeout(DEADLINE, lines.next_line()).await.expect("ready in time").expect("readable");
+    match line {
+        Some(line) => Ok((child, serde_json::from_str(&line).expect("JSON"))),
+        None => {
+            let status = child.wait().await.expect("reaped");
+            Err((status.code(), std::fs::read_to_string(dir.join("log")).expect("log")))
+        }
+    }
+}
+
+pub fn name(id: &str) -> String {
+    format!("projects/default/virtualMachines/{id}")
+}
+
+/// A probe guest that counts, takes overflows and dirties some memory.
+pub fn probe_spec(vcpus: u32, memory_mib: u64) -> VirtualMachineSpec {
+    VirtualMachineSpec {
+        vcpus,
+        memory_bytes: memory_mib << 20,
+        boot: Some(virtual_machine_spec::Boot::Probe(ProbeBoot { dirty_pages_per_second: 200, ..ProbeBoot::default() })),
+        pmu: None,
+        restart_policy: 0,
+    }
+}
+
+pub fn create(id: &str, spec: VirtualMachineSpec) -> CreateVirtualMachineRequest {
+    CreateVirtualMachineRequest {
+        parent: String::new(),
+        virtual_machine_id: id.to_owned(),
+        virtual_machine: Some(VirtualMachine { spec: Some(spec), ..VirtualMachine::default() }),
+        request_id: String::new(),
+        validate_only: false,
+    }
+}
+
+pub fn unpack<M: Message + Default>(any: &prost_types::Any) -> M {
+    M::decode(any.value.as_slice()).expect("decodes")
+}
+
+/// Checks an error's code and reason, and that it has details and says something.
+#[track_caller]
+pub fn expect_error<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, reason: &str) -> Status {
+    let status = result.expect_err("must be refused");
+    assert_eq!(status.code(), code, "{status:?}");
+    let details = status.get_error_details();
+    let info = details.error_info().unwrap_or_else(|| panic!("no ErrorInfo in {status:?}"));
+    assert_eq!((info.reason.as_str(), info.domain.as_str()), (reason, "vpmud"), "{status:?}");
+    assert!(!status.message().is_empty());
+    if code == Code::InvalidArgument && info.metadata.contains_key("field") {
+        let bad = details.bad_request().expect("BadRequest");
+        assert_eq!(bad.field_violations[0].field, info.metadata["field"]);
+    }
+    status
+}
+
+pub fn reason_of(error: &vpmu_proto::google::rpc::Status) -> String {
+    let status = Status::with_details(Code::from_i32(error.code), &error.message, error.encode_to_vec().into());
+    status.get_error_details().error_info().map(|i| i.reason.clone()).unwrap_or_default()
+}
+
+pub fn is(state: State) -> impl Fn(&VirtualMachine) -> bool {
+    move |vm| vm.observed_state() == state
+}
