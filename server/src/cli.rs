@@ -53,6 +53,9 @@ struct ServeArgs {
     /// At SIGTERM end process-isolated machines too; thread-isolated ones always end with the daemon.
     #[arg(long)]
     stop_vms: bool,
+    /// End in order when standard input ends, that is, with the process that started this one.
+    #[arg(long)]
+    exit_with_parent: bool,
 }
 
 impl From<ServeArgs> for ServeConfig {
@@ -67,6 +70,7 @@ impl From<ServeArgs> for ServeConfig {
             pmu: args.pmu,
             model_pmu: args.model_pmu,
             stop_vms: args.stop_vms,
+            exit_with_parent: args.exit_with_parent,
         }
     }
 }

@@ -191,6 +191,8 @@ pub struct ServeConfig {
     pub model_pmu: String,
     /// End process-isolated machines at SIGTERM; thread-isolated ones always end with the daemon.
     pub stop_vms: bool,
+    /// End when standard input ends.
+    pub exit_with_parent: bool,
 }
 
 impl ServeConfig {

@@ -97,6 +97,7 @@ pub async fn run(config: ServeConfig) -> Result<(), ServeError> {
         tokio::select! {
             _ = terminate.recv() => tracing::info!("SIGTERM: ending"),
             _ = interrupt.recv() => tracing::info!("SIGINT: ending"),
+            () = crate::parent::gone(config.exit_with_parent) => tracing::info!("standard input ended: ending"),
         }
     })
     .await;

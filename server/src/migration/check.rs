@@ -71,39 +71,33 @@ fn sizes(daemon: &Daemon, spec: &VirtualMachineSpec, found: &mut Vec<MigrationMi
 }
 
 fn pmu(daemon: &Daemon, needs: &Requirements, found: &mut Vec<MigrationMismatch>) {
+    use vcpu_worker::pmu_glue;
     let host = &daemon.host.shape;
-    if let Some(shape) = &needs.pmu_shape {
-        let lacking_gp = shape.gp_bitmap & !host.gp;
-        let lacking_fixed = shape.fixed_bitmap & !host.fixed;
-        if lacking_gp != 0 || lacking_fixed != 0 {
-            let message = format!(
-                "the guest has {} general-purpose and {} fixed counters, this host ({}) has {} and {}",
-                shape.gp_bitmap.count_ones(),
-                shape.fixed_bitmap.count_ones(),
-                daemon.host.host_pmu,
-                host.gp.count_ones(),
-                host.fixed.count_ones(),
-            );
-            add(found, "PMU_COUNTERS", message, "use a host with as many counters, or give the guest fewer when it is created");
+    let mut add_all = |more: Vec<pmu::compat::Mismatch>| {
+        for m in more {
+            let known = found.iter().any(|f| f.rule == m.rule && f.message == m.message);
+            if !known && found.len() < 64 {
+                let rule = m.rule.to_owned();
+                found.push(MigrationMismatch { rule, message: m.message, remedy: m.remedy, warning: m.warning });
+            }
+        }
+    };
+    let mut broken = Vec::new();
+    match needs.pmu_shape.as_ref().map(pmu_glue::shape_from_proto) {
+        Some(Ok(shape)) => add_all(pmu::compat::check_shape(&shape, host)),
+        Some(Err(error)) => broken.push(error),
+        None => {}
+    }
+    // Both ends model the same processor by its shape alone, so no family or event filter is judged here.
+    let context = pmu::compat::CompatContext::default();
+    for image in needs.pmu.iter().take(validate::MAX_VCPUS as usize) {
+        match pmu_glue::image_from_proto(image) {
+            Ok(checked) => add_all(pmu::compat::check(&checked, host, &context)),
+            Err(error) => broken.push(error.to_string()),
         }
     }
-    for image in needs.pmu.iter().take(validate::MAX_VCPUS as usize) {
-        match vcpu_worker::pmu_glue::image_from_proto(image) {
-            Ok(checked) => {
-                for m in pmu::compat::check(&checked, host) {
-                    let known = found.iter().any(|f| f.rule == m.rule && f.message == m.message);
-                    if !known && found.len() < 64 {
-                        found.push(MigrationMismatch {
-                            rule: m.rule.to_owned(),
-                            message: m.message,
-                            remedy: m.remedy,
-                            warning: m.warning,
-                        });
-                    }
-                }
-            }
-            Err(error) => add(found, "PMU_IMAGE", error.to_string(), "repair the source"),
-        }
+    for message in broken.into_iter().take(8) {
+        add(found, "PMU_IMAGE", message, "repair the source");
     }
 }
 
