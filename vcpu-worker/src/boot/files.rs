@@ -38,7 +38,7 @@ impl BootFile {
     }
 
     /// An error about reading this file.
-    pub(super) fn unreadable(&self, problem: impl ToString) -> BootError {
+    pub(super) fn unreadable(&self, problem: impl std::fmt::Display) -> BootError {
         BootError::Unreadable { what: self.what, path: self.path.clone(), problem: problem.to_string() }
     }
 

@@ -190,6 +190,44 @@ fn a_fifo_does_not_hang() {
     assert_eq!(c.reason(path.to_str().unwrap()), "KERNEL_FILE_UNREADABLE");
 }
 
+/// Runs until the guest has written three bytes to the serial port.
+fn says(regs: &InitialRegs, mem: &GuestMemory) -> Vec<u8> {
+    use crate::hypervisor::kvm::{KvmOptions, KvmVm};
+    use crate::hypervisor::{Exit, Vm as _};
+    let vm = KvmVm::new(mem.clone(), KvmOptions { vcpus: 1, ..KvmOptions::default() }).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.set_initial(regs).unwrap();
+    let mut said = vec![];
+    while said.len() < 3 {
+        match vcpu.run().unwrap() {
+            Exit::PioOut { port: 0x3f8, data, .. } => said.push(data as u8),
+            other => panic!("{other:?} after {said:x?}: {}", vcpu.describe()),
+        }
+    }
+    said
+}
+
+#[test]
+fn kvm_enters_each_kind_of_kernel() {
+    if !crate::testing::require_kvm() {
+        return;
+    }
+    // mov dx, 0x3f8; two bytes of the start info's magic, then the first of the command line; hlt
+    let pvh = b"\x66\xba\xf8\x03\x8b\x03\xee\xc1\xe8\x08\xee\x8b\x43\x18\x8a\x00\xee\xf4";
+    // The same with the header's magic in the zero page.
+    let bz = b"\x66\xba\xf8\x03\x8b\x86\x02\x02\x00\x00\xee\xc1\xe8\x08\xee\x8b\x86\x28\x02\x00\x00\x8a\x00\xee\xf4";
+    let kinds: [(&str, Vec<u8>, &[u8]); 3] = [
+        ("vmlinux", pvh_elf(pvh), b"\x78\xc5q"),
+        ("image.flat", pvh.to_vec(), b"\x78\xc5q"),
+        ("bzImage", bzimage(bz), b"Hdq"),
+    ];
+    for (name, image, expected) in kinds {
+        let c = Case::new();
+        let regs = c.boot(&c.file(name, &image), "", "quiet").unwrap();
+        assert_eq!(says(&regs, &c.mem), expected, "{name}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]

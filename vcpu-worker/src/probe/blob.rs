@@ -83,7 +83,7 @@ global_asm!(
     FAULT_EXCEPTION = const layout::FAULT_EXCEPTION,
     SPURIOUS_VECTOR = const layout::SPURIOUS_VECTOR,
     TURN_PAGES = const layout::TURN_PAGES,
-    FILL_FACTOR = const layout::FILL_FACTOR as i64,
+    FILL_FACTOR = const layout::FILL_FACTOR.cast_signed(),
     COM1 = const layout::COM1,
 );
 

@@ -55,7 +55,7 @@ pub(crate) struct Stopped {
 /// How a vCPU begins.
 pub(crate) enum Start {
     Initial(InitialRegs),
-    Restored(Stopped),
+    Restored(Box<Stopped>),
 }
 
 struct Shared {
@@ -135,15 +135,13 @@ impl Machine {
     }
 
     pub(crate) fn describe(&self) -> String {
-        (0..self.cfg.vcpus)
-            .map(|v| {
-                let (report, details) = (report(self.memory(), v), details(self.memory(), v));
-                format!(
-                    "{report:?} {details:?} {}\n",
-                    details.as_ref().map_or(String::new(), ToString::to_string)
-                )
-            })
-            .collect()
+        let vcpus = 0..self.cfg.vcpus;
+        let lines = vcpus.map(|v| {
+            let (report, details) = (report(self.memory(), v), details(self.memory(), v));
+            let fault = details.as_ref().map_or(String::new(), ToString::to_string);
+            format!("{report:?} {details:?} {fault}")
+        });
+        lines.collect::<Vec<_>>().join("\n")
     }
 
     /// Stops all vCPUs and takes their state.

@@ -99,7 +99,7 @@ impl Registers {
             self.nmi.into(),
         ];
         let data: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
-        StatePiece { kind: KIND.to_owned(), version: VERSION, data: data.into() }
+        StatePiece { kind: KIND.to_owned(), version: VERSION, data }
     }
 
     /// From state pieces of vCPU `index`; every value is checked.
@@ -163,10 +163,10 @@ mod tests {
         #[test]
         fn damaged_state_is_refused_or_kept_to_the_bit(at in 0usize..WORDS * 8, value: u8, cut in 0usize..=WORDS * 8) {
             let mut piece = Registers { phase: Phase::Running, base: layout::block(3), ..Registers::reset() }.encode();
-            let mut data = piece.data.to_vec();
+            let mut data = piece.data.clone();
             data[at] = value;
             data.truncate(cut);
-            piece.data = data.into();
+            piece.data = data;
             if let Ok(registers) = Registers::decode(std::slice::from_ref(&piece), 3) {
                 prop_assert_eq!(registers.encode(), piece);
             }

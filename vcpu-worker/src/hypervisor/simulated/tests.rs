@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::hypervisor::{Completion, EntryMode, Exit, InitialRegs};
 use crate::probe::{self, ProbeConfig, layout};
@@ -135,4 +137,40 @@ fn a_damaged_guest_halts_and_nothing_else() {
     }
     assert_eq!(probe::report(vm.memory(), 0).unwrap().first_fault, layout::FAULT_EXCEPTION + 14);
     assert_eq!(vcpu.run().unwrap(), Exit::Hlt);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+    /// Guest memory may come from a peer: whatever its block says, the script neither panics nor writes elsewhere.
+    #[test]
+    fn damaged_blocks_never_panic(
+        damage in proptest::collection::vec((0u64..layout::BLOCK / 8, prop_oneof![any::<u64>(), 0u64..70]), 1..20),
+        answers in proptest::collection::vec(any::<u64>(), 60),
+    ) {
+        let memory = GuestMemory::new("sim", MEM).unwrap();
+        let shape = "intel:v5:8+4:48".parse().unwrap();
+        let mut cfg = ProbeConfig::new(1, MEM, 2_000_000, Some(probe::harness::probe_pmu(&shape)));
+        cfg.fill_bytes = 64 << 10;
+        let starts = probe::load(&memory, &cfg).unwrap();
+        let options = SimOptions { turn: Duration::ZERO, burn: Duration::ZERO, share: Duration::ZERO };
+        let vm = SimVm::new(memory, options).unwrap();
+        let mut vcpu = vm.create_vcpu(0).unwrap();
+        vcpu.set_initial(&starts[0]).unwrap();
+        for (i, answer) in answers.into_iter().enumerate() {
+            if i == 30 {
+                for (word, value) in &damage {
+                    vm.memory().store_u64(layout::block(0) + word * 8, *value).unwrap();
+                }
+                vm.signal_msi(0xfee0_0000, layout::PMI_VECTOR.into()).unwrap();
+            }
+            match vcpu.run().unwrap() {
+                Exit::RdMsr { .. } => vcpu.complete(Completion::Value(answer)).unwrap(),
+                Exit::WrMsr { .. } => vcpu.complete(Completion::Done).unwrap(),
+                _ => {}
+            }
+        }
+        let _ = (probe::report(vm.memory(), 0), probe::details(vm.memory(), 0));
+        let _ = probe::verify_memory(vm.memory(), &cfg);
+        probe::mark_resumed(vm.memory());
+    }
 }

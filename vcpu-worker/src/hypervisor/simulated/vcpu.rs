@@ -145,6 +145,7 @@ impl SimVcpu {
             }
             Phase::Running => {}
         }
+        let mut turned = false;
         loop {
             if let Some(exit) = self.handler()? {
                 return Ok(Some(exit));
@@ -166,9 +167,10 @@ impl SimVcpu {
             let period = self.ticks(self.shared.turn_ns())?;
             // A due time far ahead comes from a host whose clock is ahead of ours.
             let far = self.registers.due > now.saturating_add(period.saturating_mul(4));
-            if self.kicked() || (now < self.registers.due && !far) {
+            if turned || self.kicked() || (now < self.registers.due && !far) {
                 return Ok(None);
             }
+            turned = true;
             self.script.turn(&mut self.registers, now, period)?;
             self.burn();
         }
@@ -236,7 +238,7 @@ impl SimVcpu {
             if pending == 0 {
                 continue;
             }
-            let bit = 63 - pending.leading_zeros();
+            let bit = pending.ilog2();
             irr.fetch_and(!(1 << bit), Ordering::AcqRel);
             let vector = word as u32 * 64 + bit;
             if vector == u32::from(layout::PMI_VECTOR) {
