@@ -35,11 +35,20 @@ pub fn tsc() -> u64 {
     unsafe { std::arch::x86_64::_rdtsc() }
 }
 
+/// Both clocks at one moment. The thread may be preempted between the reads: the closest of a few tries counts.
+fn both() -> (u64, u64) {
+    let tries = (0..8).map(|_| {
+        let (before, at, after) = (monotonic_ns(), tsc(), monotonic_ns());
+        (after.saturating_sub(before), before, at)
+    });
+    tries.min().map_or((0, 0), |(_, ns, at)| (ns, at))
+}
+
 /// Measures the time stamp counter's frequency over 20 ms, kHz.
 pub(crate) fn measure_tsc_khz() -> u32 {
-    let (t0, c0) = (monotonic_ns(), tsc());
+    let (t0, c0) = both();
     std::thread::sleep(std::time::Duration::from_millis(20));
-    let (t1, c1) = (monotonic_ns(), tsc());
+    let (t1, c1) = both();
     let khz = u128::from(c1.wrapping_sub(c0)) * 1_000_000 / u128::from(t1.saturating_sub(t0).max(1));
     u32::try_from(khz).unwrap_or(0)
 }

@@ -175,7 +175,7 @@ fn kicks_are_never_lost() {
         })
     };
     let kicker = receive.recv().expect("kicker");
-    for round in 1..=2000u64 {
+    for round in 1..=500u64 {
         wanted.store(round, Ordering::Release);
         kicker.kick();
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -228,9 +228,9 @@ fn ticks_interrupt_a_spinning_guest() {
         }
         timer.disarm().expect("disarmed");
         println!("{timer:?}: {ticks} ticks in 100 ms of CPU time");
-        // The POSIX timer's grain is the kernel's tick, up to 10 ms.
-        let least = if timer.source() == "perf cpu-clock" { 80 } else { 8 };
-        assert!((least..=130).contains(&ticks), "{timer:?}: {ticks}");
+        // The POSIX timer's grain is the kernel's tick, up to 10 ms, if that finds the thread running.
+        let least = if timer.source() == "perf cpu-clock" { 50 } else { 3 };
+        assert!((least..=150).contains(&ticks), "{timer:?}: {ticks}");
         drop(timer);
         vcpu.clear_kick();
     }
