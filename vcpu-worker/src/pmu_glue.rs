@@ -85,3 +85,73 @@ pub fn image_from_proto(message: &PmuImage) -> Result<Image, WorkerError> {
     }
     Ok(image)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pmu::{EventFilter, GuestId, GuestPmu, Policy};
+    use proptest::prelude::*;
+
+    fn image() -> Image {
+        let shape = "intel:v5:8+4:48".parse().unwrap();
+        GuestPmu::new(GuestId(1), shape, Policy::Strict, EventFilter::allow_all()).image()
+    }
+
+    #[test]
+    fn an_image_survives_the_wire() {
+        let image = image();
+        assert_eq!(image_from_proto(&image_to_proto(3, &image)).unwrap(), image);
+    }
+
+    #[test]
+    fn what_was_changed_on_the_way_is_refused() {
+        let good = image_to_proto(0, &image());
+        let changes: [fn(&mut PmuImage); 8] = [
+            |m| m.registers[0].value ^= 1,
+            |m| m.pmis += 1,
+            |m| m.in_service = true,
+            |m| m.digest.clear(),
+            |m| m.shape = None,
+            |m| m.shape.as_mut().unwrap().gp_width = 300,
+            |m| m.shape.as_mut().unwrap().vendor = "via".to_owned(),
+            |m| m.registers.resize(5000, PmuImageRegister::default()),
+        ];
+        for (i, change) in changes.into_iter().enumerate() {
+            let mut message = good.clone();
+            change(&mut message);
+            assert_eq!(image_from_proto(&message).unwrap_err().reason(), "PMU_IMAGE_REJECTED", "change {i}");
+        }
+    }
+
+    proptest! {
+        /// Whatever arrives: an answer, not a panic.
+        #[test]
+        fn any_message_is_answered(
+            registers in proptest::collection::vec((any::<u32>(), any::<u64>()), 0..40),
+            version in any::<u32>(),
+            gp in any::<u64>(),
+            fixed in any::<u64>(),
+            widths in (any::<u32>(), any::<u32>()),
+            amd in any::<bool>(),
+        ) {
+            let message = PmuImage {
+                vcpu: 0,
+                shape: Some(api::PmuShape {
+                    vendor: if amd { "amd" } else { "intel" }.to_owned(),
+                    version: version % 8,
+                    gp_bitmap: gp,
+                    fixed_bitmap: fixed,
+                    gp_width: widths.0 % 300,
+                    fixed_width: widths.1 % 300,
+                    perf_capabilities: gp,
+                }),
+                registers: registers.into_iter().map(|(msr, value)| PmuImageRegister { msr, value }).collect(),
+                in_service: false,
+                pmi_pending: false,
+                pmis: 0,
+                digest: vec![],
+            };
+            prop_assert!(image_from_proto(&message).is_err());
+        }
+    }
+}

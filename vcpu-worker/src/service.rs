@@ -21,7 +21,7 @@ use crate::error::WorkerError;
 use crate::grant::{Grant, Rights, RunRight};
 use crate::host::boottime_ns;
 use crate::machine::Machine;
-use crate::migrate::{IncomingMigration, OutgoingMigration};
+use crate::migrate::{IncomingMigration, OutgoingMigration, Phase};
 
 mod console;
 mod create;
@@ -174,9 +174,9 @@ impl Inner {
         }
         if let Some(incoming) = &held.incoming {
             match incoming.phase() {
-                crate::migrate::Phase::Entered => {}
-                crate::migrate::Phase::Ready => return State::Ready,
-                crate::migrate::Phase::Receiving | crate::migrate::Phase::Failed => return State::Incoming,
+                Phase::Entered => {}
+                Phase::Ready => return State::Ready,
+                Phase::Receiving | Phase::Failed => return State::Incoming,
             }
         }
         if machine.is_running() {
@@ -194,12 +194,9 @@ impl Inner {
             (granted, rights.sealed(), rights.attached().map_or(0, |a| a.term))
         };
         let held = self.held();
-        let migration_id = held
-            .outgoing
-            .as_ref()
-            .map(|m| m.id().to_owned())
-            .or_else(|| held.incoming.as_ref().map(|m| m.id().to_owned()))
-            .unwrap_or_default();
+        let leaving = held.outgoing.as_ref().filter(|m| !m.is_over()).map(|m| m.id());
+        let arriving = held.incoming.as_ref().filter(|m| m.phase() != Phase::Entered).map(|m| m.id());
+        let migration_id = leaving.or(arriving).unwrap_or_default().to_owned();
         WorkerStatus {
             state: state.into(),
             granted_epoch,

@@ -101,6 +101,7 @@ async fn a_running_probe_moves() {
         moves(hypervisor, Some("tcp:127.0.0.1:0")).await;
         cancelled_and_again(hypervisor).await;
         paused_stays_paused(hypervisor).await;
+        there_and_back(hypervisor).await;
         assert_eq!(worker_threads(), Vec::<String>::new(), "{hypervisor}: threads are left");
     }
 }
@@ -244,4 +245,35 @@ async fn paused_stays_paused(hypervisor: &str) {
     assert!(report.vcpus.iter().all(|v| v.faults == 0), "{report:?}");
     pair.source.shutdown().await;
     pair.destination.shutdown().await;
+}
+
+/// Four hops in a row, each from a worker that it came to by the hop before.
+async fn there_and_back(hypervisor: &str) {
+    let mut source = started(hypervisor).await;
+    for hop in 1..=4 {
+        let mut pair = begin(source, Host::new(&host_cores(), "vm-m"), hypervisor, 1, None).await;
+        converged(&mut pair.out).await;
+        let epoch = hop;
+        let request =
+            FinishMigrationRequest { fence: pair.source.fence(), migration_id: ID.to_owned(), epoch };
+        let finished = pair.source.client.finish_migration(request).await.expect("finish").into_inner();
+        let arrived = ready(&mut pair.arriving).await.expect("ready");
+        assert_eq!(arrived.pmu, finished.pmu, "hop {hop}");
+        let then = pair.source.report().await;
+        pair.destination.grant(epoch + 1, 1, true).await.expect("grant");
+        assert_eq!(pair.destination.status().await.migration_id, "");
+        let now = pair
+            .destination
+            .report_until("it goes on", |r| {
+                r.vcpus
+                    .iter()
+                    .zip(&then.vcpus)
+                    .all(|(n, t)| n.heartbeats > t.heartbeats + 50 && n.pmis > t.pmis)
+            })
+            .await;
+        assert!(now.vcpus.iter().all(|v| v.faults == 0), "hop {hop}: {now:?}");
+        pair.source.shutdown().await;
+        source = pair.destination;
+    }
+    source.shutdown().await;
 }

@@ -32,7 +32,16 @@ pub(super) fn finish(
     let was_paused = !machine.is_running();
     let stop_monotonic_ns = monotonic_ns();
     let begin = Instant::now();
-    let pmu = runtime.block_on(machine.pause())?;
+    let pmu = match runtime.block_on(machine.pause()) {
+        Ok(pmu) => pmu,
+        Err(error) => {
+            // Not sealed yet: those that did stop go on.
+            if !was_paused && let Err(error) = runtime.block_on(machine.run()) {
+                tracing::error!(migration = id, %error, "going on after a stop that failed");
+            }
+            return Err(error);
+        }
+    };
     if let Some(end) = machine.end() {
         return Err(WorkerError::State {
             what: "finishing the migration",

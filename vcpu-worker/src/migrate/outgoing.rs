@@ -148,6 +148,11 @@ impl OutgoingMigration {
         progress
     }
 
+    /// Whether it has failed or was cancelled: the machine takes part in it no longer.
+    pub fn is_over(&self) -> bool {
+        matches!(&*self.state.borrow(), OutgoingState::Failed(_))
+    }
+
     /// Whether its thread has ended.
     pub fn is_ended(&self) -> bool {
         self.thread.is_ended()

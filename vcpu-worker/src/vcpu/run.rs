@@ -4,6 +4,7 @@
 //! overflow judged. Exits are finished here without blocking; only `Interrupted` looks at the inbox and at who waits for
 //! the core, because every request comes with a kick that stays in force until it is cleared here.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::time::Duration;
@@ -40,7 +41,10 @@ pub(super) fn thread(
         Ok((mut driver, kick)) => {
             // Nobody waits only if the starter is gone, and then the inbox is closed too.
             drop(ready.send(Ok(kick)));
-            driver.main();
+            // A defect in handling one guest ends that guest, says so, and gives its core back.
+            if catch_unwind(AssertUnwindSafe(|| driver.main())).is_err() {
+                driver.panicked();
+            }
         }
         Err(error) => drop(ready.send(Err(error))),
     }
@@ -126,6 +130,17 @@ impl Driver {
         while let Ok(request) = self.inbox.try_recv() {
             self.on_request(request);
         }
+    }
+
+    fn panicked(&mut self) {
+        tracing::error!(vcpu = self.index, "vCPU thread panicked");
+        self.set_state(State::Gone);
+        if let Err(error) = self.counting.release() {
+            tracing::error!(vcpu = self.index, %error, "PMU after a panic");
+        }
+        let detail = "WORKER_PANIC: its thread panicked; see the log".to_owned();
+        let end = GuestEnd { kind: guest_end::Kind::WorkerError.into(), vcpu: self.index, detail };
+        self.listener.left(self.index, Left::Ended(end));
     }
 
     /// Runs the guest until the state is another.
