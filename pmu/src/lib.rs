@@ -12,6 +12,7 @@ pub mod cpuid;
 pub mod filter;
 mod guest;
 pub mod hardware;
+pub mod host_check;
 pub mod image;
 pub mod model;
 pub mod msr_device;
