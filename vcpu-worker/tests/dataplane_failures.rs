@@ -16,7 +16,7 @@ use vcpu_worker::dataplane::{CancelFlag, DataAddress, DataplaneError, Incoming, 
 use vcpu_worker::memory::GuestMemory;
 
 /// Long before any time-out of the data plane.
-const PROMPT: Duration = Duration::from_secs(3);
+const PROMPT: Duration = Duration::from_secs(12);
 
 /// Stands between source and destination and does something to the bytes from the source.
 struct Relay {
@@ -79,7 +79,7 @@ fn connect_to(
     memory: &GuestMemory,
     cancel: &CancelFlag,
 ) -> Outgoing {
-    let deadline = Duration::from_secs(5);
+    let deadline = Duration::from_secs(30);
     Outgoing::connect_with(
         address,
         &session(),
@@ -88,7 +88,7 @@ fn connect_to(
         0,
         cancel.clone(),
         deadline,
-        QUICK,
+        PATIENT,
     )
     .expect("connect")
 }
@@ -177,7 +177,7 @@ fn destination_cancels() {
         );
         let other = destination.join().expect_err("cancelled");
         assert_eq!(other.reason(), "DATA_CANCELLED");
-        assert!(begin.elapsed() < PROMPT * 2, "took {:?}", begin.elapsed());
+        assert!(begin.elapsed() < PROMPT, "took {:?}", begin.elapsed());
     }
 }
 
@@ -194,7 +194,7 @@ fn source_cancels() {
         assert_eq!(error.reason(), "DATA_CANCELLED");
         let other = destination.join().expect_err("cancelled");
         assert!(matches!(other, DataplaneError::Closed { .. }), "{other}");
-        assert!(begin.elapsed() < PROMPT * 2, "took {:?}", begin.elapsed());
+        assert!(begin.elapsed() < PROMPT, "took {:?}", begin.elapsed());
     }
 }
 

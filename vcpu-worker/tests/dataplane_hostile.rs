@@ -31,7 +31,7 @@ impl Raw {
     fn open(address: &DataAddress, index: u16) -> Self {
         let DataAddress::Tcp(address) = address else { panic!("TCP") };
         let stream = TcpStream::connect(address).expect("connect");
-        stream.set_read_timeout(Some(Duration::from_secs(5))).expect("time-out");
+        stream.set_read_timeout(Some(Duration::from_secs(30))).expect("time-out");
         let session = session();
         Self {
             stream,

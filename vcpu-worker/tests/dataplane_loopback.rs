@@ -33,7 +33,7 @@ fn whole(address: &DataAddress, connections: u16, bytes: u64, live: bool) {
     assert_eq!(received.counts.pages, finish.pages);
     assert_eq!(received.bytes, finish.bytes, "both sides count the same bytes");
     received.acknowledge().expect("acknowledged");
-    out.await_applied(Duration::from_secs(5)).expect("applied");
+    out.await_applied(Duration::from_secs(30)).expect("applied");
     if let DataAddress::Unix(path) = address {
         assert!(!path.exists(), "the socket's path is gone");
     }
@@ -168,8 +168,8 @@ fn bandwidth_limit_holds() {
     fill(&source, 5, 2);
     for connections in [1, 3] {
         let destination = destination(&tcp(), connections, 64 * MIB);
-        let limit = 64 * MIB;
-        let deadline = Duration::from_secs(5);
+        let limit = 32 * MIB;
+        let deadline = Duration::from_secs(30);
         let mut out = Outgoing::connect(
             &destination.address,
             &session(),
@@ -185,7 +185,7 @@ fn bandwidth_limit_holds() {
         let rate = stats.bytes as f64 / begin.elapsed().as_secs_f64();
         // Above the limit never by more than 5 %; below it only as far as a loaded machine holds us up.
         assert!(rate <= limit as f64 * 1.05, "{rate} bytes/s with a limit of {limit}");
-        assert!(rate >= limit as f64 * 0.5, "{rate} bytes/s with a limit of {limit}");
+        assert!(rate >= limit as f64 * 0.25, "{rate} bytes/s with a limit of {limit}");
         out.finish(b"s").expect("finish");
         destination.join().expect("received");
     }

@@ -37,7 +37,7 @@ fn written_now() -> Vec<u8> {
     let address = DataAddress::Tcp(listener.local_addr().expect("address"));
     let catcher = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().expect("accept");
-        stream.set_read_timeout(Some(Duration::from_secs(5))).expect("time-out");
+        stream.set_read_timeout(Some(Duration::from_secs(30))).expect("time-out");
         let key = FrameKey { migration_id: session().migration_id, attempt: session().attempt };
         let mut all = Vec::new();
         let mut read_to = 0;
@@ -82,7 +82,7 @@ fn written_now() -> Vec<u8> {
         memory.clone(),
         0,
         CancelFlag::new(),
-        Duration::from_secs(5),
+        Duration::from_secs(30),
     )
     .expect("connect");
     out.send_round(1, &PageBitmap::full(memory.pages()), true).expect("round 1");

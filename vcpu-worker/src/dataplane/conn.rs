@@ -202,10 +202,19 @@ impl Conn {
         header
     }
 
+    fn set_read_timeout(&self, what: &'static str, read: Duration) -> Result<()> {
+        self.stream.set_timeouts(read, self.timeouts.stall).map_err(|error| self.io_error(what, error))
+    }
+
     /// The next header, waiting up to `idle` for its first byte. An `Error` frame of the peer becomes its error.
     pub(crate) fn recv_header(&mut self, what: &'static str, idle: Duration) -> Result<Header> {
         let mut fixed = [0; HEADER_BYTES];
         let deadline = Instant::now() + idle;
+        let stall = self.timeouts.stall;
+        if idle < stall {
+            // A short wait ends on time; the rest of the frame has the usual time again.
+            self.set_read_timeout(what, idle)?;
+        }
         let got = loop {
             match self.stream.read(&mut fixed) {
                 Ok(0) => return Err(self.io_error(what, io::ErrorKind::UnexpectedEof.into())),
@@ -222,6 +231,9 @@ impl Conn {
                 Err(error) => return Err(self.io_error(what, error)),
             }
         };
+        if idle < stall {
+            self.set_read_timeout(what, stall)?;
+        }
         self.stream.read_exact(&mut fixed[got..]).map_err(|error| self.io_error(what, error))?;
         self.bytes_in += HEADER_BYTES as u64;
         let header = Header::decode(&fixed).map_err(|source| self.frame_error(source))?;
@@ -346,6 +358,7 @@ impl Conn {
 
     /// After a failure: the peer's own words if they are there or arrive within `time`.
     pub(crate) fn find_refusal(&mut self, time: Duration) -> Option<DataplaneError> {
+        self.timeouts.stall = time;
         self.stream.set_timeouts(time, time).ok()?;
         let deadline = Instant::now() + time;
         while Instant::now() < deadline {

@@ -8,6 +8,8 @@
 //! Invariants: rounds are numbered 1, 2, ... without holes; every connection ends every round, also those that had
 //! nothing to send; `sent` holds exactly the pages whose copy at the destination may be other than zero.
 
+mod connect;
+mod finish;
 mod round;
 
 use std::net::Shutdown;
@@ -15,19 +17,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use sha2::{Digest, Sha256};
-
 use self::round::{Round, Tally, Work};
-use super::address::{DataAddress, DataStream};
 use super::cancel::CancelFlag;
 use super::conn::{Conn, Timeouts};
 use super::error::{DataplaneError, Result};
-use super::frame::{
-    DoneTotals, FLAG_ACK, Hello, HelloAck, Kind, MAX_DATA_BYTES, MAX_STATE_BYTES, PAGE_BYTES, Receipt,
-    RoundCounts, StateChunk,
-};
+use super::frame::{FLAG_ACK, Kind, PAGE_BYTES, RoundCounts};
 use super::limiter::Limiter;
-use super::{PROTOCOL_VERSIONS, SessionId, check_connections};
 use crate::bitmap::PageBitmap;
 use crate::memory::GuestMemory;
 
@@ -96,99 +91,6 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
-    /// Opens and introduces `connections` data connections, within `deadline`. `bandwidth` is in bytes a second, 0 for
-    /// no limit.
-    ///
-    /// # Errors
-    /// `Connections`, `Connect`, `Refused` with the destination's reason, `Cancelled`, `Timeout`.
-    pub fn connect(
-        address: &DataAddress,
-        session: &SessionId,
-        connections: u16,
-        memory: GuestMemory,
-        bandwidth: u64,
-        cancel: CancelFlag,
-        deadline: Duration,
-    ) -> Result<Self> {
-        Self::connect_with(
-            address,
-            session,
-            connections,
-            memory,
-            bandwidth,
-            cancel,
-            deadline,
-            Timeouts::default(),
-        )
-    }
-
-    /// [`Self::connect`] with other time-outs.
-    ///
-    /// # Errors
-    /// As [`Self::connect`].
-    #[expect(clippy::too_many_arguments, reason = "the session's facts, each of another type")]
-    pub fn connect_with(
-        address: &DataAddress,
-        session: &SessionId,
-        connections: u16,
-        memory: GuestMemory,
-        bandwidth: u64,
-        cancel: CancelFlag,
-        deadline: Duration,
-        timeouts: Timeouts,
-    ) -> Result<Self> {
-        check_connections(connections)?;
-        let until = Instant::now() + deadline;
-        let hello = Hello {
-            token: session.token,
-            version_min: *PROTOCOL_VERSIONS.start(),
-            version_max: *PROTOCOL_VERSIONS.end(),
-            connections,
-            memory_bytes: memory.bytes(),
-        }
-        .encode();
-        let mut conns = Vec::with_capacity(connections.into());
-        for index in 0..connections {
-            let stream = DataStream::connect(address, until, &cancel)?;
-            let mut conn = Conn::new(stream, session.key(), index, cancel.clone(), timeouts, Shutdown::Both)?;
-            conn.send(Kind::Hello, 0, 0, 0, &hello, &[])?;
-            conns.push(conn);
-        }
-        for conn in &mut conns {
-            let wait = until.saturating_duration_since(Instant::now()).min(timeouts.hello);
-            let header = conn.recv_header("waiting for the destination's answer to Hello", wait)?;
-            if header.kind != Kind::HelloAck {
-                return Err(conn.order(header.kind, "HelloAck was expected"));
-            }
-            let ack = HelloAck::decode(conn.recv_meta(&header, 0, &mut Vec::new())?);
-            let ack = ack.map_err(|source| conn.frame_error(source))?;
-            if !PROTOCOL_VERSIONS.contains(&ack.version) {
-                return Err(
-                    conn.order(Kind::HelloAck, "the destination chose a version that was not offered")
-                );
-            }
-        }
-        let words = memory.pages().div_ceil(64);
-        Ok(Self {
-            counts: vec![RoundCounts::default(); conns.len()],
-            conns,
-            limiter: Limiter::new(bandwidth),
-            cancel,
-            timeouts,
-            sent: (0..words).map(|_| AtomicU64::new(0)).collect(),
-            memory,
-            round: 0,
-            zero_pages: 0,
-            progress: Arc::default(),
-            transport: match address {
-                DataAddress::Unix(_) => "unix",
-                DataAddress::Tcp(_) => "tcp",
-            },
-            failed: false,
-            finished: None,
-        })
-    }
-
     /// "unix" or "tcp".
     pub fn transport(&self) -> &'static str {
         self.transport
@@ -318,95 +220,6 @@ impl Outgoing {
         stats.bytes = self.bytes() - before;
         stats.elapsed = begin.elapsed();
         Ok(stats)
-    }
-
-    /// Sends the state after the last round and waits until the destination has counted everything.
-    ///
-    /// # Errors
-    /// Any; without `Ok` the destination cannot have become ready with this digest.
-    pub fn finish(&mut self, state: &[u8]) -> Result<FinishStats> {
-        self.usable()?;
-        let bytes = state.len() as u64;
-        if bytes == 0 || bytes > MAX_STATE_BYTES {
-            return Err(DataplaneError::StateSize { bytes });
-        }
-        if self.round == 0 {
-            return Err(DataplaneError::Usage("no round was sent"));
-        }
-        let result = self.send_state(state);
-        self.fail_on_error(result)
-    }
-
-    fn send_state(&mut self, state: &[u8]) -> Result<FinishStats> {
-        let begin = Instant::now();
-        let rounds = self.round;
-        let mut total = RoundCounts::default();
-        for (conn, counts) in self.conns.iter_mut().zip(&self.counts) {
-            total.add(counts);
-            if conn.index() != 0 {
-                let done = DoneTotals { counts: *counts, rounds, ..DoneTotals::default() };
-                conn.send(Kind::Done, rounds, 0, 0, &done.encode(), &[])?;
-            }
-        }
-        let idle = self.timeouts.idle;
-        let conn = self.first()?;
-        let mut offset = 0;
-        for data in state.chunks(MAX_DATA_BYTES as usize) {
-            let chunk = StateChunk { offset, total: state.len() as u64 };
-            conn.send(Kind::State, rounds, 0, 0, &chunk.encode(), data)?;
-            offset += data.len() as u64;
-        }
-        // While the destination reads the state.
-        let digest: [u8; 32] = Sha256::digest(state).into();
-        let done = DoneTotals { counts: total, rounds, state_bytes: state.len() as u64, digest };
-        conn.send(Kind::Done, rounds, 0, 0, &done.encode(), &[])?;
-        let header = conn.recv_header("waiting for the destination's receipt", idle)?;
-        if header.kind != Kind::Receipt {
-            return Err(conn.order(header.kind, "Receipt was expected"));
-        }
-        let receipt = Receipt::decode(conn.recv_meta(&header, 0, &mut Vec::new())?);
-        let receipt = receipt.map_err(|source| conn.frame_error(source))?;
-        if receipt.digest != digest {
-            return Err(DataplaneError::Digest);
-        }
-        super::receiver::compare(0, &total, &receipt.counts)?;
-        self.finished = Some(digest);
-        self.progress.bytes.store(self.bytes(), Ordering::Relaxed);
-        Ok(FinishStats {
-            digest,
-            rounds,
-            pages: total.pages,
-            zero_pages: self.zero_pages,
-            bytes: self.bytes(),
-            elapsed: begin.elapsed(),
-        })
-    }
-
-    /// After [`Self::finish`]: waits until the destination has set the state into its virtual machine.
-    ///
-    /// # Errors
-    /// `Refused` with the destination's reason, `Timeout`, `Closed`, `Cancelled`. None of them says that the state was
-    /// not set; only the control plane can find that out.
-    pub fn await_applied(&mut self, deadline: Duration) -> Result<()> {
-        if self.finished.is_none() {
-            return Err(DataplaneError::Usage("the state was not sent yet"));
-        }
-        let conn = self.first()?;
-        let header = conn.recv_header("waiting until the destination has set the state", deadline)?;
-        if header.kind != Kind::Applied {
-            return Err(conn.order(header.kind, "Applied was expected"));
-        }
-        conn.recv_meta(&header, 0, &mut Vec::new())?;
-        Ok(())
-    }
-
-    /// Gives up and tells the destination so, as far as the connections still work.
-    pub fn abort(mut self) {
-        if !self.failed {
-            for conn in &mut self.conns {
-                conn.send_error(&DataplaneError::Cancelled);
-            }
-        }
     }
 
     fn first(&mut self) -> Result<&mut Conn> {

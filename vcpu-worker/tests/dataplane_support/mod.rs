@@ -13,12 +13,12 @@ use vcpu_worker::memory::{GuestMemory, PAGE_SIZE};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// Short enough that a test of a dead peer ends soon, long enough for a loaded machine.
-pub(crate) const QUICK: Timeouts = Timeouts {
-    stall: Duration::from_secs(5),
-    idle: Duration::from_secs(10),
-    accept: Duration::from_secs(10),
-    hello: Duration::from_secs(5),
+/// Long enough for a machine loaded twentyfold, and longer than what the tests call prompt.
+pub(crate) const PATIENT: Timeouts = Timeouts {
+    stall: Duration::from_secs(30),
+    idle: Duration::from_secs(40),
+    accept: Duration::from_secs(40),
+    hello: Duration::from_secs(30),
 };
 
 pub(crate) fn session() -> SessionId {
@@ -81,7 +81,7 @@ pub(crate) struct Destination {
 pub(crate) fn destination(address: &DataAddress, connections: u16, bytes: u64) -> Destination {
     let memory = GuestMemory::new("destination", bytes).expect("memory");
     let incoming =
-        Incoming::bind(address, session(), connections, memory.clone()).expect("bind").with_timeouts(QUICK);
+        Incoming::bind(address, session(), connections, memory.clone()).expect("bind").with_timeouts(PATIENT);
     let address = incoming.local_address().expect("address");
     let cancel = CancelFlag::new();
     let flag = cancel.clone();
@@ -108,8 +108,8 @@ impl Destination {
             memory.clone(),
             0,
             cancel.clone(),
-            Duration::from_secs(5),
-            QUICK,
+            Duration::from_secs(30),
+            PATIENT,
         )
     }
 
