@@ -35,6 +35,8 @@ const MAX_DURATION: Duration = Duration::from_secs(600);
 const FINISH: Duration = Duration::from_secs(60);
 /// Bound on the destination's Ready once the source has sent everything.
 const READY: Duration = Duration::from_secs(30);
+/// How long the destination's clean-up after an abort is waited for.
+const ABORTED: Duration = Duration::from_secs(3);
 /// Messages on the way to the destination.
 const OUTBOX: usize = 8;
 
@@ -179,7 +181,6 @@ pub(super) struct Conversation {
 
 /// The copy is complete at both ends and sealed here.
 pub(super) struct Sealed {
-    pub(super) conversation: Conversation,
     pub(super) finish: FinishMigrationResponse,
     pub(super) ready: destination_message::Ready,
 }
@@ -188,16 +189,14 @@ impl Source {
     async fn run(mut self) {
         let mut talk = None;
         let copied = self.copy(&mut talk).await;
-        let committed = match copied {
+        let decided = match copied {
             Ok(sealed) => self.may_commit().map(|()| sealed),
             Err(error) => Err(error),
         };
-        let ended = match committed {
-            Ok(sealed) => self.commit(sealed).await,
-            Err(error) => {
-                let to = talk.take();
-                self.stay(error, to).await
-            }
+        let ended = match (decided, talk) {
+            (Ok(sealed), Some(conversation)) => self.commit(sealed, conversation).await,
+            (Ok(_), None) => self.stay(lost("there is no stream"), None).await,
+            (Err(error), talk) => self.stay(error, talk).await,
         };
         self.end(ended).await;
     }
@@ -213,7 +212,7 @@ impl Source {
     }
 
     /// Everything up to the destination's Ready.
-    async fn copy(&mut self, talk: &mut Option<mpsc::Sender<SourceMessage>>) -> Result<Sealed, ApiError> {
+    async fn copy(&mut self, talk: &mut Option<Conversation>) -> Result<Sealed, ApiError> {
         let id = self.id.to_string();
         let epoch = self.ownership.epoch;
         self.journal(Phase::Open, epoch, &[]).await?;
@@ -230,11 +229,10 @@ impl Source {
             () = self.stopped() => return Err(self.cancelled()),
             prepared = self.peer.prepare(prepare) => prepared?,
         };
-        let mut conversation = self.open(epoch).await?;
-        *talk = Some(conversation.to.clone());
+        let conversation = talk.insert(self.open(epoch).await?);
 
         self.show(State::Precopy, "copying memory while the machine runs");
-        self.precopy(&id, prepared.data_address, prepared.token, &mut conversation).await?;
+        self.precopy(&id, prepared.data_address, prepared.token, conversation).await?;
 
         self.journal(Phase::Quiesced, epoch, &[]).await?;
         self.show(State::Stopped, "vCPUs are stopped, the rest is on its way");
@@ -259,7 +257,7 @@ impl Source {
         let (finish, ready) = finish;
         let ready = match ready {
             Some(ready) => ready,
-            None => self.await_ready(&mut conversation).await?,
+            None => self.await_ready(conversation).await?,
         };
         if ready.state_digest != finish.state_digest || ready.state_digest.is_empty() {
             return Err(ApiError::internal(
@@ -267,7 +265,7 @@ impl Source {
                 "what the destination restored is not what was sent; the machine stays here, try again",
             ));
         }
-        Ok(Sealed { conversation, finish, ready })
+        Ok(Sealed { finish, ready })
     }
 
     /// Opens the stream of this migration.
@@ -437,7 +435,7 @@ impl Source {
     }
 
     /// Gives up before the commit: the machine goes on here, at the next epoch.
-    async fn stay(&mut self, why: ApiError, talk: Option<mpsc::Sender<SourceMessage>>) -> outcome::Ended {
+    async fn stay(&mut self, why: ApiError, talk: Option<Conversation>) -> outcome::Ended {
         tracing::info!(vm = %self.handle.name, migration = %self.id, reason = why.reason(), "migration does not go on: {why}");
         if self.ownership.phase() == Phase::Owned || self.ownership.phase() == Phase::Entered {
             // Not even opened.
@@ -451,10 +449,26 @@ impl Source {
         let _ = self.lease.worker.cancel_migration(&self.id.to_string()).await;
         let granted = self.lease.worker.grant(epoch, !self.lease.paused).await;
         if let Some(talk) = talk {
-            let abort = source_message::Abort { reason: why.reason().to_owned() };
-            let _ = talk.try_send(self.message(epoch, FromSource::Abort(abort)));
+            self.abort(talk, epoch, &why).await;
         }
         outcome::Ended::stayed(self.ownership.clone(), granted.err(), why)
+    }
+
+    /// Tells the destination and gives it a moment to clean up; one that does not hear it asks for itself.
+    async fn abort(&self, mut talk: Conversation, epoch: u64, why: &ApiError) {
+        let abort = source_message::Abort { reason: why.reason().to_owned() };
+        if talk.to.try_send(self.message(epoch, FromSource::Abort(abort))).is_err() {
+            return;
+        }
+        let answered = async {
+            while let Ok(Some(message)) = talk.from.message().await {
+                use destination_message::Message as M;
+                if matches!(message.message, Some(M::Aborted(_) | M::Failed(_))) {
+                    return;
+                }
+            }
+        };
+        let _ = tokio::time::timeout(ABORTED, answered).await;
     }
 
     pub(super) fn show(&self, state: State, phase: &str) {

@@ -30,8 +30,8 @@ enum Answer {
 
 impl Source {
     /// Commits and sees it through.
-    pub(super) async fn commit(&mut self, sealed: Sealed) -> Ended {
-        let Sealed { conversation, finish, ready } = sealed;
+    pub(super) async fn commit(&mut self, sealed: Sealed, conversation: Conversation) -> Ended {
+        let Sealed { finish, ready } = sealed;
         let epoch = self.ownership.epoch + 1;
         // PMU records go to sled beside the decision; they are awaited before the release.
         let records = crate::pmu_view::records(

@@ -144,10 +144,14 @@ impl Actor {
                 let result = self.drop_incoming(ownership).await;
                 let _ = reply.send(result);
             }
-            Command::End { reply } => {
-                self.end().await;
-                let _ = reply.send(());
-            }
+            Command::End { reply } => match &self.migration {
+                // Its driver sees the daemon's end by itself and reports back.
+                Some(_) => self.deferred.push_back(Command::End { reply }),
+                None => {
+                    self.end().await;
+                    let _ = reply.send(());
+                }
+            },
         }
     }
 
@@ -335,9 +339,6 @@ impl Actor {
 
     /// The daemon ends, and in thread isolation the machine with it.
     async fn end(&mut self) {
-        if let Some(open) = &self.migration {
-            open.cancel.cancel();
-        }
         if self.worker.is_some() && matches!(self.state(), State::Running | State::Paused) {
             self.retire_worker("stop").await;
             let message = "vpmud was ended and the machine with it (thread isolation); start it again";
