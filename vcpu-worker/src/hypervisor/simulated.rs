@@ -18,7 +18,7 @@ mod tests;
 mod vcpu;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -58,17 +58,12 @@ static VCPUS: AtomicU64 = AtomicU64::new(0);
 struct Shared {
     memory: GuestMemory,
     options: SimOptions,
-    /// Written pages while tracking. Pages are marked after they are written and before `run` returns: whoever
-    /// collects and then reads a page either reads the write or finds its mark in a later collection.
-    dirty: Mutex<Option<PageBitmap>>,
+    /// Dirty tracking is on. The script writes through [`GuestMemory`], which notes the pages.
+    tracking: AtomicBool,
     interrupts: Mutex<BTreeMap<u32, Arc<Interrupts>>>,
 }
 
 impl Shared {
-    fn dirty(&self) -> MutexGuard<'_, Option<PageBitmap>> {
-        self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn interrupts(&self) -> MutexGuard<'_, BTreeMap<u32, Arc<Interrupts>>> {
         self.interrupts.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -95,14 +90,14 @@ impl std::fmt::Debug for SimVm {
 impl SimVm {
     /// Makes the VM. Cannot fail today; a hypervisor may.
     pub fn new(memory: GuestMemory, options: SimOptions) -> Result<Arc<Self>, HvError> {
-        let shared =
-            Shared { memory, options, dirty: Mutex::new(None), interrupts: Mutex::new(BTreeMap::new()) };
+        let shared = Shared {
+            memory,
+            options,
+            tracking: AtomicBool::new(false),
+            interrupts: Mutex::new(BTreeMap::new()),
+        };
         Ok(Arc::new(Self { shared: Arc::new(shared) }))
     }
-}
-
-fn not_tracking() -> HvError {
-    HvError::State { kind: "dirty log".to_owned(), problem: "dirty tracking is not on".to_owned() }
 }
 
 impl Vm for SimVm {
@@ -127,20 +122,26 @@ impl Vm for SimVm {
     }
 
     fn start_dirty_tracking(&self) -> Result<(), HvError> {
-        *self.shared.dirty() = Some(PageBitmap::new(self.shared.memory.pages()));
+        self.shared.memory.track_writes(true);
+        self.shared.tracking.store(true, Ordering::Release);
         Ok(())
     }
 
     fn collect_dirty(&self, into: &mut PageBitmap) -> Result<(), HvError> {
-        let mut dirty = self.shared.dirty();
-        let pages = dirty.as_mut().ok_or_else(not_tracking)?;
-        into.union(pages);
-        pages.clear_all();
+        if !self.shared.tracking.load(Ordering::Acquire) {
+            return Err(HvError::Unsupported {
+                what: "a dirty log that was not started",
+                remedy: "call start_dirty_tracking first".to_owned(),
+            });
+        }
+        self.shared.memory.take_writes(into);
         Ok(())
     }
 
     fn stop_dirty_tracking(&self) -> Result<(), HvError> {
-        self.shared.dirty().take().map(drop).ok_or_else(not_tracking)
+        self.shared.tracking.store(false, Ordering::Release);
+        self.shared.memory.track_writes(false);
+        Ok(())
     }
 
     /// A simulated machine has no state of its own.

@@ -1,7 +1,5 @@
 //! The script: what one turn of the probe's loop does to guest memory. Mirrors `probe/guest.S` step by step, over the
 //! same fields; coarser, because a turn is milliseconds here.
-//!
-//! Invariant: every page that is written is noted in `touched` before the method returns.
 
 use std::fmt::Write as _;
 
@@ -28,13 +26,11 @@ pub(super) struct Check {
 #[derive(Debug)]
 pub(super) struct Script {
     mem: GuestMemory,
-    /// Pages (memfd numbers) written since they were last taken.
-    pub touched: Vec<u64>,
 }
 
 impl Script {
     pub(super) fn new(mem: GuestMemory) -> Self {
-        Self { mem, touched: Vec::new() }
+        Self { mem }
     }
 
     /// A word of the vCPU's block.
@@ -48,9 +44,8 @@ impl Script {
         Ok((word >> (field % 8 * 8)) as u32)
     }
 
-    /// Writes a word of the vCPU's block; blocks lie below the hole, where address and offset are the same.
+    /// Writes a word of the vCPU's block.
     pub(super) fn set(&mut self, r: &Registers, field: u64, value: u64) -> Result<(), MemoryError> {
-        self.touch((r.base + field) / PAGE);
         self.mem.store_u64(r.base + field, value)
     }
 
@@ -58,12 +53,6 @@ impl Script {
         let value = self.word(r, field)?.wrapping_add(more);
         self.set(r, field, value)?;
         Ok(value)
-    }
-
-    fn touch(&mut self, page: u64) {
-        if self.touched.last() != Some(&page) {
-            self.touched.push(page);
-        }
     }
 
     /// Counts an interrupt.
@@ -233,7 +222,6 @@ impl Script {
             let word = layout::fill_word(first.wrapping_add(page)).to_le_bytes();
             let offset = area.wrapping_add(page.wrapping_mul(PAGE));
             self.mem.write_at(offset, &word.repeat(PAGE as usize / 8))?;
-            self.touch(offset / PAGE);
             self.set(r, layout::R_FILLED, page + 1)?;
         }
         Ok(())
@@ -258,7 +246,6 @@ impl Script {
             let offset = area.wrapping_add(page.wrapping_mul(PAGE));
             self.mem.write_at(offset, &value.to_le_bytes())?;
             self.mem.write_at(offset.wrapping_add(PAGE - 8), &(!value).to_le_bytes())?;
-            self.touch(offset / PAGE);
             if page.wrapping_add(1) < pages {
                 self.set(r, layout::R_WS_NEXT, page + 1)?;
             } else {
@@ -298,7 +285,6 @@ impl Script {
         let bytes = text.as_bytes();
         let bytes = bytes.get(..layout::TX_MAX).unwrap_or(bytes);
         self.mem.write(r.base + layout::R_TX, bytes)?;
-        self.touch((r.base + layout::R_TX) / PAGE);
         self.set(r, layout::R_TX_LEN, bytes.len() as u64)?;
         self.set(r, layout::R_TX_POS, 0)
     }

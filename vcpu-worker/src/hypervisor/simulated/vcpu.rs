@@ -9,8 +9,8 @@
 //!
 //! Invariant: while `waits` is not `Nothing` the only call that moves the guest on is `complete`.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use vpmu_proto::worker::StatePiece;
@@ -107,17 +107,6 @@ impl SimVcpu {
     fn ticks(&self, ns: u64) -> Result<u64, MemoryError> {
         let khz = self.script.word(&self.registers, layout::P_TSC_KHZ)?;
         Ok((u128::from(ns) * u128::from(khz) / 1_000_000) as u64)
-    }
-
-    /// Marks what was written.
-    fn flush(&mut self) {
-        let mut dirty = self.shared.dirty.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pages) = dirty.as_mut() {
-            for page in &self.script.touched {
-                pages.set(*page);
-            }
-        }
-        self.script.touched.clear();
     }
 
     /// Access to memory that is not there ends the guest as a page fault would.
@@ -334,7 +323,6 @@ impl Vcpu for SimVcpu {
         }
         let step = self.step();
         let exit = self.guarded(step).flatten();
-        self.flush();
         Ok(match exit {
             Some(exit) => exit,
             None if self.kicked() => Exit::Interrupted,
@@ -359,7 +347,6 @@ impl Vcpu for SimVcpu {
         self.waits = Waits::Nothing;
         let result = self.answered(waits, value);
         self.guarded(result);
-        self.flush();
         Ok(())
     }
 
