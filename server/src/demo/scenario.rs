@@ -171,7 +171,6 @@ async fn create(client: &Client) -> Result<VirtualMachine, DemoError> {
 async fn migrate(client: &Client, destination: &str, say: Say) -> Result<Migration, DemoError> {
     let spec = MigrationSpec {
         destination: destination.to_owned(),
-        max_blackout: Some(prost_types::Duration { seconds: 0, nanos: 100_000_000 }),
         allow_plaintext: true,
         ..MigrationSpec::default()
     };
