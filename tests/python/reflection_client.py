@@ -100,14 +100,14 @@ class Host:
             raise Failed(f"{service} has no method {name}")
         return descriptor
 
-    def call(self, service, name, **fields):
+    def call(self, service, method, /, **fields):
         """Calls a unary method, or starts a server stream."""
-        descriptor = self.method(service, name)
+        descriptor = self.method(service, method)
         request = message_factory.GetMessageClass(descriptor.input_type)(**fields)
         answer = message_factory.GetMessageClass(descriptor.output_type)
         kind = self.channel.unary_stream if descriptor.server_streaming else self.channel.unary_unary
         rpc = kind(
-            f"/{service}/{name}",
+            f"/{service}/{method}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=answer.FromString,
         )

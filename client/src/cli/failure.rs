@@ -61,7 +61,9 @@ pub(crate) fn report(failure: &Failure, output: Output) -> ExitCode {
                 eprintln!("{}", json!({ "error": view }));
             } else {
                 eprintln!("error: {} [{}]", view.message, view.reason);
-                for violation in &view.violations {
+                // A violation whose words are in the message already would only say it twice.
+                let more = |text: &str| !view.message.contains(text);
+                for violation in view.violations.iter().filter(|violation| more(&violation.description)) {
                     eprintln!("  {}: {}", violation.field, violation.description);
                 }
                 if let Some(remedy) = &view.remedy {

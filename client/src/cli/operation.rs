@@ -5,9 +5,10 @@ use super::{Context, output};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use std::process::ExitCode;
+use vpmu_client::api::{Migration, OperationMetadata};
 use vpmu_client::longrunning::Operation;
-use vpmu_client::names;
 use vpmu_client::view::OperationView;
+use vpmu_client::{names, wait};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum OperationCommand {
@@ -97,12 +98,16 @@ fn state(view: &OperationView) -> String {
     }
 }
 
-/// The type of what the operation is about, as far as its metadata tells.
+/// What the operation does to what, as far as its metadata tells.
 fn about(operation: &Operation) -> String {
-    operation
-        .metadata
-        .as_ref()
-        .and_then(|any| any.type_url.rsplit(['.', '/']).next())
-        .unwrap_or_default()
-        .to_owned()
+    let Some(metadata) = &operation.metadata else { return String::new() };
+    match metadata.type_url.rsplit('/').next().unwrap_or_default() {
+        "vpmu.v1.OperationMetadata" => wait::unpack::<OperationMetadata>(metadata)
+            .map(|metadata| format!("{} {}", metadata.verb, names::short(&metadata.target)))
+            .unwrap_or_default(),
+        "vpmu.v1.Migration" => wait::unpack::<Migration>(metadata)
+            .map(|migration| format!("migrate {}", names::vm_of(&migration.name)))
+            .unwrap_or_default(),
+        other => other.to_owned(),
+    }
 }

@@ -96,7 +96,7 @@ async fn watch(context: &Context, args: WatchArgs) -> Result<(), Failure> {
             if redraw {
                 output::raw(format!("\x1b[H{}\x1b[K\n\x1b[J", text.replace('\n', "\x1b[K\n")).as_bytes())?;
             } else {
-                output::line(&text)?;
+                output::line(&format!("{text}\n"))?;
             }
         }
         earlier = Some((now, view));

@@ -1,11 +1,11 @@
 //! A long-running operation, flat, with its metadata and response decoded where their types are known.
 
-use super::{ErrorView, MigrationView, VmView};
+use super::{ErrorView, MigrationView, VmView, time};
 use crate::error::ClientError;
 use crate::wait::unpack;
 use serde::Serialize;
 use serde_json::{Value, json};
-use vpmu_proto::api::{Migration, VirtualMachine};
+use vpmu_proto::api::{Migration, OperationMetadata, VirtualMachine};
 use vpmu_proto::longrunning::{Operation, operation};
 
 /// What `operation get --output json` prints.
@@ -53,6 +53,17 @@ fn decode(any: &prost_types::Any) -> Value {
             .ok()
             .and_then(|migration| serde_json::to_value(MigrationView::from(&migration)).ok())
             .unwrap_or_else(unknown),
+        "vpmu.v1.OperationMetadata" => unpack::<OperationMetadata>(any).map_or_else(
+            |_| unknown(),
+            |metadata| {
+                json!({
+                    "target": metadata.target,
+                    "verb": metadata.verb,
+                    "create_time": time(metadata.create_time.as_ref()),
+                    "end_time": time(metadata.end_time.as_ref()),
+                })
+            },
+        ),
         "google.protobuf.Empty" => json!({}),
         _ => unknown(),
     }

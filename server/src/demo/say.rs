@@ -56,7 +56,7 @@ pub(super) fn print_summary(report: &Report) -> io::Result<()> {
     }
     for check in &report.checks {
         let mark = if check.ok { style("ok  ").green() } else { style("FAIL").red().bold() };
-        writeln!(out, "{mark}  {:28} {}", check.name, check.detail)?;
+        writeln!(out, "{mark}  {:34} {}", check.name, check.detail)?;
     }
     let failed = report.checks.iter().filter(|check| !check.ok).count();
     if failed == 0 {
