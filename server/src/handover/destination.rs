@@ -193,6 +193,24 @@ impl Destination {
         if let State::Over(outcome) = self.state { Some(outcome) } else { None }
     }
 
+    /// What it answers to Resolve.
+    pub fn answer(&self) -> PeerAnswer {
+        use State as S;
+        match self.state {
+            S::Ready { digest } => PeerAnswer::Ready(digest),
+            // Before Entered is durable there is nothing to say, and the source has committed already.
+            S::Idle | S::Preparing { .. } | S::Receiving | S::Entering { .. } => PeerAnswer::Undecided,
+            S::Sealing | S::Returning | S::Ending { .. } | S::Dropping { .. } => PeerAnswer::Undecided,
+            S::Granting | S::Entered { .. } | S::Owning { .. } => PeerAnswer::Committed(None),
+            S::Over(Outcome::Arrived | Outcome::ArrivedDead) => PeerAnswer::Committed(None),
+            S::CopyLost | S::Over(Outcome::Dropped) => PeerAnswer::Aborted,
+            S::Over(Outcome::Returned) => PeerAnswer::Returned,
+            S::Over(Outcome::NotPrepared) => PeerAnswer::Unknown,
+            S::Yielding { epoch } | S::SavingSuperseded { epoch } => PeerAnswer::Superseded(epoch),
+            S::Over(Outcome::Superseded) => PeerAnswer::Superseded(self.handover.returned()),
+        }
+    }
+
     /// Applies an event in place and returns what to do.
     pub fn apply(&mut self, event: Event) -> Vec<Effect> {
         let (state, effects) = self.step(event);
@@ -212,7 +230,9 @@ impl Destination {
                 let Some(digest) = digest.or(own) else { return self.went(None) };
                 E::GoReceived { epoch: self.handover.decided(), digest }
             }
-            E::SourceAnswered(PeerAnswer::Aborted) => E::AbortReceived { epoch: self.handover.decided() },
+            E::SourceAnswered(PeerAnswer::Aborted | PeerAnswer::Owned) => {
+                E::AbortReceived { epoch: self.handover.decided() }
+            }
             E::GoReceived { epoch, .. } | E::AbortReceived { epoch } if epoch != self.handover.decided() => {
                 // Of another decision: not for this copy.
                 return (self.state, vec![]);
@@ -347,6 +367,7 @@ impl Destination {
         use State as S;
         match self.state {
             // Nothing was promised.
+            S::Preparing { .. } if first => (S::Preparing { abort: true }, vec![]),
             S::Receiving if first => end(self.handover.epoch, false),
             S::Ready { .. } | S::CopyLost => (self.state, vec![Effect::AskSource]),
             // The source asks again when it needs the answer; Entered is enough to own it.
@@ -362,7 +383,11 @@ impl Destination {
         use State as S;
         match self.state {
             S::Over(_) | S::Yielding { .. } | S::SavingSuperseded { .. } => (self.state, vec![]),
-            _ if epoch < self.handover.returned() => (self.state, vec![]),
+            // The source has gone on at `e+1` without having committed this migration.
+            S::Receiving | S::Ready { .. } | S::CopyLost if epoch == self.handover.decided() => {
+                self.aborted(epoch)
+            }
+            _ if epoch < self.handover.returned() => self.source_lost(false),
             _ => (S::Yielding { epoch }, vec![Effect::SealWorker { epoch }]),
         }
     }

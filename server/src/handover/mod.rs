@@ -153,8 +153,11 @@ pub enum PeerAnswer {
     Ready(Digest),
     /// The source has committed, or the destination has entered it. The digest if the answer had one.
     Committed(Option<Digest>),
-    /// The source keeps it; or the destination has dropped its copy for good.
+    /// The source keeps it; or the destination has no copy: it was dropped, or its worker is dead.
     Aborted,
+    /// The host that answers owns it after this migration: a source has aborted (or got it back), a destination has
+    /// entered it.
+    Owned,
     /// The destination has given it back.
     Returned,
     /// A later owner exists, at this epoch.
@@ -163,4 +166,30 @@ pub enum PeerAnswer {
     Unknown,
     /// It did not answer before the deadline.
     Unreachable,
+}
+
+impl PeerAnswer {
+    /// What this host answers about a migration of which it has no living machine, from the record that holds. With a
+    /// living one, ask [`source::Source::answer`] or [`destination::Destination::answer`].
+    pub fn from_record(record: Option<&OwnershipRecord>, migration_id: &str) -> Self {
+        let Some(record) = record else { return Self::Unknown };
+        if record.migration_id != migration_id {
+            return if record.migration_id.is_empty() {
+                Self::Unknown
+            } else {
+                Self::Superseded(record.epoch)
+            };
+        }
+        match record.phase() {
+            Phase::HandedOver | Phase::Released | Phase::Entered => Self::Committed(digest(&record.digest)),
+            Phase::Owned => Self::Owned,
+            Phase::Aborted => Self::Aborted,
+            Phase::Returned => Self::Returned,
+            Phase::Superseded => Self::Superseded(record.epoch),
+            Phase::Uncertain | Phase::Unspecified | Phase::Deleted => Self::Unknown,
+            Phase::Open | Phase::Quiesced | Phase::Committing | Phase::Incoming | Phase::Ready => {
+                Self::Undecided
+            }
+        }
+    }
 }

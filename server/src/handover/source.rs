@@ -258,6 +258,30 @@ impl Source {
         if let State::Over(outcome) = self.state { Some(outcome) } else { None }
     }
 
+    /// What it answers to Resolve.
+    pub fn answer(&self) -> PeerAnswer {
+        use State as S;
+        match self.state {
+            S::Resealing { digest } | S::HandedOver { digest, .. } => PeerAnswer::Committed(Some(digest)),
+            S::Releasing | S::SavingReleased | S::TakingBack { .. } => PeerAnswer::Committed(None),
+            S::Over(Outcome::Moved) => PeerAnswer::Committed(None),
+            S::Granting { .. } => PeerAnswer::Owned,
+            S::Over(Outcome::Aborted(_) | Outcome::Returned | Outcome::Failed(_)) => PeerAnswer::Owned,
+            S::Yielding { epoch } | S::SavingSuperseded { epoch } => PeerAnswer::Superseded(epoch),
+            S::Over(Outcome::Superseded) => PeerAnswer::Superseded(self.handover.returned()),
+            S::Over(Outcome::NotOpened | Outcome::Uncertain) | S::Doubting | S::SavingUncertain => {
+                PeerAnswer::Unknown
+            }
+            S::Idle
+            | S::Opening { .. }
+            | S::Preparing
+            | S::Precopy
+            | S::Quiescing { .. }
+            | S::Stopping { .. } => PeerAnswer::Undecided,
+            S::Committing { .. } | S::Aborting { .. } | S::Resolving { .. } => PeerAnswer::Undecided,
+        }
+    }
+
     /// A cancel would still be heard.
     pub fn can_cancel(&self) -> bool {
         use State as S;
@@ -395,7 +419,9 @@ impl Source {
                 effects.push(Effect::AskPeer);
             }
             E::PeerAnswered(PeerAnswer::Aborted) if dead => return self.abort(Cause::WorkerDied, true),
-            E::PeerAnswered(PeerAnswer::Committed(_) | PeerAnswer::Returned) => return self.doubt(),
+            E::PeerAnswered(PeerAnswer::Committed(_) | PeerAnswer::Owned | PeerAnswer::Returned) => {
+                return self.doubt();
+            }
             E::PeerAnswered(_) if dead => effects.push(Effect::AskPeer),
             _ => {}
         }
@@ -417,7 +443,11 @@ impl Source {
             return (self.state, vec![]);
         };
         match event {
-            E::EnteredReceived | E::PeerAnswered(PeerAnswer::Committed(_)) => entered = true,
+            // A peer that has gone on at `e+1` has entered.
+            E::EnteredReceived
+            | E::PeerAnswered(PeerAnswer::Committed(_) | PeerAnswer::Owned | PeerAnswer::Superseded(_)) => {
+                entered = true;
+            }
             E::PmuPersisted => pmu = true,
             E::WorkerDied => dead = true,
             E::ReturnedReceived | E::PeerAnswered(PeerAnswer::Returned) if !entered => {
@@ -426,7 +456,9 @@ impl Source {
                 return (State::TakingBack { dead }, vec![Effect::Persist(record)]);
             }
             // Whatever it held when the link broke: the decision is sent again.
-            E::PeerAnswered(PeerAnswer::Ready(_) | PeerAnswer::Undecided) if !entered => {
+            E::PeerAnswered(PeerAnswer::Ready(_) | PeerAnswer::Undecided | PeerAnswer::Aborted)
+                if !entered =>
+            {
                 return self.go(self.state);
             }
             E::PeerLost | E::PeerAnswered(_) if !entered => return (self.state, vec![Effect::AskPeer]),
@@ -444,7 +476,7 @@ impl Source {
     fn resolve(&self, dead: bool, answer: PeerAnswer) -> Step {
         match (answer, dead) {
             // It claims a commit that this journal does not have: records were lost here.
-            (PeerAnswer::Committed(_) | PeerAnswer::Returned, _) => self.doubt(),
+            (PeerAnswer::Committed(_) | PeerAnswer::Owned | PeerAnswer::Returned, _) => self.doubt(),
             (_, false) => self.abort(Cause::Restarted, false),
             (PeerAnswer::Ready(digest), true) => self.commit(digest, true, true),
             (PeerAnswer::Aborted, true) => self.abort(Cause::WorkerDied, true),
@@ -484,8 +516,11 @@ impl Source {
         use State as S;
         match self.state {
             S::Over(_) | S::Yielding { .. } | S::SavingSuperseded { .. } => (self.state, vec![]),
-            // Force takes two epochs: a lower one is stale or made up.
-            _ if epoch < self.handover.returned() => (self.state, vec![]),
+            S::HandedOver { .. } if epoch == self.handover.decided() => {
+                self.handed_over(Event::PeerAnswered(PeerAnswer::Superseded(epoch)))
+            }
+            // Force takes two epochs: a lower one is stale or made up, and no answer.
+            _ if epoch < self.handover.returned() => self.step(Event::PeerAnswered(PeerAnswer::Unknown)),
             _ => (S::Yielding { epoch }, vec![Effect::SealWorker { epoch }]),
         }
     }

@@ -1,0 +1,73 @@
+//! The handover model-checked: every order of events with a bounded number of faults, over the daemon's own state
+//! machines.
+//!
+//! `cargo test` explores every order with two faults. `VPMU_MODEL_FAULTS=3 VPMU_MODEL_STATES=10000000 cargo test -p
+//! vpmu-server --test handover_model -- --nocapture` goes on to the end and prints the counts.
+
+mod handover_sim;
+
+use handover_sim::{Action, Sim};
+use stateright::{Checker as _, Model, Property};
+
+struct Handover {
+    faults: u8,
+}
+
+impl Model for Handover {
+    type State = Sim;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<Sim> {
+        vec![Sim::new(self.faults)]
+    }
+
+    fn actions(&self, state: &Sim, actions: &mut Vec<Action>) {
+        // A world that has gone wrong is looked at, not continued.
+        if state.wrong.is_none() {
+            actions.extend(state.actions());
+        }
+    }
+
+    fn next_state(&self, state: &Sim, action: Action) -> Option<Sim> {
+        Some(state.next(action)).filter(|next| next != state)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::<Self>::always("never two, never old, never before its record", |_, s| {
+                s.wrong.is_none()
+            }),
+            Property::<Self>::always("heals within 300 steps", |_, s| s.heal(300).is_none()),
+            Property::<Self>::sometimes("moves", |_, s| s.moved()),
+            Property::<Self>::sometimes("is given back", |_, s| s.returned() && s.running_on().is_some()),
+            Property::<Self>::sometimes("is lost", |_, s| !s.copy_is_left()),
+        ]
+    }
+}
+
+fn number(variable: &str, default: usize) -> usize {
+    std::env::var(variable).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+#[test]
+fn the_handover_holds_in_every_order() {
+    let faults = u8::try_from(number("VPMU_MODEL_FAULTS", 2)).expect("few faults");
+    let states = number("VPMU_MODEL_STATES", 200_000);
+    let started = std::time::Instant::now();
+    let checker = Handover { faults }.checker().threads(2).target_state_count(states).spawn_bfs().join();
+    println!(
+        "faults {faults}: {} states, {} unique, depth {}, {:.1} s",
+        checker.state_count(),
+        checker.unique_state_count(),
+        checker.max_depth(),
+        started.elapsed().as_secs_f64()
+    );
+    for (name, path) in checker.discoveries() {
+        if name.starts_with("never") || name.starts_with("heals") {
+            let last = path.last_state().clone();
+            panic!("{name}: {:?} / {:?}\n{:?}\n{last:#?}", last.wrong, last.heal(300), path.into_actions());
+        }
+    }
+    checker.assert_any_discovery("moves");
+    checker.assert_any_discovery("is lost");
+}

@@ -1,0 +1,787 @@
+//! Four actors around the handover's state machines: two daemons (SD, DD) with their journals and two workers (SW, DW),
+//! with everything that may fail. The machines are the daemon's own; only the world around them is made up.
+//!
+//! What may happen in any order: a journal's write becomes durable or fails; messages arrive or the link is cut; a daemon
+//! is killed (its unsynced record survives or not) and started again; a worker dies; commands of a dead daemon still
+//! reach a worker. `newest` counts what the guest has executed: a run from anything older is the fault to look for.
+#![allow(dead_code, reason = "each test binary uses some of it")]
+
+use std::collections::{BTreeSet, VecDeque};
+use vpmu_proto::store::OwnershipRecord;
+use vpmu_proto::store::ownership_record::Phase;
+use vpmu_server::handover::destination::{self as d, Destination};
+use vpmu_server::handover::phase::may_follow;
+use vpmu_server::handover::recovery::{self, Records, Worker};
+use vpmu_server::handover::source::{self as s, Source};
+use vpmu_server::handover::{Digest, Handover, PeerAnswer};
+
+const EPOCH: u64 = 1;
+const MIGRATION: &str = "m";
+/// The guest makes this many steps that matter.
+const MAX_VERSION: u8 = 2;
+
+/// Which side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Side {
+    Src,
+    Dst,
+}
+use Side::{Dst, Src};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Msg {
+    Prepare,
+    Accepted,
+    Go(u64, Digest),
+    Abort(u64),
+    Released,
+    Ready(Digest),
+    Entered,
+    Returned,
+    Failed,
+    Aborted,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Task {
+    Converge,
+    StorePmu,
+    Ask,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Cmd {
+    Finish(u64),
+    Grant(u64, bool),
+    Seal(u64),
+    Shutdown,
+}
+
+/// A daemon: what survives its death is `durable` and `term`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Daemon<M> {
+    up: bool,
+    term: u64,
+    machine: Option<M>,
+    durable: Option<OwnershipRecord>,
+    pending: Option<OwnershipRecord>,
+    tasks: BTreeSet<Task>,
+    /// Owned here with a dead worker.
+    failed: bool,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+struct Vmm {
+    exists: bool,
+    alive: bool,
+    running: bool,
+    granted: u64,
+    sealed: u64,
+    term: u64,
+    /// Version of the copy; `None` while incomplete.
+    copy: Option<u8>,
+    inbox: VecDeque<(u64, Cmd)>,
+}
+
+/// The world.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Sim {
+    sd: Daemon<Source>,
+    dd: Daemon<Destination>,
+    sw: Vmm,
+    dw: Vmm,
+    to_dd: VecDeque<Msg>,
+    to_sd: VecDeque<Msg>,
+    /// The final state on its way between the workers.
+    data: Option<u8>,
+    newest: u8,
+    /// The destination has said Ready: its copy counts.
+    promised: bool,
+    faults_left: u8,
+    /// What must never happen, when it has.
+    pub(crate) wrong: Option<&'static str>,
+}
+
+/// What may happen next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Action {
+    Begin,
+    Sync(Side),
+    Task(Side, Task),
+    Deliver(Side),
+    Command(Side),
+    Data,
+    /// The destination's worker sees the source's worker gone.
+    DataEnds,
+    Execute(Side),
+    Restart(Side),
+    // Faults and people from here on.
+    SyncFails(Side),
+    Crash(Side, /* the unsynced record survives */ bool),
+    Kill(Side),
+    Cut,
+    Cancel,
+    TimeOut,
+    LeaseExpires,
+}
+
+impl Action {
+    fn is_fault(self) -> bool {
+        use Action as A;
+        matches!(
+            self,
+            A::SyncFails(_) | A::Crash(..) | A::Kill(_) | A::Cut | A::Cancel | A::TimeOut | A::LeaseExpires
+        )
+    }
+}
+
+fn digest_of(version: u8) -> Digest {
+    [version; 32]
+}
+
+fn handover(side: Side) -> Handover {
+    let (host, peer) = if side == Src { ("A", "B") } else { ("B", "A") };
+    Handover {
+        vm_uid: "v".to_owned(),
+        migration_id: MIGRATION.to_owned(),
+        epoch: EPOCH,
+        host: host.to_owned(),
+        peer_host: peer.to_owned(),
+        peer_address: String::new(),
+        peer_store: String::new(),
+        incarnation: 1,
+        run: true,
+    }
+}
+
+impl<M> Daemon<M> {
+    fn new(durable: Option<OwnershipRecord>) -> Self {
+        Self {
+            up: true,
+            term: 1,
+            machine: None,
+            durable,
+            pending: None,
+            tasks: BTreeSet::new(),
+            failed: false,
+        }
+    }
+
+    fn crash(&mut self, keep: bool) {
+        self.up = false;
+        self.machine = None;
+        self.tasks.clear();
+        self.failed = false;
+        let pending = self.pending.take();
+        if keep && pending.is_some() {
+            self.durable = pending;
+        }
+    }
+}
+
+impl Vmm {
+    /// As a starting daemon finds it.
+    fn condition(&self, destination: bool) -> Worker {
+        match self {
+            _ if !self.alive => Worker::Dead,
+            _ if self.running => Worker::Running { epoch: self.granted },
+            _ if self.sealed > self.granted || (self.sealed > 0 && self.sealed == self.granted) => {
+                Worker::Sealed { epoch: self.sealed }
+            }
+            _ if destination && self.granted == 0 => match self.copy {
+                Some(version) => Worker::Complete { digest: digest_of(version) },
+                None => Worker::Receiving,
+            },
+            _ => Worker::Paused { epoch: self.granted },
+        }
+    }
+
+    fn die(&mut self) {
+        *self = Self { exists: self.exists, term: self.term, ..Self::default() };
+    }
+}
+
+impl Sim {
+    /// A machine that runs on the source; so many faults may happen.
+    pub(crate) fn new(faults: u8) -> Self {
+        let owned = OwnershipRecord {
+            vm_uid: "v".to_owned(),
+            epoch: EPOCH,
+            owner_host: "A".to_owned(),
+            incarnation: 1,
+            phase: Phase::Owned.into(),
+            ..OwnershipRecord::default()
+        };
+        let sw = Vmm {
+            exists: true,
+            alive: true,
+            running: true,
+            granted: EPOCH,
+            term: 1,
+            copy: Some(0),
+            ..Vmm::default()
+        };
+        Self {
+            sd: Daemon::new(Some(owned)),
+            dd: Daemon::new(None),
+            sw,
+            dw: Vmm::default(),
+            to_dd: VecDeque::new(),
+            to_sd: VecDeque::new(),
+            data: None,
+            newest: 0,
+            promised: false,
+            faults_left: faults,
+            wrong: None,
+        }
+    }
+
+    pub(crate) fn running_on(&self) -> Option<Side> {
+        match (self.sw.running, self.dw.running) {
+            (true, _) => Some(Src),
+            (_, true) => Some(Dst),
+            _ => None,
+        }
+    }
+
+    /// A worker still has the newest state.
+    pub(crate) fn copy_is_left(&self) -> bool {
+        let newest = |w: &Vmm| w.alive && w.copy == Some(self.newest);
+        let coming = newest(&self.dw) || self.data == Some(self.newest);
+        (newest(&self.sw) && !self.entered()) || (coming && !self.aborted())
+    }
+
+    /// From a durable abort on the destination's copy is stale by rule, whatever becomes of the source's.
+    fn aborted(&self) -> bool {
+        let held = self.sd.durable.as_ref();
+        held.is_some_and(|r| r.phase() == Phase::Owned && r.epoch > EPOCH)
+    }
+
+    fn arrived_dead(&self) -> bool {
+        self.dd.machine.as_ref().is_some_and(|m| m.state() == d::State::Entered { dead: true })
+    }
+
+    /// From Entered on the source's copy is stale by rule, whether or not the destination got to run.
+    fn entered(&self) -> bool {
+        let held = self.dd.durable.as_ref();
+        held.is_some_and(|r| matches!(r.phase(), Phase::Entered | Phase::Owned) && r.epoch > EPOCH)
+    }
+
+    pub(crate) fn moved(&self) -> bool {
+        self.sd.machine.as_ref().and_then(Source::outcome) == Some(s::Outcome::Moved)
+    }
+
+    pub(crate) fn returned(&self) -> bool {
+        self.sd.machine.as_ref().and_then(Source::outcome) == Some(s::Outcome::Returned)
+    }
+
+    /// Everything that may happen next.
+    pub(crate) fn actions(&self) -> Vec<Action> {
+        use Action as A;
+        let mut all = Vec::new();
+        let mut add = |possible: bool, action| {
+            if possible {
+                all.push(action);
+            }
+        };
+        let fresh =
+            self.sd.machine.is_none() && self.sd.durable.as_ref().is_some_and(|r| r.migration_id.is_empty());
+        add(self.sd.up && fresh && self.sw.running, A::Begin);
+        add(!self.sw.inbox.is_empty(), A::Command(Src));
+        add(!self.dw.inbox.is_empty(), A::Command(Dst));
+        add(self.data.is_some(), A::Data);
+        let receiving = self.dd.machine.as_ref().is_some_and(|m| m.state() == d::State::Receiving);
+        add(self.data.is_none() && !self.sw.alive && receiving, A::DataEnds);
+        add(!self.to_sd.is_empty(), A::Deliver(Src));
+        add(!self.to_dd.is_empty(), A::Deliver(Dst));
+        add(self.sd.pending.is_some(), A::Sync(Src));
+        add(self.dd.pending.is_some(), A::Sync(Dst));
+        for &task in &self.sd.tasks {
+            add(true, A::Task(Src, task));
+        }
+        for &task in &self.dd.tasks {
+            add(true, A::Task(Dst, task));
+        }
+        add(!self.sd.up, A::Restart(Src));
+        add(!self.dd.up, A::Restart(Dst));
+        add(self.sw.running && self.newest < MAX_VERSION, A::Execute(Src));
+        add(self.dw.running && self.newest < MAX_VERSION, A::Execute(Dst));
+        if self.faults_left > 0 {
+            let begun = self.sd.machine.is_some() || self.dd.machine.is_some();
+            add(self.sd.pending.is_some(), A::SyncFails(Src));
+            add(self.dd.pending.is_some(), A::SyncFails(Dst));
+            for keep in [false, true] {
+                add(self.sd.up && begun && (self.sd.pending.is_some() || !keep), A::Crash(Src, keep));
+                add(self.dd.up && begun && (self.dd.pending.is_some() || !keep), A::Crash(Dst, keep));
+            }
+            add(begun && self.sw.alive, A::Kill(Src));
+            add(begun && self.dw.alive, A::Kill(Dst));
+            add(begun && (!self.to_dd.is_empty() || !self.to_sd.is_empty()), A::Cut);
+            add(self.sd.machine.as_ref().is_some_and(|m| m.outcome().is_none()), A::Cancel);
+            add(self.sd.machine.as_ref().is_some_and(Source::can_cancel), A::TimeOut);
+            add(self.dd.machine.as_ref().is_some_and(|m| m.outcome().is_none()), A::LeaseExpires);
+        }
+        all
+    }
+
+    /// The world after an action.
+    pub(crate) fn next(&self, action: Action) -> Self {
+        let mut next = self.clone();
+        if action.is_fault() {
+            next.faults_left = next.faults_left.saturating_sub(1);
+        }
+        next.perform(action);
+        next.look();
+        next
+    }
+
+    fn perform(&mut self, action: Action) {
+        use Action as A;
+        match action {
+            A::Begin => {
+                self.sd.machine = Some(Source::new(handover(Src)));
+                self.src(s::Event::Begin);
+            }
+            A::Sync(side) => self.sync(side),
+            A::SyncFails(Src) => self.src(s::Event::PersistFailed),
+            A::SyncFails(Dst) => self.dst(d::Event::PersistFailed),
+            A::Task(side, task) => self.task(side, task),
+            A::Deliver(Src) => self.deliver_to_source(),
+            A::Deliver(Dst) => self.deliver_to_destination(),
+            A::Command(side) => self.command(side),
+            A::Data => {
+                let version = self.data.take();
+                if self.dw.alive && self.dw.copy.is_none() {
+                    self.dw.copy = version;
+                    if let Some(version) = version {
+                        self.dst(d::Event::WorkerReady(digest_of(version)));
+                    }
+                }
+            }
+            A::DataEnds => self.dst(d::Event::WorkerFailed),
+            A::Execute(side) => {
+                let worker = if side == Src { &mut self.sw } else { &mut self.dw };
+                if worker.copy != Some(self.newest) {
+                    self.wrong = Some("runs from an older state");
+                }
+                self.newest += 1;
+                worker.copy = Some(self.newest);
+            }
+            A::Restart(Src) => self.restart_source(),
+            A::Restart(Dst) => self.restart_destination(),
+            A::Crash(Src, keep) => {
+                self.sd.crash(keep);
+                self.cut();
+            }
+            A::Crash(Dst, keep) => {
+                self.dd.crash(keep);
+                self.cut();
+            }
+            A::Kill(side) => self.worker_dies(side),
+            A::Cut => self.cut(),
+            A::Cancel => self.src(s::Event::CancelRequested),
+            A::TimeOut => self.src(s::Event::TimedOut),
+            A::LeaseExpires => self.dst(d::Event::LeaseExpired),
+        }
+    }
+
+    /// What must hold in every state.
+    fn look(&mut self) {
+        if self.sw.running && self.dw.running {
+            self.wrong = Some("two live grants");
+        }
+        for worker in [&self.sw, &self.dw] {
+            if worker.running && worker.copy != Some(self.newest) {
+                self.wrong = Some("runs from an older state");
+            }
+        }
+    }
+
+    fn cut(&mut self) {
+        self.to_dd.clear();
+        self.to_sd.clear();
+        self.src(s::Event::PeerLost);
+        self.dst(d::Event::SourceLost);
+    }
+
+    fn worker_dies(&mut self, side: Side) {
+        if side == Src {
+            self.sw.die();
+            self.src(s::Event::WorkerDied);
+            self.sd.failed |= self.sd.up && self.sd.machine.as_ref().is_none_or(|m| m.outcome().is_some());
+        } else {
+            self.dw.die();
+            self.dst(d::Event::WorkerDied);
+            self.dd.failed |= self.dd.up && self.dd.machine.as_ref().is_none_or(|m| m.outcome().is_some());
+        }
+    }
+
+    fn sync(&mut self, side: Side) {
+        let (durable, pending) = match side {
+            Src => (&mut self.sd.durable, self.sd.pending.take()),
+            Dst => (&mut self.dd.durable, self.dd.pending.take()),
+        };
+        let Some(record) = pending else { return };
+        if may_follow(durable.as_ref(), &record).is_err() {
+            self.wrong = Some("a record that may not follow");
+            return;
+        }
+        let phase = record.phase();
+        if phase == Phase::Uncertain {
+            self.wrong = Some("uncertain without lost records");
+        }
+        *durable = Some(record);
+        match side {
+            Src => self.src(s::Event::Persisted(phase)),
+            Dst => self.dst(d::Event::Persisted(phase)),
+        }
+    }
+
+    fn task(&mut self, side: Side, task: Task) {
+        match side {
+            Src => self.sd.tasks.remove(&task),
+            Dst => self.dd.tasks.remove(&task),
+        };
+        match (side, task) {
+            (Src, Task::Converge) => self.src(s::Event::Converged),
+            (Src, Task::StorePmu) => self.src(s::Event::PmuPersisted),
+            (Src, Task::Ask) => {
+                let answer = match (&self.dd.up, &self.dd.machine) {
+                    (false, _) => PeerAnswer::Unreachable,
+                    (true, Some(machine)) => machine.answer(),
+                    (true, None) => PeerAnswer::from_record(self.dd.durable.as_ref(), MIGRATION),
+                };
+                // At the destination, owning it after this migration is having entered it.
+                let answer = if answer == PeerAnswer::Owned { PeerAnswer::Committed(None) } else { answer };
+                self.src(s::Event::PeerAnswered(answer));
+            }
+            (Dst, Task::Ask) => {
+                let answer = match (&self.sd.up, &self.sd.machine) {
+                    (false, _) => PeerAnswer::Unreachable,
+                    (true, Some(machine)) => machine.answer(),
+                    (true, None) => PeerAnswer::from_record(self.sd.durable.as_ref(), MIGRATION),
+                };
+                self.dst(d::Event::SourceAnswered(answer));
+            }
+            (Dst, _) => {}
+        }
+    }
+
+    fn deliver_to_source(&mut self) {
+        let Some(message) = self.to_sd.pop_front() else { return };
+        match message {
+            Msg::Accepted => self.src(s::Event::PrepareAccepted),
+            Msg::Ready(digest) => self.src(s::Event::ReadyReceived(digest)),
+            Msg::Entered => self.src(s::Event::EnteredReceived),
+            Msg::Returned => self.src(s::Event::ReturnedReceived),
+            Msg::Failed => self.src(s::Event::PeerFailed),
+            _ => {}
+        }
+    }
+
+    fn deliver_to_destination(&mut self) {
+        let Some(message) = self.to_dd.pop_front() else { return };
+        match message {
+            Msg::Prepare if self.dd.machine.is_none() && self.dd.durable.is_none() => {
+                self.dd.machine = Some(Destination::new(handover(Dst)));
+                self.dst(d::Event::Begin);
+            }
+            Msg::Prepare => self.to_sd.push_back(Msg::Failed),
+            Msg::Go(epoch, digest) => self.dst(d::Event::GoReceived { epoch, digest }),
+            Msg::Abort(epoch) => self.dst(d::Event::AbortReceived { epoch }),
+            Msg::Released => self.dst(d::Event::ReleasedReceived),
+            _ => {}
+        }
+    }
+
+    fn command(&mut self, side: Side) {
+        let stale = if side == Src { self.entered() } else { !self.promised || self.aborted() };
+        let other_has = {
+            let other = if side == Src { &self.dw } else { &self.sw };
+            other.alive && other.copy == Some(self.newest)
+        };
+        let (worker, up, term) = match side {
+            Src => (&mut self.sw, self.sd.up, self.sd.term),
+            Dst => (&mut self.dw, self.dd.up, self.dd.term),
+        };
+        let Some((from, command)) = worker.inbox.pop_front() else { return };
+        if !worker.alive || from < worker.term {
+            return;
+        }
+        let heard = up && from == term;
+        match command {
+            Cmd::Finish(epoch) => {
+                worker.running = false;
+                worker.sealed = worker.sealed.max(epoch);
+                let Some(version) = worker.copy else { return };
+                self.data = Some(version);
+                if heard {
+                    self.src(s::Event::Sealed(digest_of(version)));
+                }
+            }
+            Cmd::Grant(epoch, run) => {
+                let good = epoch > worker.sealed && epoch >= worker.granted && worker.copy.is_some();
+                if good {
+                    worker.granted = epoch;
+                    worker.running = run;
+                }
+                match (heard, side) {
+                    (true, Src) => self.src(if good { s::Event::Granted } else { s::Event::GrantFailed }),
+                    (true, Dst) => self.dst(if good { d::Event::Granted } else { d::Event::GrantFailed }),
+                    _ => {}
+                }
+            }
+            Cmd::Seal(epoch) => {
+                worker.sealed = worker.sealed.max(epoch);
+                worker.running &= worker.granted > worker.sealed;
+                match (heard, side) {
+                    (true, Src) => self.src(s::Event::WorkerSealed),
+                    (true, Dst) => self.dst(d::Event::WorkerSealed),
+                    _ => {}
+                }
+            }
+            Cmd::Shutdown => {
+                if worker.copy == Some(self.newest) && !other_has && !stale {
+                    self.wrong = Some("the last current copy is destroyed");
+                }
+                self.worker_dies(side);
+            }
+        }
+    }
+
+    fn src(&mut self, event: s::Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let Some(machine) = self.sd.machine.as_mut().filter(|_| self.sd.up) else { return };
+            let effects = machine.apply(event);
+            events.extend(self.do_source(effects));
+        }
+    }
+
+    fn do_source(&mut self, effects: Vec<s::Effect>) -> Vec<s::Event> {
+        use s::Effect as E;
+        let mut events = Vec::new();
+        for effect in effects {
+            let message = match effect {
+                E::Persist(record) => {
+                    if self.sd.pending.as_ref().is_some_and(|p| *p != record) {
+                        self.wrong = Some("two records at once");
+                    }
+                    self.sd.pending = Some(record);
+                    None
+                }
+                E::StartCopy => self.source_task(Task::Converge),
+                E::PersistPmu => self.source_task(Task::StorePmu),
+                E::AskPeer => self.source_task(Task::Ask),
+                E::FinishCopy { epoch } => self.to_worker(Src, Cmd::Finish(epoch)),
+                E::Grant { epoch, run } => self.to_worker(Src, Cmd::Grant(epoch, run)),
+                E::SealWorker { epoch } => self.to_worker(Src, Cmd::Seal(epoch)),
+                E::EndWorker => self.to_worker(Src, Cmd::Shutdown),
+                E::CancelCopy => {
+                    self.data = None;
+                    None
+                }
+                E::RefuseCancel => None,
+                E::Done(outcome) => {
+                    self.sd.failed |= matches!(outcome, s::Outcome::Failed(_));
+                    None
+                }
+                E::Prepare => Some(Msg::Prepare),
+                E::SendGo { epoch, digest } => Some(Msg::Go(epoch, digest)),
+                E::SendAbort { epoch, .. } => Some(Msg::Abort(epoch)),
+                E::SendReleased { .. } => Some(Msg::Released),
+            };
+            if let Some(message) = message {
+                if let Msg::Go(epoch, _) = message {
+                    let held = self.sd.durable.as_ref();
+                    if !held.is_some_and(|r| r.phase() == Phase::HandedOver && r.epoch == epoch) {
+                        self.wrong = Some("Go before HandedOver was durable");
+                    }
+                }
+                if self.dd.up {
+                    self.to_dd.push_back(message);
+                } else {
+                    events.push(s::Event::PeerLost);
+                }
+            }
+        }
+        events
+    }
+
+    fn source_task(&mut self, task: Task) -> Option<Msg> {
+        self.sd.tasks.insert(task);
+        None
+    }
+
+    fn to_worker(&mut self, side: Side, command: Cmd) -> Option<Msg> {
+        let (worker, term) =
+            if side == Src { (&mut self.sw, self.sd.term) } else { (&mut self.dw, self.dd.term) };
+        if let Cmd::Grant(epoch, _) = command {
+            let held = if side == Src { self.sd.durable.as_ref() } else { self.dd.durable.as_ref() };
+            let right = [Phase::Owned, Phase::Entered];
+            if !held.is_some_and(|r| right.contains(&r.phase()) && r.epoch == epoch) {
+                self.wrong = Some("a grant before its record was durable");
+            }
+        }
+        if worker.alive {
+            worker.inbox.push_back((term, command));
+        } else if side == Src {
+            // The driver finds it dead.
+            self.worker_dies(Src);
+        } else {
+            self.worker_dies(Dst);
+        }
+        None
+    }
+
+    fn dst(&mut self, event: d::Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let Some(machine) = self.dd.machine.as_mut().filter(|_| self.dd.up) else { return };
+            let effects = machine.apply(event);
+            events.extend(self.do_destination(effects));
+        }
+    }
+
+    fn do_destination(&mut self, effects: Vec<d::Effect>) -> Vec<d::Event> {
+        use d::Effect as E;
+        let mut events = Vec::new();
+        for effect in effects {
+            let message = match effect {
+                E::Persist(record) => {
+                    if self.dd.pending.as_ref().is_some_and(|p| *p != record) {
+                        self.wrong = Some("two records at once");
+                    }
+                    self.dd.pending = Some(record);
+                    None
+                }
+                E::StartWorker => {
+                    self.dw = Vmm { exists: true, alive: true, term: self.dd.term, ..Vmm::default() };
+                    Some(Msg::Accepted)
+                }
+                E::AskSource => {
+                    self.dd.tasks.insert(Task::Ask);
+                    None
+                }
+                E::Grant { epoch, run } => self.to_worker(Dst, Cmd::Grant(epoch, run)),
+                E::SealWorker { epoch } => self.to_worker(Dst, Cmd::Seal(epoch)),
+                E::EndWorker => self.to_worker(Dst, Cmd::Shutdown),
+                E::Done(outcome) => {
+                    self.dd.failed |= outcome == d::Outcome::ArrivedDead;
+                    None
+                }
+                E::SendReady { digest, .. } => {
+                    self.promised = true;
+                    Some(Msg::Ready(digest))
+                }
+                E::SendEntered { .. } => Some(Msg::Entered),
+                E::SendReturned { .. } => Some(Msg::Returned),
+                E::SendFailed => Some(Msg::Failed),
+                E::SendAborted { .. } => Some(Msg::Aborted),
+            };
+            if let Some(message) = message {
+                if self.sd.up {
+                    self.to_sd.push_back(message);
+                } else {
+                    events.push(d::Event::SourceLost);
+                }
+            }
+        }
+        events
+    }
+
+    fn restart_source(&mut self) {
+        self.sd.up = true;
+        self.sd.term += 1;
+        // Attach: fences what a dead daemon had sent.
+        self.sw.term = self.sd.term;
+        let worker = self.sw.condition(false);
+        let record = self.sd.durable.clone();
+        match recovery::decide(record.as_ref(), worker, Records::Whole) {
+            recovery::Action::ResumeSource => {
+                let recovered = record.and_then(|r| Source::recovered(handover(Src), &r, worker));
+                let Some((machine, effects)) = recovered else {
+                    self.wrong = Some("no machine where the table says to go on");
+                    return;
+                };
+                self.sd.machine = Some(machine);
+                for event in self.do_source(effects) {
+                    self.src(event);
+                }
+            }
+            action => self.recover(Src, action),
+        }
+    }
+
+    fn restart_destination(&mut self) {
+        self.dd.up = true;
+        self.dd.term += 1;
+        self.dw.term = self.dd.term;
+        let worker = self.dw.condition(true);
+        let record = self.dd.durable.clone();
+        match recovery::decide(record.as_ref(), worker, Records::Whole) {
+            recovery::Action::ResumeDestination => {
+                let recovered = record.and_then(|r| Destination::recovered(handover(Dst), &r, worker));
+                let Some((machine, effects)) = recovered else {
+                    self.wrong = Some("no machine where the table says to go on");
+                    return;
+                };
+                self.dd.machine = Some(machine);
+                for event in self.do_destination(effects) {
+                    self.dst(event);
+                }
+            }
+            action => self.recover(Dst, action),
+        }
+    }
+
+    fn recover(&mut self, side: Side, action: recovery::Action) {
+        use recovery::Action as R;
+        match action {
+            R::Rest | R::Adopt => {}
+            R::Grant { epoch } => drop(self.to_worker(side, Cmd::Grant(epoch, true))),
+            R::Fail => {
+                let failed = if side == Src { &mut self.sd.failed } else { &mut self.dd.failed };
+                *failed = true;
+            }
+            R::EndWorker => drop(self.to_worker(side, Cmd::Shutdown)),
+            _ => self.wrong = Some("an alarm without lost records"),
+        }
+    }
+
+    /// From here without faults: `None` if all is well within so many steps, else what is not.
+    pub(crate) fn heal(&self, steps: usize) -> Option<&'static str> {
+        use Action as A;
+        let mut sim = self.clone();
+        for n in 0..steps {
+            if sim.wrong.is_some() {
+                return sim.wrong;
+            }
+            let mut next: Vec<_> = sim
+                .actions()
+                .into_iter()
+                .filter(|a| !a.is_fault() && !matches!(a, A::Begin | A::Execute(_)))
+                .collect();
+            // Questions are repeated for ever: everything else first, then both sides in turn.
+            next.sort_by_key(|a| match a {
+                A::Restart(_) => 0,
+                A::Task(_, Task::Ask) => 2,
+                _ => 1,
+            });
+            let asks = next.iter().all(|a| matches!(a, A::Task(_, Task::Ask)));
+            let Some(&action) = next.get(if asks { n % next.len().max(1) } else { 0 }) else { break };
+            sim = sim.next(action);
+        }
+        if sim.wrong.is_some() {
+            return sim.wrong;
+        }
+        match (sim.running_on(), sim.copy_is_left()) {
+            (Some(Src), _) if sim.dw.alive => Some("a copy is left over at the destination"),
+            (Some(Dst), _) if sim.sw.alive => Some("a copy is left over at the source"),
+            (Some(_), _) => None,
+            (None, true) => Some("a current copy exists and nobody runs it"),
+            (None, false) if !sim.sd.failed && !sim.dd.failed && !sim.arrived_dead() => Some("lost, and nobody says so"),
+            (None, false) => None,
+        }
+    }
+}
