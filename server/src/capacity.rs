@@ -64,7 +64,8 @@ impl Capacity {
         }
         *granted += memory_bytes;
         let first = self.next_core.fetch_add(vcpus as usize, Ordering::Relaxed);
-        let cores = self.cores.iter().copied().cycle().skip(first % self.cores.len().max(1)).take(vcpus as usize);
+        let cores =
+            self.cores.iter().copied().cycle().skip(first % self.cores.len().max(1)).take(vcpus as usize);
         Ok(Grant { cores: cores.collect(), capacity: Arc::clone(self), memory_bytes })
     }
 }

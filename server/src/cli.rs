@@ -115,7 +115,8 @@ fn serve(config: ServeConfig) -> ExitCode {
 /// Logs go to standard error; RUST_LOG chooses what.
 fn init_tracing() {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,h2=warn,hyper=warn,sled=warn"));
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new("info,h2=warn,hyper=warn,sled=warn"));
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -130,9 +131,27 @@ mod tests {
     #[test]
     fn the_promised_command_line_parses() {
         let cli = Cli::try_parse_from([
-            "vpmud", "serve", "--state-dir", "/tmp/x", "--listen", "unix:/tmp/x/a.sock", "--listen", "tcp:127.0.0.1:0",
-            "--peer-listen", "unix:/tmp/x/p.sock", "--cores", "0,1", "--isolation", "thread", "--hypervisor", "kvm",
-            "--pmu", "auto", "--model-pmu", "amd:v2:6:48", "--stop-vms",
+            "vpmud",
+            "serve",
+            "--state-dir",
+            "/tmp/x",
+            "--listen",
+            "unix:/tmp/x/a.sock",
+            "--listen",
+            "tcp:127.0.0.1:0",
+            "--peer-listen",
+            "unix:/tmp/x/p.sock",
+            "--cores",
+            "0,1",
+            "--isolation",
+            "thread",
+            "--hypervisor",
+            "kvm",
+            "--pmu",
+            "auto",
+            "--model-pmu",
+            "amd:v2:6:48",
+            "--stop-vms",
         ])
         .expect("parses");
         let Command::Serve(args) = cli.command else { panic!("another command") };

@@ -22,10 +22,14 @@ pub enum Address {
 #[non_exhaustive]
 pub enum ConfigError {
     /// Neither form.
-    #[error("address {0:?}: write unix:PATH or tcp:ADDR:PORT, e.g. unix:/run/vpmud/vpmud.sock or tcp:127.0.0.1:7400")]
+    #[error(
+        "address {0:?}: write unix:PATH or tcp:ADDR:PORT, e.g. unix:/run/vpmud/vpmud.sock or tcp:127.0.0.1:7400"
+    )]
     Address(String),
     /// Too long for the kernel.
-    #[error("socket path {0:?} is {1} bytes long and the kernel takes {MAX_SOCKET_PATH}; choose a shorter one")]
+    #[error(
+        "socket path {0:?} is {1} bytes long and the kernel takes {MAX_SOCKET_PATH}; choose a shorter one"
+    )]
     PathTooLong(String, usize),
     /// TCP beyond this machine.
     #[error(
@@ -37,7 +41,9 @@ pub enum ConfigError {
     #[error("no --listen: give at least one, e.g. --listen unix:/run/vpmud/vpmud.sock")]
     NoListener,
     /// Process isolation.
-    #[error("--isolation process is not there yet: workers as child processes come later; use --isolation thread")]
+    #[error(
+        "--isolation process is not there yet: workers as child processes come later; use --isolation thread"
+    )]
     ProcessIsolation,
     /// A PMU mode that cannot work here.
     #[error("--pmu {mode} cannot be used: {why}; use --pmu model (or auto), which counts in a software PMU")]
@@ -102,7 +108,9 @@ impl FromStr for Address {
         }
         text.strip_prefix("tcp:")
             .and_then(|rest| {
-                let rest = rest.strip_prefix("localhost:").map_or_else(|| rest.to_owned(), |p| format!("127.0.0.1:{p}"));
+                let rest = rest
+                    .strip_prefix("localhost:")
+                    .map_or_else(|| rest.to_owned(), |p| format!("127.0.0.1:{p}"));
                 rest.parse().ok()
             })
             .map(Self::Tcp)

@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod demo;
 pub mod handover;
 pub mod journal;
+mod judge;
 pub mod listen;
 pub mod migration;
 pub mod names;

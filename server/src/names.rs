@@ -77,9 +77,9 @@ pub struct MigrationName {
 impl MigrationName {
     /// Parses `projects/{p}/virtualMachines/{vm}/migrations/{uuid}`.
     pub fn parse(field: &str, name: &str) -> Result<Self, ApiError> {
-        let parsed = name.split_once("/migrations/").and_then(|(vm, id)| {
-            Some(Self { vm: VmName::parse(field, vm, "").ok()?, id: parse_uuid(id)? })
-        });
+        let parsed = name
+            .split_once("/migrations/")
+            .and_then(|(vm, id)| Some(Self { vm: VmName::parse(field, vm, "").ok()?, id: parse_uuid(id)? }));
         parsed.ok_or_else(|| {
             ApiError::invalid(
                 field,
@@ -188,9 +188,17 @@ mod tests {
     fn bad_names_are_typed_errors() {
         let long = format!("projects/default/virtualMachines/{}", "a".repeat(64));
         for bad in [
-            "", "web", "projects//virtualMachines/a", "projects/default/virtualMachines/", "projects/default/virtualMachines/A",
-            "projects/default/virtualMachines/a-", "projects/default/virtualMachines/-a", "projects/default/virtualMachines/a/b",
-            "projects/default/virtualMachines/../x", "projects/default/virtualMachines/a\u{0}", &long,
+            "",
+            "web",
+            "projects//virtualMachines/a",
+            "projects/default/virtualMachines/",
+            "projects/default/virtualMachines/A",
+            "projects/default/virtualMachines/a-",
+            "projects/default/virtualMachines/-a",
+            "projects/default/virtualMachines/a/b",
+            "projects/default/virtualMachines/../x",
+            "projects/default/virtualMachines/a\u{0}",
+            &long,
         ] {
             let error = VmName::parse("name", bad, "").expect_err(bad);
             assert_eq!(error.reason(), "BAD_RESOURCE_NAME");

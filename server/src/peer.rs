@@ -41,7 +41,9 @@ impl Peer {
         let unreachable = |why: String| {
             ApiError::unavailable(
                 "DESTINATION_UNREACHABLE",
-                format!("no vpmud answers at {address}: {why}; check the address and that its --peer-listen is up"),
+                format!(
+                    "no vpmud answers at {address}: {why}; check the address and that its --peer-listen is up"
+                ),
             )
             .with("destination", address)
         };
@@ -66,7 +68,10 @@ impl Peer {
         Err(ApiError::precondition(
             "VERSION",
             &self.address.to_string(),
-            format!("{} speaks peer protocol {}, this host {VERSION}; upgrade one of them", self.address, answer.version),
+            format!(
+                "{} speaks peer protocol {}, this host {VERSION}; upgrade one of them",
+                self.address, answer.version
+            ),
         ))
     }
 
@@ -167,7 +172,10 @@ async fn call<T>(
         Ok(Err(status)) => Err(ApiError::from_status("destination", &status)),
         Err(_) => Err(ApiError::unavailable(
             "DESTINATION_TIMEOUT",
-            format!("the destination did not answer within {} s; look at its log and try again", CALL.as_secs()),
+            format!(
+                "the destination did not answer within {} s; look at its log and try again",
+                CALL.as_secs()
+            ),
         )),
     }
 }

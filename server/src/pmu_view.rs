@@ -11,8 +11,9 @@ use crate::status::ApiError;
 
 /// One vCPU's image, decoded. Images come from a worker, a peer or the store, so they are checked first.
 pub fn decode(image: &PmuImage, core: u32) -> Result<VcpuPmu, ApiError> {
-    let checked = pmu_glue::image_from_proto(image)
-        .map_err(|e| ApiError::internal("PMU_IMAGE_INVALID", format!("PMU image of vCPU {}: {e}", image.vcpu)))?;
+    let checked = pmu_glue::image_from_proto(image).map_err(|e| {
+        ApiError::internal("PMU_IMAGE_INVALID", format!("PMU image of vCPU {}: {e}", image.vcpu))
+    })?;
     let vendor = checked.shape.vendor;
     Ok(VcpuPmu {
         vcpu: image.vcpu,
@@ -31,7 +32,11 @@ pub fn decode(image: &PmuImage, core: u32) -> Result<VcpuPmu, ApiError> {
         registers: checked
             .registers
             .iter()
-            .map(|(msr, value)| PmuRegister { msr: *msr, name: pmu::register_name(*msr, vendor), value: *value })
+            .map(|(msr, value)| PmuRegister {
+                msr: *msr,
+                name: pmu::register_name(*msr, vendor),
+                value: *value,
+            })
             .collect(),
         pmis: checked.pmis,
         pmi_pending: checked.pmi_pending,

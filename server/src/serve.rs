@@ -12,20 +12,20 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
-use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic::transport::server::{Router, TcpIncoming};
+use tonic_health::pb::health_server::{Health, HealthServer};
 use vpmu_proto::api::migrations_service_server::MigrationsServiceServer;
 use vpmu_proto::api::pmu_service_server::PmuServiceServer;
 use vpmu_proto::api::virtual_machines_service_server::VirtualMachinesServiceServer;
 use vpmu_proto::longrunning::operations_server::OperationsServer;
-use vpmu_proto::peer::CpuidLeaf;
 use vpmu_proto::peer::migration_peer_service_server::MigrationPeerServiceServer;
 
 use crate::api;
 use crate::api::details::DetailsLayer;
 use crate::capacity::Capacity;
-use crate::config::{Address, ConfigError, HypervisorKind, ServeConfig};
+use crate::config::{Address, ConfigError, ServeConfig};
 use crate::daemon::{Daemon, HostInfo};
+use crate::judge::Host;
 use crate::listen::{self, ListenError, Listener, Socket};
 use crate::ops::Ops;
 use crate::status::ApiError;
@@ -112,79 +112,6 @@ async fn open_store(dir: PathBuf) -> Result<Store, ServeError> {
         tracing::error!(key = %damaged.key, problem = %damaged.problem, "a stored record is damaged and is left out");
     }
     Ok(store)
-}
-
-/// What this host can do, judged before anything is opened.
-struct Host {
-    hypervisor: HypervisorKind,
-    shape: pmu::Shape,
-    host_pmu: String,
-    notes: Vec<String>,
-    cores: Vec<u32>,
-    memory_bytes: u64,
-    boot_id: String,
-    cpuid: Vec<CpuidLeaf>,
-}
-
-impl Host {
-    async fn judge(config: &ServeConfig) -> Result<Self, ServeError> {
-        let facts = tokio::task::spawn_blocking(vcpu_worker::host::probe)
-            .await
-            .map_err(|e| io("cannot look at the host")(std::io::Error::other(e)))?;
-        let leaves = facts.kvm.as_ref().map(|k| k.cpuid.as_slice()).unwrap_or_default();
-        let cpuid = leaves
-            .iter()
-            .map(|&(function, index, [eax, ebx, ecx, edx])| CpuidLeaf { function, index, eax, ebx, ecx, edx })
-            .collect();
-        let no_kvm = facts.kvm.as_ref().err().map(ToString::to_string);
-        let hypervisor = match (config.hypervisor, &no_kvm) {
-            (Some(HypervisorKind::Kvm), Some(why)) => return Err(ConfigError::NoKvm(why.clone()).into()),
-            (Some(asked), _) => asked,
-            (None, None) => HypervisorKind::Kvm,
-            (None, Some(why)) => {
-                tracing::warn!(%why, "no KVM here: guests are simulated, nothing real runs");
-                HypervisorKind::Simulated
-            }
-        };
-        let shape: pmu::Shape = config.model_pmu.parse().map_err(|e: pmu::ShapeError| ConfigError::ModelPmu {
-            value: crate::status::clip(&config.model_pmu, 64),
-            problem: e.to_string(),
-        })?;
-        let cores = judge_cores(&config.cores, &facts.allowed_cores)?;
-        let mut notes = vec![
-            "msr: the switcher's back end on /dev/cpu/N/msr is not there yet".to_owned(),
-            "kvm: the back end on the host kernel's vPMU is not there yet".to_owned(),
-        ];
-        if let Some(why) = no_kvm {
-            notes.push(format!("no KVM: {why}"));
-        }
-        Ok(Self {
-            hypervisor,
-            host_pmu: shape.to_string(),
-            shape,
-            notes,
-            cores,
-            memory_bytes: facts.memory_bytes,
-            boot_id: facts.boot_id,
-            cpuid,
-        })
-    }
-}
-
-fn judge_cores(asked: &[u32], allowed: &[u32]) -> Result<Vec<u32>, ConfigError> {
-    let bad = |problem: String| ConfigError::Cores { given: asked.to_vec(), problem, allowed: allowed.to_vec() };
-    let mut cores = if asked.is_empty() { allowed.to_vec() } else { asked.to_vec() };
-    cores.sort_unstable();
-    if let Some(twice) = cores.windows(2).find(|w| w.first() == w.last()).and_then(|w| w.first()) {
-        return Err(bad(format!("core {twice} is named twice")));
-    }
-    if let Some(missing) = cores.iter().find(|c| !allowed.contains(c)) {
-        return Err(bad(format!("core {missing} is not there or not allowed")));
-    }
-    if cores.is_empty() {
-        return Err(bad("there is no core".to_owned()));
-    }
-    Ok(cores)
 }
 
 async fn serve(
@@ -298,7 +225,9 @@ async fn end(
 
 fn absolute(address: &Address) -> String {
     match address {
-        Address::Unix(path) => Address::Unix(std::path::absolute(path).unwrap_or_else(|_| path.clone())).to_string(),
+        Address::Unix(path) => {
+            Address::Unix(std::path::absolute(path).unwrap_or_else(|_| path.clone())).to_string()
+        }
         Address::Tcp(_) => address.to_string(),
     }
 }
@@ -315,7 +244,9 @@ fn say_ready(daemon: &Daemon, listen: &[String], peer_listen: &[String]) -> Resu
         "pid": std::process::id(),
     });
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(io("cannot write the ready line to standard output"))
+    writeln!(out, "{line}")
+        .and_then(|()| out.flush())
+        .map_err(io("cannot write the ready line to standard output"))
 }
 
 /// Health of every service; NOT_SERVING once the store takes no writes or the daemon ends.
@@ -374,7 +305,8 @@ fn router(
         .add_service(health)
         .add_service(
             // PMU images of a large machine come along with the requirements.
-            MigrationPeerServiceServer::new(api::peer::PeerApi::new(d())).max_decoding_message_size(MAX_REQUEST),
+            MigrationPeerServiceServer::new(api::peer::PeerApi::new(d()))
+                .max_decoding_message_size(MAX_REQUEST),
         );
     if !public {
         return router;
@@ -399,6 +331,7 @@ fn router(
                 .max_decoding_message_size(MAX_REQUEST),
         )
         .add_service(
-            OperationsServer::new(api::operations::OperationsApi::new(d())).max_decoding_message_size(MAX_REQUEST),
+            OperationsServer::new(api::operations::OperationsApi::new(d()))
+                .max_decoding_message_size(MAX_REQUEST),
         )
 }

@@ -57,7 +57,8 @@ impl ApiError {
     pub fn not_found(kind: &str, name: &str, remedy: &str) -> Self {
         let name = clip(name, 200);
         let reason = format!("{}_NOT_FOUND", screaming(kind));
-        let mut error = Self::new(Code::NotFound, &reason, format!("{kind} {name:?} does not exist here; {remedy}"));
+        let mut error =
+            Self::new(Code::NotFound, &reason, format!("{kind} {name:?} does not exist here; {remedy}"));
         error.resource = Some((format!("vpmu.v1/{kind}"), name.clone()));
         error.with("resource", name)
     }
@@ -66,7 +67,8 @@ impl ApiError {
     pub fn already_exists(kind: &str, name: &str, remedy: &str) -> Self {
         let name = clip(name, 200);
         let reason = format!("{}_ALREADY_EXISTS", screaming(kind));
-        let mut error = Self::new(Code::AlreadyExists, &reason, format!("{kind} {name:?} exists already; {remedy}"));
+        let mut error =
+            Self::new(Code::AlreadyExists, &reason, format!("{kind} {name:?} exists already; {remedy}"));
         error.resource = Some((format!("vpmu.v1/{kind}"), name.clone()));
         error.with("resource", name)
     }
@@ -233,7 +235,8 @@ mod tests {
 
     #[test]
     fn details_travel_in_the_status_and_in_the_operation() {
-        let error = ApiError::invalid("spec.vcpus", 0, "VCPUS_OUT_OF_RANGE", "is not from 1 to 256", "ask for 2");
+        let error =
+            ApiError::invalid("spec.vcpus", 0, "VCPUS_OUT_OF_RANGE", "is not from 1 to 256", "ask for 2");
         assert_eq!(error.to_rpc().code, Code::InvalidArgument as i32);
         assert_eq!(error.to_rpc().details.len(), 2);
         let status = Status::from(error);

@@ -3,7 +3,10 @@
 use std::path::Path;
 
 use vpmu_proto::api::virtual_machine_spec::{Boot, RestartPolicy};
-use vpmu_proto::api::{CreateVirtualMachineRequest, MigrationSpec, VirtualMachine, VirtualMachineSpec, migration_spec, pmu_spec, virtual_machine};
+use vpmu_proto::api::{
+    CreateVirtualMachineRequest, MigrationSpec, VirtualMachine, VirtualMachineSpec, migration_spec, pmu_spec,
+    virtual_machine,
+};
 
 use crate::config::Address;
 use crate::daemon::HostInfo;
@@ -25,11 +28,21 @@ const SPEC: &str = "virtual_machine.spec";
 /// Checks the machine of a create request: only spec and desired_state may be set.
 pub fn new_machine(request: &CreateVirtualMachineRequest) -> Result<(VirtualMachineSpec, bool), ApiError> {
     let missing = |field| {
-        ApiError::invalid(field, "", "FIELD_REQUIRED", "is missing", "send the machine's spec with vcpus, memory_bytes and what to boot")
+        ApiError::invalid(
+            field,
+            "",
+            "FIELD_REQUIRED",
+            "is missing",
+            "send the machine's spec with vcpus, memory_bytes and what to boot",
+        )
     };
     let vm = request.virtual_machine.as_ref().ok_or_else(|| missing("virtual_machine"))?;
     let spec = vm.spec.clone().ok_or_else(|| missing(SPEC))?;
-    let allowed = VirtualMachine { spec: vm.spec.clone(), desired_state: vm.desired_state, ..VirtualMachine::default() };
+    let allowed = VirtualMachine {
+        spec: vm.spec.clone(),
+        desired_state: vm.desired_state,
+        ..VirtualMachine::default()
+    };
     if *vm != allowed {
         return Err(ApiError::invalid(
             "virtual_machine",
@@ -56,7 +69,11 @@ pub fn new_machine(request: &CreateVirtualMachineRequest) -> Result<(VirtualMach
 }
 
 /// Checks a spec against this host and fills in what is left open.
-pub fn spec(mut spec: VirtualMachineSpec, host: &HostInfo, host_memory: u64) -> Result<VirtualMachineSpec, ApiError> {
+pub fn spec(
+    mut spec: VirtualMachineSpec,
+    host: &HostInfo,
+    host_memory: u64,
+) -> Result<VirtualMachineSpec, ApiError> {
     if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
         return Err(ApiError::invalid(
             &format!("{SPEC}.vcpus"),
@@ -78,7 +95,9 @@ pub fn spec(mut spec: VirtualMachineSpec, host: &HostInfo, host_memory: u64) -> 
             ));
         }
         Some(Boot::Probe(probe)) => {
-            for (field, value) in [("working_set_bytes", probe.working_set_bytes), ("fill_bytes", probe.fill_bytes)] {
+            for (field, value) in
+                [("working_set_bytes", probe.working_set_bytes), ("fill_bytes", probe.fill_bytes)]
+            {
                 if value > spec.memory_bytes {
                     return Err(ApiError::invalid(
                         &format!("{SPEC}.probe.{field}"),
@@ -149,7 +168,13 @@ fn path(field: &str, text: &str) -> Result<(), ApiError> {
     if text.len() <= MAX_PATH && Path::new(text).is_absolute() && !text.contains('\0') {
         return Ok(());
     }
-    Err(ApiError::invalid(field, text, "BAD_PATH", "is not an absolute path of at most 4095 bytes", "give the full path on the host"))
+    Err(ApiError::invalid(
+        field,
+        text,
+        "BAD_PATH",
+        "is not an absolute path of at most 4095 bytes",
+        "give the full path on the host",
+    ))
 }
 
 fn pmu(spec: &mut VirtualMachineSpec, host: &HostInfo) -> Result<(), ApiError> {
@@ -203,7 +228,13 @@ pub fn migration(spec: Option<MigrationSpec>) -> Result<(MigrationSpec, Address)
         ));
     }
     let destination: Address = spec.destination.parse().map_err(|e: crate::config::ConfigError| {
-        ApiError::invalid("spec.destination", &spec.destination, e.reason(), "is no address", "write unix:PATH or tcp:ADDR:PORT")
+        ApiError::invalid(
+            "spec.destination",
+            &spec.destination,
+            e.reason(),
+            "is no address",
+            "write unix:PATH or tcp:ADDR:PORT",
+        )
     })?;
     if spec.connections > MAX_CONNECTIONS {
         return Err(ApiError::invalid(
@@ -214,7 +245,9 @@ pub fn migration(spec: Option<MigrationSpec>) -> Result<(MigrationSpec, Address)
             "use 1 to 16, or 0 for one",
         ));
     }
-    for (field, duration) in [("spec.max_blackout", &spec.max_blackout), ("spec.max_duration", &spec.max_duration)] {
+    for (field, duration) in
+        [("spec.max_blackout", &spec.max_blackout), ("spec.max_duration", &spec.max_duration)]
+    {
         if let Some(d) = duration {
             if d.seconds < 0 || d.nanos < 0 || d.seconds > 86_400 || (d.seconds == 0 && d.nanos == 0) {
                 return Err(ApiError::invalid(
@@ -239,7 +272,13 @@ pub fn migration(spec: Option<MigrationSpec>) -> Result<(MigrationSpec, Address)
         }
         Ok(_) => {}
         Err(_) => {
-            return Err(ApiError::invalid("spec.mode", spec.mode, "BAD_MODE", "is no mode", "use AUTO or PRECOPY_ONLY"));
+            return Err(ApiError::invalid(
+                "spec.mode",
+                spec.mode,
+                "BAD_MODE",
+                "is no mode",
+                "use AUTO or PRECOPY_ONLY",
+            ));
         }
     }
     match migration_spec::PmuRestore::try_from(spec.pmu_restore) {
@@ -262,7 +301,13 @@ pub fn page_size(asked: i32, default: usize) -> Result<usize, ApiError> {
     match usize::try_from(asked) {
         Ok(0) => Ok(default),
         Ok(n) => Ok(n.min(1000)),
-        Err(_) => Err(ApiError::invalid("page_size", asked, "BAD_PAGE_SIZE", "is negative", "use 1 to 1000, or 0 for the default")),
+        Err(_) => Err(ApiError::invalid(
+            "page_size",
+            asked,
+            "BAD_PAGE_SIZE",
+            "is negative",
+            "use 1 to 1000, or 0 for the default",
+        )),
     }
 }
 
@@ -273,7 +318,13 @@ mod tests {
     #[test]
     fn memory_is_aligned_and_within_the_host() {
         assert!(memory(256 << 20, 1 << 30).is_ok());
-        for (bytes, reason) in [(0, "MEMORY_NOT_ALIGNED"), ((2 << 20) + 4096, "MEMORY_NOT_ALIGNED"), (2 << 30, "MEMORY_BEYOND_HOST"), (u64::MAX, "MEMORY_NOT_ALIGNED"), (u64::MAX - MEMORY_STEP + 1, "MEMORY_BEYOND_HOST")] {
+        for (bytes, reason) in [
+            (0, "MEMORY_NOT_ALIGNED"),
+            ((2 << 20) + 4096, "MEMORY_NOT_ALIGNED"),
+            (2 << 30, "MEMORY_BEYOND_HOST"),
+            (u64::MAX, "MEMORY_NOT_ALIGNED"),
+            (u64::MAX - MEMORY_STEP + 1, "MEMORY_BEYOND_HOST"),
+        ] {
             assert_eq!(memory(bytes, 1 << 30).expect_err("refused").reason(), reason, "{bytes}");
         }
     }
@@ -285,7 +336,8 @@ mod tests {
         assert_eq!(migration(None).expect_err("refused").reason(), "FIELD_REQUIRED");
         let many = MigrationSpec { connections: 17, ..good.clone() };
         assert_eq!(migration(Some(many)).expect_err("refused").reason(), "CONNECTIONS_OUT_OF_RANGE");
-        let long = MigrationSpec { max_blackout: Some(prost_types::Duration { seconds: -1, nanos: 0 }), ..good };
+        let long =
+            MigrationSpec { max_blackout: Some(prost_types::Duration { seconds: -1, nanos: 0 }), ..good };
         assert_eq!(migration(Some(long)).expect_err("refused").reason(), "DURATION_OUT_OF_RANGE");
     }
 }

@@ -90,8 +90,10 @@ impl WorkerLink {
         grant: Grant,
         launch: Launch<'_>,
     ) -> Result<(Self, CreateVmResponse), ApiError> {
-        let options =
-            vcpu_worker::service::WorkerOptions::new(Arc::clone(&factory.cores), factory.shutdown.child_token());
+        let options = vcpu_worker::service::WorkerOptions::new(
+            Arc::clone(&factory.cores),
+            factory.shutdown.child_token(),
+        );
         let (channel, process) = vcpu_worker::channel::in_process(options)
             .map_err(|e| ApiError::internal("WORKER_START_FAILED", format!("cannot start a worker: {e}")))?;
         let fence =
@@ -189,7 +191,11 @@ impl WorkerLink {
     }
 
     /// Console output.
-    pub async fn read_console(&self, offset: u64, follow: bool) -> Result<Streaming<ReadConsoleResponse>, ApiError> {
+    pub async fn read_console(
+        &self,
+        offset: u64,
+        follow: bool,
+    ) -> Result<Streaming<ReadConsoleResponse>, ApiError> {
         let request = ReadConsoleRequest { fence: self.fence(), offset, follow };
         call(COMMAND, self.client().read_console(request)).await
     }
@@ -287,7 +293,10 @@ async fn call<T>(
         Ok(Err(status)) => Err(ApiError::from_status("worker", &status)),
         Err(_) => Err(ApiError::unavailable(
             "WORKER_TIMEOUT",
-            format!("the worker did not answer within {} s; stop the machine if this persists", deadline.as_secs()),
+            format!(
+                "the worker did not answer within {} s; stop the machine if this persists",
+                deadline.as_secs()
+            ),
         )),
     }
 }

@@ -21,7 +21,11 @@ async fn every_bad_request_is_a_typed_error_and_changes_nothing() {
         ("zero vCPUs", Box::new(|s| s.vcpus = 0), "VCPUS_OUT_OF_RANGE"),
         ("10,000 vCPUs", Box::new(|s| s.vcpus = 10_000), "VCPUS_OUT_OF_RANGE"),
         ("no memory", Box::new(|s| s.memory_bytes = 0), "MEMORY_NOT_ALIGNED"),
-        ("memory not a multiple of 2 MiB", Box::new(|s| s.memory_bytes = (64 << 20) + 4096), "MEMORY_NOT_ALIGNED"),
+        (
+            "memory not a multiple of 2 MiB",
+            Box::new(|s| s.memory_bytes = (64 << 20) + 4096),
+            "MEMORY_NOT_ALIGNED",
+        ),
         ("memory beyond the host's", Box::new(|s| s.memory_bytes = 1 << 50), "MEMORY_BEYOND_HOST"),
         ("nothing to boot", Box::new(|s| s.boot = None), "FIELD_REQUIRED"),
         (
@@ -47,7 +51,11 @@ async fn every_bad_request_is_a_typed_error_and_changes_nothing() {
     }
 
     for id in ["", "UPPER", "-a", "a-", "a/b", "ä", &"x".repeat(64)] {
-        expect_error(vms.create_virtual_machine(create(id, probe_spec(1, 64))).await, Code::InvalidArgument, "BAD_ID");
+        expect_error(
+            vms.create_virtual_machine(create(id, probe_spec(1, 64))).await,
+            Code::InvalidArgument,
+            "BAD_ID",
+        );
     }
     let mut named = create("new", probe_spec(1, 64));
     named.virtual_machine.as_mut().expect("machine").uid = "mine".to_owned();
@@ -62,12 +70,21 @@ async fn every_bad_request_is_a_typed_error_and_changes_nothing() {
     );
 
     let unknown = "VIRTUAL_MACHINE_NOT_FOUND";
-    expect_error(vms.get_virtual_machine(GetVirtualMachineRequest { name: name("nobody") }).await, Code::NotFound, unknown);
+    expect_error(
+        vms.get_virtual_machine(GetVirtualMachineRequest { name: name("nobody") }).await,
+        Code::NotFound,
+        unknown,
+    );
     let start = StartVirtualMachineRequest { name: name("nobody"), request_id: String::new() };
     expect_error(vms.start_virtual_machine(start).await, Code::NotFound, unknown);
-    let delete = DeleteVirtualMachineRequest { name: name("nobody"), ..DeleteVirtualMachineRequest::default() };
+    let delete =
+        DeleteVirtualMachineRequest { name: name("nobody"), ..DeleteVirtualMachineRequest::default() };
     expect_error(vms.delete_virtual_machine(delete).await, Code::NotFound, unknown);
-    expect_error(vms.pause_virtual_machine(PauseVirtualMachineRequest { name: name("nobody") }).await, Code::NotFound, unknown);
+    expect_error(
+        vms.pause_virtual_machine(PauseVirtualMachineRequest { name: name("nobody") }).await,
+        Code::NotFound,
+        unknown,
+    );
     expect_error(
         vms.get_virtual_machine(GetVirtualMachineRequest { name: "kept".to_owned() }).await,
         Code::InvalidArgument,
@@ -76,14 +93,27 @@ async fn every_bad_request_is_a_typed_error_and_changes_nothing() {
 
     // Illegal transitions of a stopped machine.
     let illegal = "ILLEGAL_TRANSITION";
-    expect_error(vms.resume_virtual_machine(ResumeVirtualMachineRequest { name: name("kept") }).await, Code::FailedPrecondition, illegal);
-    expect_error(vms.pause_virtual_machine(PauseVirtualMachineRequest { name: name("kept") }).await, Code::FailedPrecondition, illegal);
+    expect_error(
+        vms.resume_virtual_machine(ResumeVirtualMachineRequest { name: name("kept") }).await,
+        Code::FailedPrecondition,
+        illegal,
+    );
+    expect_error(
+        vms.pause_virtual_machine(PauseVirtualMachineRequest { name: name("kept") }).await,
+        Code::FailedPrecondition,
+        illegal,
+    );
     let stop = StopVirtualMachineRequest { name: name("kept"), request_id: String::new() };
     expect_error(vms.stop_virtual_machine(stop).await, Code::FailedPrecondition, illegal);
-    let wrong = DeleteVirtualMachineRequest { name: name("kept"), etag: "old".to_owned(), request_id: String::new() };
+    let wrong =
+        DeleteVirtualMachineRequest { name: name("kept"), etag: "old".to_owned(), request_id: String::new() };
     expect_error(vms.delete_virtual_machine(wrong).await, Code::Aborted, "ETAG_MISMATCH");
     let mut pmu = host.pmu().await;
-    expect_error(pmu.get_pmu(GetPmuRequest { name: name("kept") }).await, Code::FailedPrecondition, "VM_HAS_NO_WORKER");
+    expect_error(
+        pmu.get_pmu(GetPmuRequest { name: name("kept") }).await,
+        Code::FailedPrecondition,
+        "VM_HAS_NO_WORKER",
+    );
     expect_error(host.stored_pmu("kept").await, Code::NotFound, "PMU_STATE_NOT_FOUND");
 
     // Migrations of what cannot move, and to nowhere.
@@ -94,8 +124,16 @@ async fn every_bad_request_is_a_typed_error_and_changes_nothing() {
         ..CreateMigrationRequest::default()
     };
     expect_error(migrations.create_migration(migrate("")).await, Code::InvalidArgument, "FIELD_REQUIRED");
-    expect_error(migrations.create_migration(migrate("http://x")).await, Code::InvalidArgument, "BAD_ADDRESS");
-    expect_error(migrations.create_migration(migrate("unix:/nowhere.sock")).await, Code::FailedPrecondition, illegal);
+    expect_error(
+        migrations.create_migration(migrate("http://x")).await,
+        Code::InvalidArgument,
+        "BAD_ADDRESS",
+    );
+    expect_error(
+        migrations.create_migration(migrate("unix:/nowhere.sock")).await,
+        Code::FailedPrecondition,
+        illegal,
+    );
 
     // 100 MiB in one request.
     let mut huge = create("new", probe_spec(1, 64));

@@ -41,7 +41,11 @@ async fn life(hypervisor: &str) {
 
     // Paused: what is stored is what it has, and it stands still.
     let mut vms = host.vms().await;
-    let paused = vms.pause_virtual_machine(PauseVirtualMachineRequest { name: name("a") }).await.expect("paused").into_inner();
+    let paused = vms
+        .pause_virtual_machine(PauseVirtualMachineRequest { name: name("a") })
+        .await
+        .expect("paused")
+        .into_inner();
     assert_eq!((paused.observed_state(), paused.desired_state()), (State::Paused, DesiredState::Paused));
     let stored = host.stored_pmu("a").await.expect("stored");
     assert_eq!(stored.cause, "pause");
@@ -53,7 +57,11 @@ async fn life(hypervisor: &str) {
     let again = vms.pause_virtual_machine(PauseVirtualMachineRequest { name: name("a") }).await;
     expect_error(again, Code::FailedPrecondition, "ILLEGAL_TRANSITION");
 
-    let resumed = vms.resume_virtual_machine(ResumeVirtualMachineRequest { name: name("a") }).await.expect("resumed").into_inner();
+    let resumed = vms
+        .resume_virtual_machine(ResumeVirtualMachineRequest { name: name("a") })
+        .await
+        .expect("resumed")
+        .into_inner();
     assert_eq!(resumed.observed_state(), State::Running);
     let more = until_more(&host, &stored.vcpus).await;
     assert_eq!(more.probe.expect("probe report").vcpus.iter().map(|v| v.faults).sum::<u64>(), 0);
@@ -70,7 +78,8 @@ async fn life(hypervisor: &str) {
     host.finish(operation).await.expect("deleted, running as it was");
     assert!(host.list().await.is_empty());
     assert_eq!(host.terminate().await, 0);
-    let left: Vec<_> = std::fs::read_dir(dir.path()).expect("list").map(|e| e.expect("entry").file_name()).collect();
+    let left: Vec<_> =
+        std::fs::read_dir(dir.path()).expect("list").map(|e| e.expect("entry").file_name()).collect();
     assert!(left.iter().all(|f| f == "state" || f == "log"), "left behind: {left:?}");
 }
 
@@ -90,8 +99,10 @@ async fn until_more(host: &Host, before: &[VcpuPmu]) -> Pmu {
 }
 
 async fn console(host: &Host, id: &str) -> Vec<u8> {
-    let request = AttachConsoleRequest { name: name(id), history_only: true, ..AttachConsoleRequest::default() };
-    let mut stream = host.vms().await.attach_console(tokio_stream::once(request)).await.expect("attaches").into_inner();
+    let request =
+        AttachConsoleRequest { name: name(id), history_only: true, ..AttachConsoleRequest::default() };
+    let mut stream =
+        host.vms().await.attach_console(tokio_stream::once(request)).await.expect("attaches").into_inner();
     let mut out = Vec::new();
     while let Some(piece) = stream.message().await.expect("reads") {
         out.extend(piece.data);
@@ -104,7 +115,13 @@ async fn a_watcher_sees_what_is_and_then_every_change() {
     let dir = tempfile::tempdir().expect("tempdir");
     let host = Host::start(dir.path(), &["--hypervisor", "simulated"]).await;
     host.create("first", probe_spec(1, 16)).await;
-    let mut watch = host.vms().await.watch_virtual_machines(WatchVirtualMachinesRequest::default()).await.expect("watches").into_inner();
+    let mut watch = host
+        .vms()
+        .await
+        .watch_virtual_machines(WatchVirtualMachinesRequest::default())
+        .await
+        .expect("watches")
+        .into_inner();
     let mut next = async || watch.message().await.expect("stream").expect("open");
     assert_eq!(next().await.kind(), Kind::Existing);
     assert_eq!(next().await.kind(), Kind::Synced);
@@ -132,7 +149,10 @@ async fn the_same_request_id_gets_the_first_answer() {
     request.request_id = uuid::Uuid::new_v4().to_string();
     let (one, two) = (host.vms().await, host.vms().await);
     let (mut one, mut two) = (one, two);
-    let (first, same) = tokio::join!(one.create_virtual_machine(request.clone()), two.create_virtual_machine(request.clone()));
+    let (first, same) = tokio::join!(
+        one.create_virtual_machine(request.clone()),
+        two.create_virtual_machine(request.clone())
+    );
     let (first, same) = (first.expect("created").into_inner(), same.expect("the same").into_inner());
     assert_eq!(first.name, same.name);
     host.kill().await;

@@ -33,7 +33,8 @@ fn migrate(id: &str, to: &str) -> CreateMigrationRequest {
 }
 
 async fn run(from: &Host, id: &str, to: &str) -> Migration {
-    let operation = from.migrations().await.create_migration(migrate(id, to)).await.expect("accepted").into_inner();
+    let operation =
+        from.migrations().await.create_migration(migrate(id, to)).await.expect("accepted").into_inner();
     unpack(&from.finish(operation).await.expect("migrated"))
 }
 
@@ -59,11 +60,22 @@ async fn there_and_back(hypervisor: &str) {
         let migration = run(from, "vm", &to.peer()).await;
         assert_eq!(migration.state(), migration::State::Succeeded);
         let result = migration.result.expect("result");
-        println!("{hypervisor} round {round}: total {} us, blackout {} us, guest gap {:?} us, {} bytes, {} rounds, {:?}", result.total_us, result.blackout_us, result.guest_gap_us, result.bytes, result.rounds, result.breakdown);
+        println!(
+            "{hypervisor} round {round}: total {} us, blackout {} us, guest gap {:?} us, {} bytes, {} rounds, {:?}",
+            result.total_us,
+            result.blackout_us,
+            result.guest_gap_us,
+            result.bytes,
+            result.rounds,
+            result.breakdown
+        );
         assert!(result.blackout_us > 0 && result.blackout_us < result.total_us, "{result:?}");
         assert_eq!(result.pmu_at_stop.len(), 2);
         for (stop, resume) in result.pmu_at_stop.iter().zip(&result.pmu_at_resume) {
-            assert_eq!((&stop.registers, &stop.digest, stop.pmis), (&resume.registers, &resume.digest, resume.pmis));
+            assert_eq!(
+                (&stop.registers, &stop.digest, stop.pmis),
+                (&resume.registers, &resume.digest, resume.pmis)
+            );
         }
         let gone = from.get("vm").await;
         assert_eq!(gone.observed_state(), State::Moved);
@@ -74,7 +86,13 @@ async fn there_and_back(hypervisor: &str) {
         let now = to.until_counting("vm").await;
         for (stop, now) in result.pmu_at_stop.iter().zip(&now.vcpus) {
             for (stop, now) in stop.counters.iter().zip(&now.counters).filter(|(s, _)| !s.pmi_enabled) {
-                assert!(now.value >= stop.value, "vCPU counter {} went back: {} to {}", stop.name, stop.value, now.value);
+                assert!(
+                    now.value >= stop.value,
+                    "vCPU counter {} went back: {} to {}",
+                    stop.name,
+                    stop.value,
+                    now.value
+                );
             }
         }
         let faults: u64 = now.probe.expect("probe").vcpus.iter().map(|v| v.faults).sum();
@@ -83,7 +101,11 @@ async fn there_and_back(hypervisor: &str) {
     }
     // What has gone can be neither started nor deleted by half.
     let start = StartVirtualMachineRequest { name: name("vm"), request_id: String::new() };
-    expect_error(b.vms().await.start_virtual_machine(start).await, Code::FailedPrecondition, "ILLEGAL_TRANSITION");
+    expect_error(
+        b.vms().await.start_virtual_machine(start).await,
+        Code::FailedPrecondition,
+        "ILLEGAL_TRANSITION",
+    );
     a.stop_vm("vm").await;
 }
 
@@ -95,8 +117,16 @@ async fn what_cannot_move_is_refused_before_anything_happens() {
     let before = a.get("vm").await;
     let mut migrations = a.migrations().await;
 
-    expect_error(migrations.create_migration(migrate("vm", &a.peer())).await, Code::FailedPrecondition, "MIGRATION_INCOMPATIBLE");
-    expect_error(migrations.create_migration(migrate("vm", "unix:/nowhere.sock")).await, Code::Unavailable, "DESTINATION_UNREACHABLE");
+    expect_error(
+        migrations.create_migration(migrate("vm", &a.peer())).await,
+        Code::FailedPrecondition,
+        "MIGRATION_INCOMPATIBLE",
+    );
+    expect_error(
+        migrations.create_migration(migrate("vm", "unix:/nowhere.sock")).await,
+        Code::Unavailable,
+        "DESTINATION_UNREACHABLE",
+    );
     let fewer = migrations.create_migration(migrate("vm", &b.peer())).await;
     let status = expect_error(fewer, Code::FailedPrecondition, "MIGRATION_INCOMPATIBLE");
     assert!(status.message().contains("counters"), "{status:?}");
@@ -142,7 +172,11 @@ async fn until_copying(host: &Host, operation: &vpmu_proto::longrunning::Operati
     let request = WatchMigrationRequest { name: migration.name };
     let mut watch = host.migrations().await.watch_migration(request).await.expect("watches").into_inner();
     loop {
-        let migration = tokio::time::timeout(DEADLINE, watch.message()).await.expect("in time").expect("stream").expect("open");
+        let migration = tokio::time::timeout(DEADLINE, watch.message())
+            .await
+            .expect("in time")
+            .expect("stream")
+            .expect("open");
         if migration.state() == migration::State::Precopy {
             return migration;
         }
@@ -161,12 +195,23 @@ async fn cancel_leaves_it_running_here_and_it_can_move_later() {
     let migration = until_copying(&a, &operation).await;
     assert_eq!(a.get("vm").await.migration, migration.name);
     assert_eq!(b.get("vm").await.observed_state(), State::Incoming);
-    expect_error(migrations.create_migration(slow("vm", &b.peer())).await, Code::Aborted, "MIGRATION_IN_PROGRESS");
+    expect_error(
+        migrations.create_migration(slow("vm", &b.peer())).await,
+        Code::Aborted,
+        "MIGRATION_IN_PROGRESS",
+    );
 
-    migrations.cancel_migration(CancelMigrationRequest { name: migration.name.clone() }).await.expect("cancelled");
+    migrations
+        .cancel_migration(CancelMigrationRequest { name: migration.name.clone() })
+        .await
+        .expect("cancelled");
     let error = a.finish(operation).await.expect_err("cancelled");
     assert_eq!(reason_of(&error), "CANCELLED");
-    let ended = migrations.get_migration(GetMigrationRequest { name: migration.name.clone() }).await.expect("kept").into_inner();
+    let ended = migrations
+        .get_migration(GetMigrationRequest { name: migration.name.clone() })
+        .await
+        .expect("kept")
+        .into_inner();
     assert_eq!(ended.state(), migration::State::Cancelled);
     let again = migrations.cancel_migration(CancelMigrationRequest { name: migration.name }).await;
     expect_error(again, Code::FailedPrecondition, "MIGRATION_OVER");
@@ -193,7 +238,8 @@ async fn a_destination_that_dies_leaves_it_running_on_the_source() {
     a.create("vm", filled()).await;
     a.start_vm("vm").await;
     a.until_counting("vm").await;
-    let operation = a.migrations().await.create_migration(slow("vm", &b.peer())).await.expect("accepted").into_inner();
+    let operation =
+        a.migrations().await.create_migration(slow("vm", &b.peer())).await.expect("accepted").into_inner();
     until_copying(&a, &operation).await;
     b.kill().await;
     let error = a.finish(operation).await.expect_err("failed");
@@ -214,14 +260,21 @@ async fn a_source_that_dies_while_copying_keeps_it_stopped_and_the_destination_d
     a.create("vm", filled()).await;
     a.start_vm("vm").await;
     a.until_counting("vm").await;
-    let operation = a.migrations().await.create_migration(slow("vm", &b.peer())).await.expect("accepted").into_inner();
+    let operation =
+        a.migrations().await.create_migration(slow("vm", &b.peer())).await.expect("accepted").into_inner();
     let migration = until_copying(&a, &operation).await;
     a.kill().await;
     until_empty(&b).await;
     a.restart().await;
     let vm = a.get("vm").await;
     assert_eq!((vm.observed_state(), vm.reason.as_str(), vm.epoch), (State::Stopped, "HOST_RESTARTED", 2));
-    let ended = a.migrations().await.get_migration(GetMigrationRequest { name: migration.name }).await.expect("kept").into_inner();
+    let ended = a
+        .migrations()
+        .await
+        .get_migration(GetMigrationRequest { name: migration.name })
+        .await
+        .expect("kept")
+        .into_inner();
     assert_eq!((ended.state(), ended.reason.as_str()), (migration::State::Failed, "HOST_RESTARTED"));
     a.start_vm("vm").await;
     let moved = run(&a, "vm", &b.peer()).await;

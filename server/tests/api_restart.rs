@@ -47,7 +47,13 @@ async fn after_sigkill_every_acknowledged_record_reads_back_identical() {
 }
 
 async fn list_operations(host: &Host) -> Vec<vpmu_proto::longrunning::Operation> {
-    host.operations().await.list_operations(vpmu_proto::longrunning::ListOperationsRequest::default()).await.expect("lists").into_inner().operations
+    host.operations()
+        .await
+        .list_operations(vpmu_proto::longrunning::ListOperationsRequest::default())
+        .await
+        .expect("lists")
+        .into_inner()
+        .operations
 }
 
 #[tokio::test]
@@ -55,7 +61,10 @@ async fn a_second_vpmud_on_the_same_directory_is_refused() {
     let dir = tempfile::tempdir().expect("tempdir");
     let host = Host::start(dir.path(), &["--hypervisor", "simulated"]).await;
     host.create("kept", probe_spec(1, 16)).await;
-    let (code, log) = spawn(dir.path(), &["--hypervisor".to_owned(), "simulated".to_owned()]).await.map(|_| ()).expect_err("refused");
+    let (code, log) = spawn(dir.path(), &["--hypervisor".to_owned(), "simulated".to_owned()])
+        .await
+        .map(|_| ())
+        .expect_err("refused");
     assert_eq!(code, Some(1), "{log}");
     assert!(log.contains("STATE_DIR_IN_USE"), "{log}");
     let pid = host.child.id().expect("running").to_string();
@@ -71,7 +80,13 @@ async fn sigterm_stops_machines_and_keeps_their_state() {
     host.start_vm("busy").await;
     host.until_counting("busy").await;
     // An open stream must not hold the end up.
-    let mut watch = host.vms().await.watch_virtual_machines(WatchVirtualMachinesRequest::default()).await.expect("watches").into_inner();
+    let mut watch = host
+        .vms()
+        .await
+        .watch_virtual_machines(WatchVirtualMachinesRequest::default())
+        .await
+        .expect("watches")
+        .into_inner();
     assert_eq!(host.terminate().await, 0);
     while let Ok(Some(_)) = watch.message().await {}
     assert!(!host.socket().exists());

@@ -28,7 +28,14 @@ pub(super) async fn attach(
         Ok(Ok(Some(first))) => first,
         Ok(Err(status)) => return Err(explain(&status, METHOD)),
         Ok(Ok(None)) | Err(_) => {
-            return Err(ApiError::invalid("name", "", "FIELD_REQUIRED", "was not sent", "send the machine's name in the first message").into());
+            return Err(ApiError::invalid(
+                "name",
+                "",
+                "FIELD_REQUIRED",
+                "was not sent",
+                "send the machine's name in the first message",
+            )
+            .into());
         }
     };
     let name = VmName::parse("name", &first.name, "")?;
@@ -94,16 +101,31 @@ pub(super) async fn attach(
 
 async fn feed(worker: &crate::worker_link::WorkerLink, write: bool, data: &[u8]) -> Result<(), ApiError> {
     if !write {
-        return Err(ApiError::invalid("data", data.len(), "CONSOLE_READ_ONLY", "bytes of input came without write", "set write in the first message"));
+        return Err(ApiError::invalid(
+            "data",
+            data.len(),
+            "CONSOLE_READ_ONLY",
+            "bytes of input came without write",
+            "set write in the first message",
+        ));
     }
     if data.len() > MAX_INPUT {
-        return Err(ApiError::invalid("data", data.len(), "INPUT_TOO_LARGE", "bytes are more than 4096", "send smaller pieces"));
+        return Err(ApiError::invalid(
+            "data",
+            data.len(),
+            "INPUT_TOO_LARGE",
+            "bytes are more than 4096",
+            "send smaller pieces",
+        ));
     }
     let accepted = worker.write_console(data.to_vec()).await? as usize;
     if accepted < data.len() {
         return Err(ApiError::exhausted(
             "CONSOLE_INPUT_FULL",
-            format!("the guest took {accepted} of {} bytes of input; send the rest once it reads", data.len()),
+            format!(
+                "the guest took {accepted} of {} bytes of input; send the rest once it reads",
+                data.len()
+            ),
         )
         .with("accepted", accepted));
     }
@@ -112,13 +134,16 @@ async fn feed(worker: &crate::worker_link::WorkerLink, write: bool, data: &[u8])
 
 /// What an ended machine left.
 fn history(console: &crate::worker_link::ConsoleHistory, offset: u64) -> BoxStream<AttachConsoleResponse> {
-    let skip = usize::try_from(offset.saturating_sub(console.offset)).unwrap_or(usize::MAX).min(console.data.len());
+    let skip =
+        usize::try_from(offset.saturating_sub(console.offset)).unwrap_or(usize::MAX).min(console.data.len());
     let start = console.offset + skip as u64;
     let data = console.data.get(skip..).unwrap_or_default();
     let pieces: Vec<_> = data
         .chunks(CHUNK)
         .enumerate()
-        .map(|(i, chunk)| Ok(AttachConsoleResponse { offset: start + (i * CHUNK) as u64, data: chunk.to_vec() }))
+        .map(|(i, chunk)| {
+            Ok(AttachConsoleResponse { offset: start + (i * CHUNK) as u64, data: chunk.to_vec() })
+        })
         .collect();
     Box::pin(tokio_stream::iter(pieces))
 }

@@ -61,7 +61,9 @@ fn complete<B>(response: &mut Response<B>, method: &str) {
     if !response.headers().contains_key(STATUS) || response.headers().contains_key(DETAILS) {
         return;
     }
-    let Some(bare) = Status::from_header_map(response.headers()).filter(|s| s.code() != Code::Ok) else { return };
+    let Some(bare) = Status::from_header_map(response.headers()).filter(|s| s.code() != Code::Ok) else {
+        return;
+    };
     let full = explain(&bare, method);
     for name in [STATUS, "grpc-message"] {
         response.headers_mut().remove(name);
@@ -81,7 +83,9 @@ pub fn explain(bare: &Status, method: &str) -> Status {
         Code::OutOfRange if bare.message().contains("too large") => {
             (Code::ResourceExhausted, "REQUEST_TOO_LARGE", "send at most 4 MiB in one message")
         }
-        Code::Unimplemented => (Code::Unimplemented, "METHOD_NOT_FOUND", "ask the reflection service what there is"),
+        Code::Unimplemented => {
+            (Code::Unimplemented, "METHOD_NOT_FOUND", "ask the reflection service what there is")
+        }
         Code::Internal if bare.message().contains("decode") => {
             (Code::InvalidArgument, "MALFORMED_REQUEST", "encode the request as the .proto files say")
         }
@@ -92,10 +96,12 @@ pub fn explain(bare: &Status, method: &str) -> Status {
         code => (code, "TRANSPORT", "look at the daemon's log"),
     };
     let mut details = ErrorDetails::new();
-    let metadata = [("method".to_owned(), method.to_owned())].into_iter().collect::<std::collections::HashMap<_, _>>();
+    let metadata =
+        [("method".to_owned(), method.to_owned())].into_iter().collect::<std::collections::HashMap<_, _>>();
     details.set_error_info(reason, DOMAIN, metadata);
     let said = clip(bare.message(), 400);
-    let message = if said.is_empty() { format!("{method}: {remedy}") } else { format!("{method}: {said}; {remedy}") };
+    let message =
+        if said.is_empty() { format!("{method}: {remedy}") } else { format!("{method}: {said}; {remedy}") };
     Status::with_error_details(code, message, details)
 }
 

@@ -10,7 +10,7 @@ use vpmu_proto::longrunning::{Operation, operation as lro};
 
 use super::{BoxStream, operation, page};
 use crate::daemon::Daemon;
-use crate::migration::{check, source};
+use crate::migration::{check, source_begin};
 use crate::names::{MigrationName, VmName};
 use crate::ops::{now, pack};
 use crate::status::ApiError;
@@ -33,7 +33,7 @@ impl MigrationsApi {
         let name = VmName::parse("parent", &request.parent, "")?;
         let (spec, destination) = validate::migration(request.spec)?;
         let handle = self.daemon.registry.get(&name)?;
-        let checked = source::check(&self.daemon, &handle, &spec, &destination).await?;
+        let checked = source_begin::check(&self.daemon, &handle, &spec, &destination).await?;
         Ok(CheckMigrationResponse {
             compatible: checked.mismatches.iter().all(|m| m.warning),
             mismatches: checked.mismatches,
@@ -50,10 +50,21 @@ impl MigrationsApi {
             return self.validate_only(&handle, spec, &destination).await;
         }
         // No wait: whoever migrates wants to follow it. The metadata is filled when the migration has its name.
-        operation(daemon, "CreateMigration", &request.request_id, &request, pack("Migration", &Migration::default()), Duration::ZERO, |seed| async {
-            self.admit(&handle)?;
-            source::begin(daemon, &handle, spec, &destination, |migration| seed.with_metadata(pack("Migration", migration))).await
-        })
+        operation(
+            daemon,
+            "CreateMigration",
+            &request.request_id,
+            &request,
+            pack("Migration", &Migration::default()),
+            Duration::ZERO,
+            |seed| async {
+                self.admit(&handle)?;
+                source_begin::begin(daemon, &handle, spec, &destination, |migration| {
+                    seed.with_metadata(pack("Migration", migration))
+                })
+                .await
+            },
+        )
         .await
     }
 
@@ -73,7 +84,7 @@ impl MigrationsApi {
         destination: &crate::config::Address,
     ) -> Result<Operation, ApiError> {
         self.admit(handle)?;
-        let checked = source::check(&self.daemon, handle, &spec, destination).await?;
+        let checked = source_begin::check(&self.daemon, handle, &spec, destination).await?;
         check::refuse(&handle.name.to_string(), &checked.mismatches)?;
         let mut migration = Migration {
             name: MigrationName { vm: handle.name.clone(), id: uuid::Uuid::nil() }.to_string(),
@@ -138,15 +149,22 @@ impl MigrationsService for MigrationsApi {
         Ok(Response::new(self.check(request.into_inner()).await?))
     }
 
-    async fn create_migration(&self, request: Request<CreateMigrationRequest>) -> Result<Response<Operation>, Status> {
+    async fn create_migration(
+        &self,
+        request: Request<CreateMigrationRequest>,
+    ) -> Result<Response<Operation>, Status> {
         // In a task of its own: a caller that goes away in the middle must not leave half a migration.
         let this = self.clone();
         let created = tokio::spawn(async move { this.create(request.into_inner()).await }).await;
-        let created = created.map_err(|e| ApiError::internal("TASK_FAILED", format!("the request's task failed: {e}")))?;
+        let created = created
+            .map_err(|e| ApiError::internal("TASK_FAILED", format!("the request's task failed: {e}")))?;
         Ok(Response::new(created?))
     }
 
-    async fn get_migration(&self, request: Request<GetMigrationRequest>) -> Result<Response<Migration>, Status> {
+    async fn get_migration(
+        &self,
+        request: Request<GetMigrationRequest>,
+    ) -> Result<Response<Migration>, Status> {
         let name = MigrationName::parse("name", &request.get_ref().name)?;
         Ok(Response::new(crate::migration::get(&self.daemon, &name)?))
     }
@@ -194,9 +212,11 @@ impl MigrationsService for MigrationsApi {
         Ok(Response::new(Box::pin(stream)))
     }
 
-    async fn cancel_migration(&self, request: Request<CancelMigrationRequest>) -> Result<Response<()>, Status> {
+    async fn cancel_migration(
+        &self,
+        request: Request<CancelMigrationRequest>,
+    ) -> Result<Response<()>, Status> {
         crate::migration::cancel(&self.daemon, &request.get_ref().name)?;
         Ok(Response::new(()))
     }
 }
-

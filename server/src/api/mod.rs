@@ -62,7 +62,11 @@ pub(crate) fn page<T>(
     key: impl Fn(&T) -> String,
     found: impl Fn(&str, &str) -> bool,
 ) -> (Vec<T>, String) {
-    let start = if token.is_empty() { 0 } else { items.iter().position(|i| found(&key(i), token)).unwrap_or(items.len()) };
+    let start = if token.is_empty() {
+        0
+    } else {
+        items.iter().position(|i| found(&key(i), token)).unwrap_or(items.len())
+    };
     let more = items.len() > start + size;
     let page: Vec<T> = items.into_iter().skip(start).take(size).collect();
     let next = if more { page.last().map(&key).unwrap_or_default() } else { String::new() };

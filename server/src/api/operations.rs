@@ -56,10 +56,24 @@ impl Operations for OperationsApi {
     ) -> Result<Response<ListOperationsResponse>, Status> {
         let r = request.into_inner();
         if !r.filter.is_empty() {
-            return Err(ApiError::invalid("filter", r.filter, "FILTER_UNAVAILABLE", "is not supported yet", "leave it empty").into());
+            return Err(ApiError::invalid(
+                "filter",
+                r.filter,
+                "FILTER_UNAVAILABLE",
+                "is not supported yet",
+                "leave it empty",
+            )
+            .into());
         }
         if !matches!(r.name.as_str(), "" | "operations") {
-            return Err(ApiError::invalid("name", r.name, "BAD_RESOURCE_NAME", "is no collection", "leave it empty").into());
+            return Err(ApiError::invalid(
+                "name",
+                r.name,
+                "BAD_RESOURCE_NAME",
+                "is no collection",
+                "leave it empty",
+            )
+            .into());
         }
         let size = validate::page_size(r.page_size, 100)?;
         let start = if r.page_token.is_empty() { String::new() } else { r.page_token };
@@ -70,29 +84,49 @@ impl Operations for OperationsApi {
         Ok(Response::new(ListOperationsResponse { operations, next_page_token }))
     }
 
-    async fn get_operation(&self, request: Request<GetOperationRequest>) -> Result<Response<Operation>, Status> {
+    async fn get_operation(
+        &self,
+        request: Request<GetOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
         let id = names::parse_operation("name", &request.get_ref().name)?;
         Ok(Response::new(self.daemon.ops.get(id)?))
     }
 
-    async fn delete_operation(&self, request: Request<DeleteOperationRequest>) -> Result<Response<()>, Status> {
+    async fn delete_operation(
+        &self,
+        request: Request<DeleteOperationRequest>,
+    ) -> Result<Response<()>, Status> {
         let id = names::parse_operation("name", &request.get_ref().name)?;
         self.daemon.ops.delete(id).await?;
         Ok(Response::new(()))
     }
 
-    async fn cancel_operation(&self, request: Request<CancelOperationRequest>) -> Result<Response<()>, Status> {
+    async fn cancel_operation(
+        &self,
+        request: Request<CancelOperationRequest>,
+    ) -> Result<Response<()>, Status> {
         self.cancel(&request.get_ref().name)?;
         Ok(Response::new(()))
     }
 
-    async fn wait_operation(&self, request: Request<WaitOperationRequest>) -> Result<Response<Operation>, Status> {
+    async fn wait_operation(
+        &self,
+        request: Request<WaitOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
         let r = request.into_inner();
         let id = names::parse_operation("name", &r.name)?;
         let timeout = match r.timeout {
             None => MAX_WAIT,
             Some(d) => Duration::try_from(d)
-                .map_err(|_| ApiError::invalid("timeout", format!("{}s", d.seconds), "DURATION_OUT_OF_RANGE", "is negative", "use 0 to 60 s"))?
+                .map_err(|_| {
+                    ApiError::invalid(
+                        "timeout",
+                        format!("{}s", d.seconds),
+                        "DURATION_OUT_OF_RANGE",
+                        "is negative",
+                        "use 0 to 60 s",
+                    )
+                })?
                 .min(MAX_WAIT),
         };
         let operation = tokio::select! {
@@ -105,7 +139,11 @@ impl Operations for OperationsApi {
 
 /// Newest first has no order in the key itself, so the page begins after the token's item.
 fn page_after(all: Vec<Operation>, size: usize, token: &str) -> (Vec<Operation>, String) {
-    let start = if token.is_empty() { 0 } else { all.iter().position(|o| o.name == token).map_or(all.len(), |i| i + 1) };
+    let start = if token.is_empty() {
+        0
+    } else {
+        all.iter().position(|o| o.name == token).map_or(all.len(), |i| i + 1)
+    };
     let rest: Vec<_> = all.into_iter().skip(start).collect();
     page(rest, size, "", |o| o.name.clone(), |_, _| true)
 }

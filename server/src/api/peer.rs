@@ -36,25 +36,45 @@ impl PeerApi {
         Self { daemon }
     }
 
-    async fn open(&self, mut from: Streaming<SourceMessage>) -> Result<ReceiverStream<Result<DestinationMessage, Status>>, Status> {
+    async fn open(
+        &self,
+        mut from: Streaming<SourceMessage>,
+    ) -> Result<ReceiverStream<Result<DestinationMessage, Status>>, Status> {
         let first = match tokio::time::timeout(OPEN, from.message()).await {
             Ok(Ok(Some(first))) => first,
             Ok(Err(status)) => return Err(explain(&status, METHOD)),
             Ok(Ok(None)) | Err(_) => {
-                return Err(ApiError::invalid("message", "", "OPEN_REQUIRED", "did not come", "send Open first").into());
+                return Err(ApiError::invalid(
+                    "message",
+                    "",
+                    "OPEN_REQUIRED",
+                    "did not come",
+                    "send Open first",
+                )
+                .into());
             }
         };
         if !matches!(first.message, Some(FromSource::Open(_))) {
-            return Err(ApiError::invalid("message", "", "OPEN_REQUIRED", "is not Open", "send Open first").into());
+            return Err(
+                ApiError::invalid("message", "", "OPEN_REQUIRED", "is not Open", "send Open first").into()
+            );
         }
         let unknown = || {
-            ApiError::not_found("IncomingMigration", &first.migration_id, "call Prepare first, or Resolve if it had one")
+            ApiError::not_found(
+                "IncomingMigration",
+                &first.migration_id,
+                "call Prepare first, or Resolve if it had one",
+            )
         };
         let id = uuid::Uuid::try_parse(&first.migration_id).map_err(|_| unknown())?;
         let door = self.daemon.migrations.incoming().get(&id).cloned().ok_or_else(unknown)?;
         let (to, outbox) = mpsc::channel(OUTBOX);
         door.try_send(Conversation { from, to }).map_err(|_| {
-            ApiError::aborted("STREAM_OPEN", &first.migration_id, "this migration has a stream already; close it first")
+            ApiError::aborted(
+                "STREAM_OPEN",
+                &first.migration_id,
+                "this migration has a stream already; close it first",
+            )
         })?;
         Ok(ReceiverStream::new(outbox))
     }
@@ -62,10 +82,20 @@ impl PeerApi {
 
 #[tonic::async_trait]
 impl MigrationPeerService for PeerApi {
-    async fn negotiate(&self, request: Request<NegotiateRequest>) -> Result<Response<NegotiateResponse>, Status> {
+    async fn negotiate(
+        &self,
+        request: Request<NegotiateRequest>,
+    ) -> Result<Response<NegotiateResponse>, Status> {
         if !request.get_ref().versions.contains(&VERSION) {
             let versions = format!("{:?}", request.get_ref().versions.iter().take(16).collect::<Vec<_>>());
-            return Err(ApiError::invalid("versions", versions, "VERSION", "has no version that this host speaks (1)", "upgrade the older host").into());
+            return Err(ApiError::invalid(
+                "versions",
+                versions,
+                "VERSION",
+                "has no version that this host speaks (1)",
+                "upgrade the older host",
+            )
+            .into());
         }
         Ok(Response::new(NegotiateResponse {
             version: VERSION,
@@ -87,7 +117,8 @@ impl MigrationPeerService for PeerApi {
         let daemon = Arc::clone(&self.daemon);
         let request = request.into_inner();
         let prepared = tokio::spawn(async move { destination::prepare(&daemon, request, way).await }).await;
-        let prepared = prepared.map_err(|e| ApiError::internal("TASK_FAILED", format!("the request's task failed: {e}")))?;
+        let prepared = prepared
+            .map_err(|e| ApiError::internal("TASK_FAILED", format!("the request's task failed: {e}")))?;
         Ok(Response::new(prepared?))
     }
 

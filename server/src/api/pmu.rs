@@ -54,7 +54,11 @@ impl PmuApi {
         let handle = self.daemon.registry.get(&name)?;
         let records = self.daemon.store.get_pmu(&handle.uid);
         let newest = records.iter().max_by_key(|r| r.sequence).ok_or_else(|| {
-            ApiError::not_found("PmuState", &format!("{name}/pmuState"), "it is stored once the machine has run and was paused, stopped, migrated or checkpointed")
+            ApiError::not_found(
+                "PmuState",
+                &format!("{name}/pmuState"),
+                "it is stored once the machine has run and was paused, stopped, migrated or checkpointed",
+            )
         })?;
         let mut vcpus = Vec::with_capacity(records.len());
         for record in &records {
@@ -81,7 +85,10 @@ impl PmuService for PmuApi {
         Ok(Response::new(self.live(&request.get_ref().name).await?))
     }
 
-    async fn get_pmu_state(&self, request: Request<GetPmuStateRequest>) -> Result<Response<PmuState>, Status> {
+    async fn get_pmu_state(
+        &self,
+        request: Request<GetPmuStateRequest>,
+    ) -> Result<Response<PmuState>, Status> {
         Ok(Response::new(self.persisted(&request.get_ref().name)?))
     }
 

@@ -50,14 +50,26 @@ impl Vms {
                 name: format!("operations/{}", uuid::Uuid::nil()),
                 metadata: Some(metadata(&name, "create")),
                 done: true,
-                result: Some(vpmu_proto::longrunning::operation::Result::Response(pack("VirtualMachine", &vm))),
+                result: Some(vpmu_proto::longrunning::operation::Result::Response(pack(
+                    "VirtualMachine",
+                    &vm,
+                ))),
             });
         }
-        operation(daemon, "CreateVirtualMachine", &request.request_id, &request, metadata(&name, "create"), INLINE_WAIT, |seed| async {
-            let record = VmRecord { vm: Some(vm), pmu_shape: None };
-            let handle = daemon.registry.insert(daemon, &name, record, OwnershipRecord::default(), false)?;
-            handle.ask(|reply| Command::Create { seed, start, reply }).await
-        })
+        operation(
+            daemon,
+            "CreateVirtualMachine",
+            &request.request_id,
+            &request,
+            metadata(&name, "create"),
+            INLINE_WAIT,
+            |seed| async {
+                let record = VmRecord { vm: Some(vm), pmu_shape: None };
+                let handle =
+                    daemon.registry.insert(daemon, &name, record, OwnershipRecord::default(), false)?;
+                handle.ask(|reply| Command::Create { seed, start, reply }).await
+            },
+        )
         .await
     }
 
@@ -91,8 +103,12 @@ impl Vms {
 }
 
 fn metadata(name: &VmName, verb: &str) -> prost_types::Any {
-    let metadata =
-        OperationMetadata { target: name.to_string(), verb: verb.to_owned(), create_time: Some(now()), end_time: None };
+    let metadata = OperationMetadata {
+        target: name.to_string(),
+        verb: verb.to_owned(),
+        create_time: Some(now()),
+        end_time: None,
+    };
     pack("OperationMetadata", &metadata)
 }
 

@@ -18,11 +18,13 @@ pub fn mismatches(daemon: &Daemon, needs: &Requirements) -> Vec<MigrationMismatc
     let spec = vm.spec.clone().unwrap_or_default();
     name(daemon, &vm.name, &vm.uid, &mut found);
     if needs.hypervisor != daemon.host.hypervisor {
-        let message = format!("the machine runs on {:?}, this host on {:?}", needs.hypervisor, daemon.host.hypervisor);
+        let message =
+            format!("the machine runs on {:?}, this host on {:?}", needs.hypervisor, daemon.host.hypervisor);
         add(&mut found, "HYPERVISOR", message, "start this vpmud with the same --hypervisor");
     }
     if needs.pmu_mode != daemon.host.pmu_mode {
-        let message = format!("the machine's PMU mode is {:?}, this host's {:?}", needs.pmu_mode, daemon.host.pmu_mode);
+        let message =
+            format!("the machine's PMU mode is {:?}, this host's {:?}", needs.pmu_mode, daemon.host.pmu_mode);
         add(&mut found, "PMU_MODE", message, "start this vpmud with the same --pmu");
     }
     sizes(daemon, &spec, &mut found);
@@ -34,12 +36,22 @@ pub fn mismatches(daemon: &Daemon, needs: &Requirements) -> Vec<MigrationMismatc
 }
 
 fn add(found: &mut Vec<MigrationMismatch>, rule: &str, message: String, remedy: &str) {
-    found.push(MigrationMismatch { rule: rule.to_owned(), message, remedy: remedy.to_owned(), warning: false });
+    found.push(MigrationMismatch {
+        rule: rule.to_owned(),
+        message,
+        remedy: remedy.to_owned(),
+        warning: false,
+    });
 }
 
 fn name(daemon: &Daemon, name: &str, uid: &str, found: &mut Vec<MigrationMismatch>) {
     let Ok(parsed) = VmName::parse("vm.name", name, "") else {
-        add(found, "NAME", format!("{:?} is not a machine's name", crate::status::clip(name, 80)), "repair the source");
+        add(
+            found,
+            "NAME",
+            format!("{:?} is not a machine's name", crate::status::clip(name, 80)),
+            "repair the source",
+        );
         return;
     };
     if uuid::Uuid::try_parse(uid).is_err() {
@@ -48,7 +60,8 @@ fn name(daemon: &Daemon, name: &str, uid: &str, found: &mut Vec<MigrationMismatc
     let taken = match daemon.registry.get(&parsed) {
         Ok(handle) if handle.uid == uid => {
             let state = handle.view().state();
-            (state != vpmu_proto::api::virtual_machine::State::Moved).then(|| format!("it is here already, {}", state.as_str_name()))
+            (state != vpmu_proto::api::virtual_machine::State::Moved)
+                .then(|| format!("it is here already, {}", state.as_str_name()))
         }
         Ok(_) => Some("another machine has that name here".to_owned()),
         Err(_) => None,
@@ -65,7 +78,8 @@ fn sizes(daemon: &Daemon, spec: &VirtualMachineSpec, found: &mut Vec<MigrationMi
     }
     let free = daemon.capacity.free_bytes();
     if spec.memory_bytes == 0 || spec.memory_bytes % validate::MEMORY_STEP != 0 || spec.memory_bytes > free {
-        let message = format!("the machine has {} bytes of memory, this host has {free} free", spec.memory_bytes);
+        let message =
+            format!("the machine has {} bytes of memory, this host has {free} free", spec.memory_bytes);
         add(found, "MEMORY", message, "free memory on this host or use another");
     }
 }
@@ -78,7 +92,12 @@ fn pmu(daemon: &Daemon, needs: &Requirements, found: &mut Vec<MigrationMismatch>
             let known = found.iter().any(|f| f.rule == m.rule && f.message == m.message);
             if !known && found.len() < 64 {
                 let rule = m.rule.to_owned();
-                found.push(MigrationMismatch { rule, message: m.message, remedy: m.remedy, warning: m.warning });
+                found.push(MigrationMismatch {
+                    rule,
+                    message: m.message,
+                    remedy: m.remedy,
+                    warning: m.warning,
+                });
             }
         }
     };
@@ -114,11 +133,19 @@ const FEATURES: [(u32, u32, [u32; 4]); 5] = [
 fn cpu(guest: &[CpuidLeaf], host: &[CpuidLeaf], found: &mut Vec<MigrationMismatch>) {
     let guest = guest.get(..MAX_LEAVES.min(guest.len())).unwrap_or_default();
     let find = |leaves: &[CpuidLeaf], function, index| {
-        leaves.iter().find(|l| l.function == function && l.index == index).map(|l| [l.eax, l.ebx, l.ecx, l.edx])
+        leaves
+            .iter()
+            .find(|l| l.function == function && l.index == index)
+            .map(|l| [l.eax, l.ebx, l.ecx, l.edx])
     };
     if let (Some([_, b, c, d]), Some([_, hb, hc, hd])) = (find(guest, 0, 0), find(host, 0, 0)) {
         if (b, c, d) != (hb, hc, hd) {
-            add(found, "CPU_VENDOR", "the hosts' processors are of different vendors".to_owned(), "use a host of the same vendor");
+            add(
+                found,
+                "CPU_VENDOR",
+                "the hosts' processors are of different vendors".to_owned(),
+                "use a host of the same vendor",
+            );
             return;
         }
     }
@@ -130,7 +157,9 @@ fn cpu(guest: &[CpuidLeaf], host: &[CpuidLeaf], found: &mut Vec<MigrationMismatc
         {
             let lacking = needed & mask & !offered;
             if lacking != 0 {
-                let message = format!("CPUID {function:#x}.{index} {register}: this host lacks features {lacking:#010x}");
+                let message = format!(
+                    "CPUID {function:#x}.{index} {register}: this host lacks features {lacking:#010x}"
+                );
                 add(found, "CPU_FEATURES", message, "use a host whose processor has them");
             }
         }
@@ -141,7 +170,11 @@ fn cpu(guest: &[CpuidLeaf], host: &[CpuidLeaf], found: &mut Vec<MigrationMismatc
 pub fn refuse(vm: &str, found: &[MigrationMismatch]) -> Result<(), ApiError> {
     let fatal: Vec<_> = found.iter().filter(|m| !m.warning).collect();
     let Some(first) = fatal.first() else { return Ok(()) };
-    let more = if fatal.len() > 1 { format!(" (and {} more; see CheckMigration)", fatal.len() - 1) } else { String::new() };
+    let more = if fatal.len() > 1 {
+        format!(" (and {} more; see CheckMigration)", fatal.len() - 1)
+    } else {
+        String::new()
+    };
     let rules: Vec<&str> = fatal.iter().map(|m| m.rule.as_str()).take(16).collect();
     Err(ApiError::precondition(
         "MIGRATION_INCOMPATIBLE",
@@ -171,7 +204,8 @@ mod tests {
 
     #[test]
     fn warnings_refuse_nothing() {
-        let warning = MigrationMismatch { rule: "C9".into(), message: "m".into(), remedy: "r".into(), warning: true };
+        let warning =
+            MigrationMismatch { rule: "C9".into(), message: "m".into(), remedy: "r".into(), warning: true };
         assert!(refuse("vm", std::slice::from_ref(&warning)).is_ok());
         let fatal = MigrationMismatch { warning: false, ..warning.clone() };
         let error = refuse("vm", &[warning, fatal]).expect_err("refused");

@@ -13,10 +13,12 @@
 
 pub mod check;
 pub mod destination;
+mod destination_run;
 pub mod outcome;
 pub mod recover;
 pub mod resolve;
-pub mod source;
+mod source;
+pub mod source_begin;
 mod source_commit;
 
 use std::collections::HashMap;
@@ -57,7 +59,11 @@ pub fn get(daemon: &Daemon, name: &MigrationName) -> Result<Migration, ApiError>
         }
     }
     let missing = || {
-        ApiError::not_found("Migration", &name.to_string(), "list the machine's migrations; the source host keeps them")
+        ApiError::not_found(
+            "Migration",
+            &name.to_string(),
+            "list the machine's migrations; the source host keeps them",
+        )
     };
     let handle = daemon.registry.get(&name.vm).map_err(|_| missing())?;
     daemon

@@ -46,7 +46,11 @@ impl Cost<'_> {
         let (finish, ready, entered) = (self.finish, self.ready, self.entered);
         // Clocks compare on one machine only; elsewhere the answer's arrival bounds the blackout from above.
         let same_clock = !entered.boot_id.is_empty() && entered.boot_id == self.boot_id;
-        let running = if same_clock && entered.running_monotonic_ns != 0 { entered.running_monotonic_ns } else { self.entered_ns };
+        let running = if same_clock && entered.running_monotonic_ns != 0 {
+            entered.running_monotonic_ns
+        } else {
+            self.entered_ns
+        };
         MigrationResult {
             total_us: self.total_us,
             blackout_us: running.saturating_sub(finish.stop_monotonic_ns) / 1000,

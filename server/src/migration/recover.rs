@@ -37,7 +37,8 @@ const ASK: Duration = Duration::from_secs(1);
 /// Bound on the answer to a late Go.
 const GO: Duration = Duration::from_secs(20);
 
-const RESTARTED: &str = "vpmud was restarted and the machine ended with it (thread isolation); start it again";
+const RESTARTED: &str =
+    "vpmud was restarted and the machine ended with it (thread isolation); start it again";
 
 /// Brings every known machine back as what it is.
 pub async fn recover(daemon: &Arc<Daemon>) -> Result<(), ApiError> {
@@ -55,7 +56,14 @@ pub async fn recover(daemon: &Arc<Daemon>) -> Result<(), ApiError> {
         }
     }
     for record in records.into_values() {
-        show(daemon, record, OwnershipRecord::default(), State::Failed, "OWNERSHIP_UNCERTAIN", "the journal knows nothing of this machine; it is neither started nor removed by itself")?;
+        show(
+            daemon,
+            record,
+            OwnershipRecord::default(),
+            State::Failed,
+            "OWNERSHIP_UNCERTAIN",
+            "the journal knows nothing of this machine; it is neither started nor removed by itself",
+        )?;
     }
     end_migrations(daemon).await
 }
@@ -65,7 +73,10 @@ async fn recover_one(
     held: OwnershipRecord,
     record: Option<VmRecord>,
 ) -> Result<(), ApiError> {
-    let stored = record.as_ref().and_then(|r| r.vm.as_ref()).map_or(State::Unspecified, VirtualMachine::observed_state);
+    let stored = record
+        .as_ref()
+        .and_then(|r| r.vm.as_ref())
+        .map_or(State::Unspecified, VirtualMachine::observed_state);
     match (held.phase(), record) {
         (Phase::Owned | Phase::Entered, Some(record)) => own(daemon, record, held, stored),
         (Phase::Open, Some(record)) => {
@@ -79,7 +90,14 @@ async fn recover_one(
             own(daemon, record, held, stored)
         }
         (Phase::Quiesced | Phase::Committing, Some(record)) => {
-            show(daemon, record, held.clone(), State::MigratingOut, "IN_DOUBT", "vpmud was restarted in the middle of a migration; asking the destination")?;
+            show(
+                daemon,
+                record,
+                held.clone(),
+                State::MigratingOut,
+                "IN_DOUBT",
+                "vpmud was restarted in the middle of a migration; asking the destination",
+            )?;
             daemon.tasks.spawn(settle_source(Arc::clone(daemon), held));
             Ok(())
         }
@@ -101,10 +119,17 @@ async fn recover_one(
         (Phase::Aborted | Phase::Returned | Phase::Superseded, Some(record)) if stored == State::Moved => {
             moved(daemon, record, held)
         }
-        (Phase::Aborted | Phase::Returned | Phase::Superseded | Phase::Deleted, record) => discard(daemon, record).await,
-        (Phase::Uncertain | Phase::Unspecified, Some(record)) => {
-            show(daemon, record, held, State::Failed, "OWNERSHIP_UNCERTAIN", "the ownership journal lost records of this machine; it is neither started nor removed by itself")
+        (Phase::Aborted | Phase::Returned | Phase::Superseded | Phase::Deleted, record) => {
+            discard(daemon, record).await
         }
+        (Phase::Uncertain | Phase::Unspecified, Some(record)) => show(
+            daemon,
+            record,
+            held,
+            State::Failed,
+            "OWNERSHIP_UNCERTAIN",
+            "the ownership journal lost records of this machine; it is neither started nor removed by itself",
+        ),
         (phase, None) => {
             tracing::warn!(uid = %held.vm_uid, ?phase, "the journal knows a machine that the store does not");
             Ok(())
@@ -178,7 +203,11 @@ async fn end_migrations(daemon: &Arc<Daemon>) -> Result<(), ApiError> {
             migration.set_state(MigrationState::Succeeded);
             migration.end_time = Some(crate::ops::now());
         } else {
-            fail(migration, "HOST_RESTARTED", "vpmud was restarted before the migration was committed; the machine stayed here");
+            fail(
+                migration,
+                "HOST_RESTARTED",
+                "vpmud was restarted before the migration was committed; the machine stayed here",
+            );
         }
         daemon.store.put_migration(&record).await?;
     }
@@ -231,7 +260,8 @@ async fn step_source(daemon: &Arc<Daemon>, held: &mut OwnershipRecord) -> Result
             Ok(true)
         }
         (true, Decision::Returned) => {
-            back(daemon, held, held.epoch + 1, ApiError::aborted("HOST_RESTARTED", &held.vm_uid, RESTARTED)).await?;
+            back(daemon, held, held.epoch + 1, ApiError::aborted("HOST_RESTARTED", &held.vm_uid, RESTARTED))
+                .await?;
             Ok(true)
         }
         (false, Decision::Ready) => {
@@ -252,7 +282,10 @@ async fn step_source(daemon: &Arc<Daemon>, held: &mut OwnershipRecord) -> Result
             Ok(false)
         }
         (false, Decision::Aborted | Decision::Unknown | Decision::Returned) => {
-            let lost = ApiError::internal("LOST", "vpmud died while the machine was stopped for a migration and the destination holds no complete copy; start it afresh");
+            let lost = ApiError::internal(
+                "LOST",
+                "vpmud died while the machine was stopped for a migration and the destination holds no complete copy; start it afresh",
+            );
             back(daemon, held, held.epoch + 1, lost).await?;
             Ok(true)
         }
@@ -263,7 +296,9 @@ async fn step_source(daemon: &Arc<Daemon>, held: &mut OwnershipRecord) -> Result
 /// Sends Go once and waits for the answer; what it was is asked again by Resolve.
 async fn go(daemon: &Arc<Daemon>, held: &OwnershipRecord, peer: &Peer) {
     let vm = daemon.registry.by_uid(&held.vm_uid).map(|h| h.view().vm.clone());
-    let keep_paused = vm.as_ref().is_some_and(|vm| vm.desired_state() == vpmu_proto::api::virtual_machine::DesiredState::Paused);
+    let keep_paused = vm
+        .as_ref()
+        .is_some_and(|vm| vm.desired_state() == vpmu_proto::api::virtual_machine::DesiredState::Paused);
     let message = |epoch, message| SourceMessage {
         migration_id: held.migration_id.clone(),
         vm_uid: held.vm_uid.clone(),
@@ -286,7 +321,12 @@ async fn go(daemon: &Arc<Daemon>, held: &OwnershipRecord, peer: &Peer) {
 }
 
 /// It is owned here again, without a worker.
-async fn back(daemon: &Arc<Daemon>, held: &mut OwnershipRecord, epoch: u64, why: ApiError) -> Result<(), ApiError> {
+async fn back(
+    daemon: &Arc<Daemon>,
+    held: &mut OwnershipRecord,
+    epoch: u64,
+    why: ApiError,
+) -> Result<(), ApiError> {
     let owned = OwnershipRecord {
         epoch,
         owner_host: daemon.host.host_id.clone(),
@@ -297,7 +337,11 @@ async fn back(daemon: &Arc<Daemon>, held: &mut OwnershipRecord, epoch: u64, why:
     settled(daemon, held, Some(why)).await
 }
 
-async fn settled(daemon: &Arc<Daemon>, held: &OwnershipRecord, stayed: Option<ApiError>) -> Result<(), ApiError> {
+async fn settled(
+    daemon: &Arc<Daemon>,
+    held: &OwnershipRecord,
+    stayed: Option<ApiError>,
+) -> Result<(), ApiError> {
     if let Some(mut record) = daemon.store.get_migration(&held.vm_uid, &held.migration_id) {
         if let Some(migration) = record.migration.as_mut() {
             match &stayed {

@@ -51,7 +51,9 @@ fn decide(held: Option<&OwnershipRecord>, migration: &str, source: bool, ended: 
         };
     }
     match held.phase() {
-        Phase::Open | Phase::Quiesced | Phase::Committing | Phase::Incoming | Phase::Uncertain => Decision::Undecided,
+        Phase::Open | Phase::Quiesced | Phase::Committing | Phase::Incoming | Phase::Uncertain => {
+            Decision::Undecided
+        }
         Phase::HandedOver | Phase::Released | Phase::Entered => Decision::Committed,
         Phase::Owned if source => Decision::Aborted,
         Phase::Owned => Decision::Committed,
@@ -69,12 +71,19 @@ mod tests {
 
     #[test]
     fn the_same_phase_means_different_things_at_the_two_ends() {
-        let held = |phase: Phase| OwnershipRecord { migration_id: "m".into(), phase: phase as i32, ..Default::default() };
+        let held = |phase: Phase| OwnershipRecord {
+            migration_id: "m".into(),
+            phase: phase as i32,
+            ..Default::default()
+        };
         assert_eq!(decide(Some(&held(Phase::Owned)), "m", true, None), Decision::Aborted);
         assert_eq!(decide(Some(&held(Phase::Owned)), "m", false, None), Decision::Committed);
         assert_eq!(decide(Some(&held(Phase::Ready)), "m", false, None), Decision::Ready);
         assert_eq!(decide(None, "m", false, None), Decision::Unknown);
-        assert_eq!(decide(Some(&held(Phase::Open)), "other", true, Some(State::Cancelled)), Decision::Aborted);
+        assert_eq!(
+            decide(Some(&held(Phase::Open)), "other", true, Some(State::Cancelled)),
+            Decision::Aborted
+        );
         assert_eq!(decide(Some(&held(Phase::Owned)), "other", false, None), Decision::Unknown);
     }
 }

@@ -9,22 +9,21 @@ use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 use uuid::Uuid;
 use vpmu_proto::api::migration::State;
-use vpmu_proto::api::{Migration, MigrationMismatch, MigrationProgress, MigrationSpec};
+use vpmu_proto::api::{Migration, MigrationProgress, MigrationSpec};
 use vpmu_proto::peer::source_message::{self, Message as FromSource};
-use vpmu_proto::peer::{DestinationMessage, PrepareRequest, Requirements, SourceMessage, destination_message};
+use vpmu_proto::peer::{
+    DestinationMessage, PrepareRequest, Requirements, SourceMessage, destination_message,
+};
 use vpmu_proto::store::ownership_record::Phase;
 use vpmu_proto::store::{MigrationRecord, OwnershipRecord};
 use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutRequest};
 
-use super::check::refuse;
 use super::outcome;
-use crate::config::Address;
 use crate::daemon::Daemon;
-use crate::names::MigrationName;
-use crate::ops::{Running, Seed, pack};
+use crate::ops::{Running, pack};
 use crate::peer::{Peer, VERSION};
 use crate::status::ApiError;
-use crate::vm::command::{Command, Lease, Outcome};
+use crate::vm::command::{Command, Lease};
 use crate::vm::registry::VmHandle;
 
 /// Goal if none is given.
@@ -40,121 +39,6 @@ const ABORTED: Duration = Duration::from_secs(3);
 /// Messages on the way to the destination.
 const OUTBOX: usize = 8;
 
-/// What was found before anything is changed.
-pub struct Checked {
-    peer: Peer,
-    requirements: Requirements,
-    /// The destination's host id.
-    pub destination_host: String,
-    /// What does not fit.
-    pub mismatches: Vec<MigrationMismatch>,
-}
-
-/// Asks the destination what would keep the machine from moving.
-pub async fn check(
-    daemon: &Daemon,
-    handle: &VmHandle,
-    spec: &MigrationSpec,
-    address: &Address,
-) -> Result<Checked, ApiError> {
-    let view = handle.view();
-    let peer = Peer::connect(address).await?;
-    let who = peer.negotiate(&daemon.host.host_id).await?;
-    let pmu = match &view.worker {
-        Some(worker) => worker.pmu().await?,
-        None => Vec::new(),
-    };
-    let requirements = Requirements {
-        vm: Some(view.vm.clone()),
-        pmu_shape: view.pmu_shape.clone(),
-        hypervisor: daemon.host.hypervisor.to_owned(),
-        pmu_mode: daemon.host.pmu_mode.to_owned(),
-        spec: Some(spec.clone()),
-        cpuid: daemon.host.cpuid.clone(),
-        pmu,
-    };
-    let mismatches = if who.host_id == daemon.host.host_id {
-        vec![MigrationMismatch {
-            rule: "SAME_HOST".to_owned(),
-            message: format!("{address} is this very host ({})", who.host_id),
-            remedy: "name another host's peer listener".to_owned(),
-            warning: false,
-        }]
-    } else {
-        peer.check(requirements.clone()).await?.mismatches
-    };
-    Ok(Checked { peer, requirements, destination_host: who.host_id, mismatches })
-}
-
-/// Begins a migration and returns its operation's id.
-pub async fn begin(
-    daemon: &Arc<Daemon>,
-    handle: &VmHandle,
-    spec: MigrationSpec,
-    address: &Address,
-    seed: impl FnOnce(&Migration) -> Seed,
-) -> Result<Uuid, ApiError> {
-    let accepted = Instant::now();
-    let create_time = crate::ops::now();
-    let checked = check(daemon, handle, &spec, address).await?;
-    refuse(&handle.name.to_string(), &checked.mismatches)?;
-    let id = Uuid::new_v4();
-    let name = MigrationName { vm: handle.name.clone(), id }.to_string();
-    let (cancel, committed) = (CancellationToken::new(), Arc::new(AtomicBool::new(false)));
-    let lease = handle
-        .ask(|reply| Command::BeginMigration {
-            name: name.clone(),
-            cancel: cancel.clone(),
-            committed: Arc::clone(&committed),
-            reply,
-        })
-        .await?;
-    let migration = Migration {
-        name,
-        spec: Some(spec.clone()),
-        state: State::Preparing as i32,
-        phase: "preparing the destination".to_owned(),
-        create_time: Some(create_time),
-        source_host: daemon.host.host_id.clone(),
-        destination_host: checked.destination_host.clone(),
-        ..Migration::default()
-    };
-    let record = MigrationRecord { migration: Some(migration.clone()), vm_uid: handle.uid.clone() };
-    let begun = async {
-        daemon.store.put_migration(&record).await?;
-        seed(&migration).begin().await
-    };
-    let running = match begun.await {
-        Ok(running) => running,
-        Err(error) => {
-            let outcome = Outcome::Stayed { ownership: lease.ownership, lost: None };
-            handle.ask(|reply| Command::EndMigration { outcome, reply }).await?;
-            return Err(error);
-        }
-    };
-    let operation = running.id();
-    let (progress, receiver) = watch::channel(migration);
-    daemon.migrations.outgoing().insert(id, receiver);
-    let source = Source {
-        daemon: Arc::clone(daemon),
-        handle: handle.clone(),
-        ownership: lease.ownership.clone(),
-        lease,
-        peer: checked.peer,
-        requirements: checked.requirements,
-        destination_host: checked.destination_host,
-        id,
-        spec,
-        accepted,
-        cancel,
-        committed,
-        progress,
-        running,
-    };
-    daemon.tasks.spawn(source.run());
-    Ok(operation)
-}
-
 /// One migration away from here.
 pub(super) struct Source {
     pub(super) daemon: Arc<Daemon>,
@@ -162,15 +46,15 @@ pub(super) struct Source {
     pub(super) lease: Lease,
     pub(super) ownership: OwnershipRecord,
     pub(super) peer: Peer,
-    requirements: Requirements,
+    pub(super) requirements: Requirements,
     pub(super) destination_host: String,
     pub(super) id: Uuid,
-    spec: MigrationSpec,
+    pub(super) spec: MigrationSpec,
     pub(super) accepted: Instant,
-    cancel: CancellationToken,
-    committed: Arc<AtomicBool>,
+    pub(super) cancel: CancellationToken,
+    pub(super) committed: Arc<AtomicBool>,
     pub(super) progress: watch::Sender<Migration>,
-    running: Running,
+    pub(super) running: Running,
 }
 
 /// The stream to the destination.
@@ -186,7 +70,7 @@ pub(super) struct Sealed {
 }
 
 impl Source {
-    async fn run(mut self) {
+    pub(super) async fn run(mut self) {
         let mut talk = None;
         let copied = self.copy(&mut talk).await;
         let decided = match copied {
@@ -338,7 +222,10 @@ impl Source {
         }
     }
 
-    async fn await_ready(&self, conversation: &mut Conversation) -> Result<destination_message::Ready, ApiError> {
+    async fn await_ready(
+        &self,
+        conversation: &mut Conversation,
+    ) -> Result<destination_message::Ready, ApiError> {
         let deadline = tokio::time::sleep(READY);
         tokio::pin!(deadline);
         loop {
@@ -371,7 +258,10 @@ impl Source {
             Some(M::Failed(failed)) => {
                 let reason = if failed.reason.is_empty() { "DESTINATION_FAILED" } else { &failed.reason };
                 let message = crate::status::clip(&failed.message, 400);
-                Err(ApiError::internal(&crate::status::clip(reason, 64), format!("the destination failed: {message}")))
+                Err(ApiError::internal(
+                    &crate::status::clip(reason, 64),
+                    format!("the destination failed: {message}"),
+                ))
             }
             _ => Ok(None),
         }
@@ -423,7 +313,10 @@ impl Source {
                 Err(error) if self.daemon.shutdown.is_cancelled() => return Err(error),
                 Err(error) => {
                     tracing::error!(vm = %self.handle.name, ?phase, epoch, %error, "a decision is not durable yet; trying again");
-                    self.show(State::InDoubt, "the decision could not be written to the journal; trying again");
+                    self.show(
+                        State::InDoubt,
+                        "the decision could not be written to the journal; trying again",
+                    );
                 }
             }
             tokio::select! {
@@ -497,7 +390,8 @@ impl Source {
                 Ok(())
             }
             Err(error) => {
-                let state = if error.code() == tonic::Code::Cancelled { State::Cancelled } else { State::Failed };
+                let state =
+                    if error.code() == tonic::Code::Cancelled { State::Cancelled } else { State::Failed };
                 last.set_state(state);
                 "it runs on the source".clone_into(&mut last.phase);
                 error.reason().clone_into(&mut last.reason);
@@ -505,7 +399,8 @@ impl Source {
                 Err(error)
             }
         };
-        let record = MigrationRecord { migration: Some(outcome::storable(&last)), vm_uid: self.handle.uid.clone() };
+        let record =
+            MigrationRecord { migration: Some(outcome::storable(&last)), vm_uid: self.handle.uid.clone() };
         if let Err(error) = self.daemon.store.put_migration(&record).await {
             tracing::error!(migration = %last.name, %error, "the end of a migration could not be stored");
         }
@@ -522,7 +417,10 @@ impl Source {
 
 pub(super) fn lost(why: &str) -> ApiError {
     let why = crate::status::clip(why, 200);
-    ApiError::unavailable("DESTINATION_LOST", format!("the destination went away: {why}; look at its log and try again"))
+    ApiError::unavailable(
+        "DESTINATION_LOST",
+        format!("the destination went away: {why}; look at its log and try again"),
+    )
 }
 
 fn duration(given: Option<prost_types::Duration>, default: Duration) -> Duration {

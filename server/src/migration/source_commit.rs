@@ -33,18 +33,6 @@ impl Source {
     pub(super) async fn commit(&mut self, sealed: Sealed, conversation: Conversation) -> Ended {
         let Sealed { finish, ready } = sealed;
         let epoch = self.ownership.epoch + 1;
-        // PMU records go to sled beside the decision; they are awaited before the release.
-        let records = crate::pmu_view::records(
-            &self.handle.uid,
-            finish.pmu.clone(),
-            self.lease.worker.cores(),
-            self.ownership.epoch,
-            "migrate-out",
-            self.daemon.host.pmu_mode,
-        );
-        let store = self.daemon.store.clone();
-        let pmu = tokio::spawn(async move { store.put_pmu(&records).await });
-
         let deciding = Instant::now();
         if let Err(error) = self.decide(Phase::HandedOver, epoch, &finish.state_digest).await {
             // Only when this daemon ends. Whether it is durable is read at the next start.
@@ -70,11 +58,7 @@ impl Source {
             }
         };
         self.show(State::Committed, "runs on the destination; releasing");
-        match pmu.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::error!(vm = %self.handle.name, %error, "PMU state at the stop could not be stored"),
-            Err(error) => tracing::error!(vm = %self.handle.name, %error, "PMU state at the stop could not be stored"),
-        }
+        self.store_pmu(&finish).await;
         let source_cores = self.lease.worker.cores().to_vec();
         self.lease.worker.end().await;
         if let Err(error) = self.journal(Phase::Released, epoch, &finish.state_digest).await {
@@ -98,6 +82,22 @@ impl Source {
         let outcome =
             Outcome::Moved { ownership: self.ownership.clone(), moved_to: self.destination_host.clone() };
         Ended { outcome, migration: Ok(Box::new(result)) }
+    }
+
+    /// PMU state at the stop: durable before the release, and outside the blackout, where its flush would compete with
+    /// the two decision records for the disk.
+    async fn store_pmu(&self, finish: &vpmu_proto::worker::FinishMigrationResponse) {
+        let records = crate::pmu_view::records(
+            &self.handle.uid,
+            finish.pmu.clone(),
+            self.lease.worker.cores(),
+            self.ownership.epoch.saturating_sub(1),
+            "migrate-out",
+            self.daemon.host.pmu_mode,
+        );
+        if let Err(error) = self.daemon.store.put_pmu(&records).await {
+            tracing::error!(vm = %self.handle.name, %error, "PMU state at the stop could not be stored");
+        }
     }
 
     /// The machine's record as it goes on at the destination.

@@ -122,10 +122,9 @@ impl Ops {
         if let Some(view) = self.live().running.get(&id) {
             return Ok(view.borrow().clone());
         }
-        self.store
-            .get_operation(&id.to_string())
-            .and_then(|record| record.operation)
-            .ok_or_else(|| ApiError::not_found("Operation", &format!("operations/{id}"), "list the operations"))
+        self.store.get_operation(&id.to_string()).and_then(|record| record.operation).ok_or_else(|| {
+            ApiError::not_found("Operation", &format!("operations/{id}"), "list the operations")
+        })
     }
 
     /// All operations, newest first.

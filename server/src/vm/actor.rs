@@ -179,7 +179,10 @@ impl Actor {
                 Some(ApiError::precondition(
                     "MIGRATION_COMMITTED",
                     &open.name,
-                    format!("{}: its migration is committed and can no longer be undone; ask the destination", self.name),
+                    format!(
+                        "{}: its migration is committed and can no longer be undone; ask the destination",
+                        self.name
+                    ),
                 ))
             }
             (Verdict::AfterAbort, Some(open)) if self.deferred.len() < MAX_DEFERRED => {

@@ -4,8 +4,8 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 
 use tokio::sync::broadcast;
-use vpmu_proto::api::WatchVirtualMachinesResponse;
 use vpmu_proto::api::VirtualMachine;
+use vpmu_proto::api::WatchVirtualMachinesResponse;
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
 
 /// Events that a slow reader may lag behind before it loses some.

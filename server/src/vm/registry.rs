@@ -54,7 +54,11 @@ impl VmHandle {
     ) -> Result<T, ApiError> {
         let (reply, answer) = oneshot::channel();
         let gone = || {
-            ApiError::aborted("VM_GONE", &self.name.to_string(), format!("{} ended meanwhile; look again", self.name))
+            ApiError::aborted(
+                "VM_GONE",
+                &self.name.to_string(),
+                format!("{} ended meanwhile; look again", self.name),
+            )
         };
         // A full mailbox is refused at once: queueing more would only make everybody wait longer.
         match self.sender.try_send(command(reply)) {
@@ -87,7 +91,11 @@ impl Registry {
     /// A machine by name.
     pub fn get(&self, name: &VmName) -> Result<VmHandle, ApiError> {
         self.vms().get(name).cloned().ok_or_else(|| {
-            ApiError::not_found("VirtualMachine", &name.to_string(), "list the machines of this host, or create it")
+            ApiError::not_found(
+                "VirtualMachine",
+                &name.to_string(),
+                "list the machines of this host, or create it",
+            )
         })
     }
 

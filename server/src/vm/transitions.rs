@@ -82,14 +82,19 @@ pub fn verdict(state: State, action: Action) -> Verdict {
 
 /// The refusal of an action that is not legal, with what is.
 pub fn refusal(name: &str, state: State, action: Action, moved_to: &str) -> ApiError {
-    let legal: Vec<&str> =
-        Action::ALL.into_iter().filter(|a| *a != Action::Receive && verdict(state, *a) != Verdict::Illegal).map(Action::verb).collect();
+    let legal: Vec<&str> = Action::ALL
+        .into_iter()
+        .filter(|a| *a != Action::Receive && verdict(state, *a) != Verdict::Illegal)
+        .map(Action::verb)
+        .collect();
     let shown = state_name(state);
     if state == State::MigratingOut && action == Action::Migrate {
         return ApiError::aborted(
             "MIGRATION_IN_PROGRESS",
             name,
-            format!("{name} is being migrated already; watch that migration or cancel it before you start another"),
+            format!(
+                "{name} is being migrated already; watch that migration or cancel it before you start another"
+            ),
         );
     }
     let remedy = match state {
@@ -98,9 +103,13 @@ pub fn refusal(name: &str, state: State, action: Action, moved_to: &str) -> ApiE
         _ => format!("what it can do now: {}", legal.join(", ")),
     };
     let verb = action.verb();
-    ApiError::precondition("ILLEGAL_TRANSITION", name, format!("cannot {verb} {name}: it is {shown}; {remedy}"))
-        .with("state", shown)
-        .with("action", verb)
+    ApiError::precondition(
+        "ILLEGAL_TRANSITION",
+        name,
+        format!("cannot {verb} {name}: it is {shown}; {remedy}"),
+    )
+    .with("state", shown)
+    .with("action", verb)
 }
 
 /// The state's name as the API spells it.
@@ -128,7 +137,8 @@ mod tests {
 
     #[test]
     fn a_stopped_machine_can_only_start_or_go() {
-        let legal: Vec<_> = Action::ALL.into_iter().filter(|a| verdict(State::Stopped, *a) != Verdict::Illegal).collect();
+        let legal: Vec<_> =
+            Action::ALL.into_iter().filter(|a| verdict(State::Stopped, *a) != Verdict::Illegal).collect();
         assert_eq!(legal, [Action::Start, Action::Delete]);
         let error = refusal("projects/default/virtualMachines/a", State::Stopped, Action::Resume, "");
         assert_eq!(error.reason(), "ILLEGAL_TRANSITION");
@@ -137,7 +147,8 @@ mod tests {
 
     #[test]
     fn states_in_passing_admit_no_action() {
-        for state in [State::Unspecified, State::Creating, State::Starting, State::Stopping, State::Incoming] {
+        for state in [State::Unspecified, State::Creating, State::Starting, State::Stopping, State::Incoming]
+        {
             for action in Action::ALL {
                 assert_eq!(verdict(state, action), Verdict::Illegal, "{state:?} {action:?}");
             }

@@ -72,7 +72,8 @@ impl Host {
     pub async fn terminate(&mut self) -> i32 {
         let pid = rustix::process::Pid::from_raw(self.child.id().expect("running") as i32).expect("pid");
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("SIGTERM");
-        let status = tokio::time::timeout(DEADLINE, self.child.wait()).await.expect("ends in time").expect("reaped");
+        let status =
+            tokio::time::timeout(DEADLINE, self.child.wait()).await.expect("ends in time").expect("reaped");
         status.code().expect("no signal")
     }
 
@@ -104,7 +105,10 @@ impl Host {
     }
 
     /// Waits for an operation's end.
-    pub async fn finish(&self, operation: Operation) -> Result<prost_types::Any, Box<vpmu_proto::google::rpc::Status>> {
+    pub async fn finish(
+        &self,
+        operation: Operation,
+    ) -> Result<prost_types::Any, Box<vpmu_proto::google::rpc::Status>> {
         let mut client = self.operations().await;
         let begin = Instant::now();
         let mut now = operation;
@@ -124,7 +128,8 @@ impl Host {
     }
 
     pub async fn create(&self, id: &str, spec: VirtualMachineSpec) -> VirtualMachine {
-        let operation = self.vms().await.create_virtual_machine(create(id, spec)).await.expect("created").into_inner();
+        let operation =
+            self.vms().await.create_virtual_machine(create(id, spec)).await.expect("created").into_inner();
         unpack(&self.finish(operation).await.expect("created"))
     }
 
@@ -141,11 +146,22 @@ impl Host {
     }
 
     pub async fn get(&self, id: &str) -> VirtualMachine {
-        self.vms().await.get_virtual_machine(GetVirtualMachineRequest { name: name(id) }).await.expect("there").into_inner()
+        self.vms()
+            .await
+            .get_virtual_machine(GetVirtualMachineRequest { name: name(id) })
+            .await
+            .expect("there")
+            .into_inner()
     }
 
     pub async fn list(&self) -> Vec<VirtualMachine> {
-        self.vms().await.list_virtual_machines(ListVirtualMachinesRequest::default()).await.expect("lists").into_inner().virtual_machines
+        self.vms()
+            .await
+            .list_virtual_machines(ListVirtualMachinesRequest::default())
+            .await
+            .expect("lists")
+            .into_inner()
+            .virtual_machines
     }
 
     pub async fn live_pmu(&self, id: &str) -> Pmu {
@@ -157,7 +173,12 @@ impl Host {
     }
 
     /// Waits until the machine is as wanted.
-    pub async fn until(&self, id: &str, what: &str, wanted: impl Fn(&VirtualMachine) -> bool) -> VirtualMachine {
+    pub async fn until(
+        &self,
+        id: &str,
+        what: &str,
+        wanted: impl Fn(&VirtualMachine) -> bool,
+    ) -> VirtualMachine {
         let begin = Instant::now();
         loop {
             let vm = self.get(id).await;
@@ -185,7 +206,10 @@ impl Host {
 }
 
 /// Spawns without expecting success: the ready line, or the exit code and what it said.
-pub async fn spawn(dir: &Path, options: &[String]) -> Result<(Child, serde_json::Value), (Option<i32>, String)> {
+pub async fn spawn(
+    dir: &Path,
+    options: &[String],
+) -> Result<(Child, serde_json::Value), (Option<i32>, String)> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vpmud"));
     command
         .arg("serve")
@@ -202,7 +226,8 @@ pub async fn spawn(dir: &Path, options: &[String]) -> Result<(Child, serde_json:
         .kill_on_drop(true);
     let mut child = command.spawn().expect("spawns");
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-    let line = tokio::time::timeout(DEADLINE, lines.next_line()).await.expect("ready in time").expect("readable");
+    let line =
+        tokio::time::timeout(DEADLINE, lines.next_line()).await.expect("ready in time").expect("readable");
     match line {
         Some(line) => Ok((child, serde_json::from_str(&line).expect("JSON"))),
         None => {
@@ -221,7 +246,10 @@ pub fn probe_spec(vcpus: u32, memory_mib: u64) -> VirtualMachineSpec {
     VirtualMachineSpec {
         vcpus,
         memory_bytes: memory_mib << 20,
-        boot: Some(virtual_machine_spec::Boot::Probe(ProbeBoot { dirty_pages_per_second: 200, ..ProbeBoot::default() })),
+        boot: Some(virtual_machine_spec::Boot::Probe(ProbeBoot {
+            dirty_pages_per_second: 200,
+            ..ProbeBoot::default()
+        })),
         pmu: None,
         restart_policy: 0,
     }
@@ -258,7 +286,8 @@ pub fn expect_error<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, r
 }
 
 pub fn reason_of(error: &vpmu_proto::google::rpc::Status) -> String {
-    let status = Status::with_details(Code::from_i32(error.code), &error.message, error.encode_to_vec().into());
+    let status =
+        Status::with_details(Code::from_i32(error.code), &error.message, error.encode_to_vec().into());
     status.get_error_details().error_info().map(|i| i.reason.clone()).unwrap_or_default()
 }
 

@@ -31,7 +31,11 @@ impl Actor {
 
     pub(super) async fn create(&mut self, seed: Seed, start: bool, reply: Reply<Uuid>) {
         if self.born {
-            let _ = reply.send(Err(ApiError::already_exists("VirtualMachine", &self.name.to_string(), "look at it")));
+            let _ = reply.send(Err(ApiError::already_exists(
+                "VirtualMachine",
+                &self.name.to_string(),
+                "look at it",
+            )));
             return;
         }
         let Some(running) = self.begin(seed, reply).await else {
@@ -117,7 +121,11 @@ impl Actor {
         Ok(())
     }
 
-    async fn launch(&mut self, grant: crate::capacity::Grant, spec: &VirtualMachineSpec) -> Result<(), ApiError> {
+    async fn launch(
+        &mut self,
+        grant: crate::capacity::Grant,
+        spec: &VirtualMachineSpec,
+    ) -> Result<(), ApiError> {
         let launch = Launch {
             vm_uid: &self.vm.uid,
             vm_name: self.name.vm(),
@@ -190,7 +198,11 @@ impl Actor {
             return Err(ApiError::aborted(
                 "ETAG_MISMATCH",
                 &self.name.to_string(),
-                format!("{}: etag {:?} is not the current one; get it again", self.name, crate::status::clip(etag, 64)),
+                format!(
+                    "{}: etag {:?} is not the current one; get it again",
+                    self.name,
+                    crate::status::clip(etag, 64)
+                ),
             ));
         }
         if self.ownership.phase() == Phase::HandedOver {

@@ -10,7 +10,7 @@ use vpmu_proto::store::{OwnershipRecord, VmRecord};
 
 use super::Actor;
 use crate::status::ApiError;
-use crate::vm::command::{Arrival, Lease, Outcome};
+use crate::vm::command::{Arrival, Command, Lease, Outcome};
 use crate::vm::transitions::Action;
 use crate::vm::view::ActiveMigration;
 
@@ -42,6 +42,11 @@ impl Actor {
             }
             Outcome::Stayed { ownership, lost: Some(error) } => {
                 self.ownership = ownership;
+                if self.deferred.iter().any(|c| matches!(c, Command::Worker { .. })) {
+                    // The guest ended meanwhile: that event, which is next, tells how.
+                    self.show(State::Running);
+                    return Ok(());
+                }
                 self.retire_worker("stop").await;
                 // The daemon's end is no fault of the machine.
                 let ended = matches!(error.reason(), "HOST_RESTARTED" | "SHUTTING_DOWN");
@@ -60,7 +65,11 @@ impl Actor {
         }
     }
 
-    pub(super) async fn receive(&mut self, record: VmRecord, ownership: OwnershipRecord) -> Result<(), ApiError> {
+    pub(super) async fn receive(
+        &mut self,
+        record: VmRecord,
+        ownership: OwnershipRecord,
+    ) -> Result<(), ApiError> {
         if self.born {
             self.admit(Action::Receive)?;
         }
@@ -115,8 +124,10 @@ impl Actor {
                 Ok(self.daemon.store.put_vm(&self.record()).await?)
             }
             None => {
+                // The record goes before the name is free: the next arrival's record must not be hit.
+                let deleted = self.daemon.store.delete_vm(&self.vm.uid).await;
                 self.forget();
-                Ok(self.daemon.store.delete_vm(&self.vm.uid).await?)
+                Ok(deleted?)
             }
         }
     }

@@ -1,0 +1,139 @@
+//! The source before anything is changed: the check at the destination, admission, and the durable beginning.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use vpmu_proto::api::migration::State;
+use vpmu_proto::api::{Migration, MigrationMismatch, MigrationSpec};
+use vpmu_proto::peer::Requirements;
+use vpmu_proto::store::MigrationRecord;
+
+use super::check::refuse;
+use super::source::Source;
+use crate::config::Address;
+use crate::daemon::Daemon;
+use crate::names::MigrationName;
+use crate::ops::Seed;
+use crate::peer::Peer;
+use crate::status::ApiError;
+use crate::vm::command::{Command, Outcome};
+use crate::vm::registry::VmHandle;
+
+/// What was found before anything is changed.
+pub struct Checked {
+    peer: Peer,
+    requirements: Requirements,
+    /// The destination's host id.
+    pub destination_host: String,
+    /// What does not fit.
+    pub mismatches: Vec<MigrationMismatch>,
+}
+
+/// Asks the destination what would keep the machine from moving.
+pub async fn check(
+    daemon: &Daemon,
+    handle: &VmHandle,
+    spec: &MigrationSpec,
+    address: &Address,
+) -> Result<Checked, ApiError> {
+    let view = handle.view();
+    let peer = Peer::connect(address).await?;
+    let who = peer.negotiate(&daemon.host.host_id).await?;
+    let pmu = match &view.worker {
+        Some(worker) => worker.pmu().await?,
+        None => Vec::new(),
+    };
+    let requirements = Requirements {
+        vm: Some(view.vm.clone()),
+        pmu_shape: view.pmu_shape.clone(),
+        hypervisor: daemon.host.hypervisor.to_owned(),
+        pmu_mode: daemon.host.pmu_mode.to_owned(),
+        spec: Some(spec.clone()),
+        cpuid: daemon.host.cpuid.clone(),
+        pmu,
+    };
+    let mismatches = if who.host_id == daemon.host.host_id {
+        vec![MigrationMismatch {
+            rule: "SAME_HOST".to_owned(),
+            message: format!("{address} is this very host ({})", who.host_id),
+            remedy: "name another host's peer listener".to_owned(),
+            warning: false,
+        }]
+    } else {
+        peer.check(requirements.clone()).await?.mismatches
+    };
+    Ok(Checked { peer, requirements, destination_host: who.host_id, mismatches })
+}
+
+/// Begins a migration and returns its operation's id.
+pub async fn begin(
+    daemon: &Arc<Daemon>,
+    handle: &VmHandle,
+    spec: MigrationSpec,
+    address: &Address,
+    seed: impl FnOnce(&Migration) -> Seed,
+) -> Result<Uuid, ApiError> {
+    let accepted = Instant::now();
+    let create_time = crate::ops::now();
+    let checked = check(daemon, handle, &spec, address).await?;
+    refuse(&handle.name.to_string(), &checked.mismatches)?;
+    let id = Uuid::new_v4();
+    let name = MigrationName { vm: handle.name.clone(), id }.to_string();
+    let (cancel, committed) = (CancellationToken::new(), Arc::new(AtomicBool::new(false)));
+    let lease = handle
+        .ask(|reply| Command::BeginMigration {
+            name: name.clone(),
+            cancel: cancel.clone(),
+            committed: Arc::clone(&committed),
+            reply,
+        })
+        .await?;
+    let migration = Migration {
+        name,
+        spec: Some(spec.clone()),
+        state: State::Preparing as i32,
+        phase: "preparing the destination".to_owned(),
+        create_time: Some(create_time),
+        source_host: daemon.host.host_id.clone(),
+        destination_host: checked.destination_host.clone(),
+        ..Migration::default()
+    };
+    let record = MigrationRecord { migration: Some(migration.clone()), vm_uid: handle.uid.clone() };
+    let begun = async {
+        daemon.store.put_migration(&record).await?;
+        seed(&migration).begin().await
+    };
+    let running = match begun.await {
+        Ok(running) => running,
+        Err(error) => {
+            let outcome = Outcome::Stayed { ownership: lease.ownership, lost: None };
+            handle.ask(|reply| Command::EndMigration { outcome, reply }).await?;
+            return Err(error);
+        }
+    };
+    let operation = running.id();
+    let (progress, receiver) = watch::channel(migration);
+    daemon.migrations.outgoing().insert(id, receiver);
+    let source = Source {
+        daemon: Arc::clone(daemon),
+        handle: handle.clone(),
+        ownership: lease.ownership.clone(),
+        lease,
+        peer: checked.peer,
+        requirements: checked.requirements,
+        destination_host: checked.destination_host,
+        id,
+        spec,
+        accepted,
+        cancel,
+        committed,
+        progress,
+        running,
+    };
+    daemon.tasks.spawn(source.run());
+    Ok(operation)
+}
