@@ -102,6 +102,7 @@ async fn a_running_probe_moves() {
         cancelled_and_again(hypervisor).await;
         paused_stays_paused(hypervisor).await;
         there_and_back(hypervisor).await;
+        the_destination_goes_away(hypervisor).await;
         assert_eq!(worker_threads(), Vec::<String>::new(), "{hypervisor}: threads are left");
     }
 }
@@ -276,4 +277,55 @@ async fn there_and_back(hypervisor: &str) {
         source = pair.destination;
     }
     source.shutdown().await;
+}
+
+/// A destination that ends during the copy costs nothing; one that ends at the stop leaves the source sealed and whole,
+/// and its owner runs it again under a later epoch.
+async fn the_destination_goes_away(hypervisor: &str) {
+    let source = started(hypervisor).await;
+    let mut pair = begin(source, Host::new(&host_cores(), "vm-m"), hypervisor, 1, None).await;
+    converged(&mut pair.out).await;
+    pair.destination.shutdown().await;
+    let end = loop {
+        match pair.out.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the stream ended without an error"),
+            Err(status) => break status,
+        }
+    };
+    assert!(reason(&end).starts_with("DATA_"), "{end:?}");
+    let status = pair.source.status().await;
+    assert_eq!((status.state(), status.migration_id.as_str()), (State::Running, ""));
+
+    let mut pair = begin(pair.source, Host::new(&host_cores(), "vm-m"), hypervisor, 2, None).await;
+    converged(&mut pair.out).await;
+    // Its listener is gone with it, whenever the source notices.
+    let (finished, ()) = {
+        let request =
+            FinishMigrationRequest { fence: pair.source.fence(), migration_id: ID.to_owned(), epoch: 1 };
+        let finish = pair.source.client.finish_migration(request);
+        let destination = pair.destination;
+        tokio::join!(finish, async { drop(destination.shutdown().await) })
+    };
+    match finished {
+        // The state was set before the end: the source is sealed, as after any finish.
+        Ok(_) => assert_eq!(pair.source.state().await, State::Sealed),
+        Err(status) => {
+            assert!(!reason(&status).is_empty(), "{status:?}");
+            println!("finish: {}", status.message());
+        }
+    }
+    let then = pair.source.report().await;
+    if pair.source.state().await == State::Sealed {
+        refused(pair.source.grant(1, 5, true).await, Code::FailedPrecondition, "EPOCH_SEALED");
+        pair.source.grant(2, 5, true).await.expect("the owner takes it back");
+    }
+    let now = pair
+        .source
+        .report_until("it goes on", |r| {
+            r.vcpus.iter().zip(&then.vcpus).all(|(n, t)| n.heartbeats > t.heartbeats + 20)
+        })
+        .await;
+    assert!(now.vcpus.iter().all(|v| v.faults == 0), "{now:?}");
+    pair.source.shutdown().await;
 }

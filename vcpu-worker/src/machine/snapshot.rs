@@ -1,7 +1,8 @@
 //! Everything about a machine but its memory, out and in.
 //!
 //! Saving asks every vCPU thread at once; restoring sets vCPUs first, then interrupt controllers and clock (kvm-facts
-//! section 7), then devices, and reads each PMU back. What comes in is checked as a whole before anything is set.
+//! section 7), then devices, and reads each PMU back. The outline of what comes in, and every PMU
+//! image, is checked before anything is set; a piece that its owner then refuses leaves a machine that is not fit to run.
 
 use vpmu_proto::worker::{PmuImage, StatePiece, VcpuState, VmState};
 
