@@ -4,13 +4,14 @@
 use crate::units;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Write as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vpmu_proto::api::{Migration, migration};
 
 /// The bar of one migration.
 #[derive(Debug)]
 pub struct MigrationBar {
     bar: ProgressBar,
+    begin: Instant,
 }
 
 impl MigrationBar {
@@ -18,23 +19,28 @@ impl MigrationBar {
     pub fn new(name: &str, visible: bool) -> Self {
         let target = if visible { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(1), target);
-        if let Ok(style) = ProgressStyle::with_template(
-            "{spinner} {prefix} {bar:24} {binary_bytes}/{binary_total_bytes} {wide_msg}",
-        ) {
+        let template = "{spinner} {prefix} {bar:24} {binary_bytes}/{binary_total_bytes} {wide_msg}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
         }
         bar.set_prefix(name.to_owned());
         bar.enable_steady_tick(Duration::from_millis(100));
-        Self { bar }
+        Self { bar, begin: Instant::now() }
     }
 
     /// Shows where the migration is.
     pub fn update(&self, migration: &Migration) {
-        if let Some(progress) = migration.progress.filter(|progress| progress.memory_bytes > 0) {
+        let mut shown = migration.clone();
+        if let Some(progress) = shown.progress.as_mut().filter(|progress| progress.memory_bytes > 0) {
             self.bar.set_length(progress.memory_bytes);
             self.bar.set_position(progress.memory_bytes.saturating_sub(progress.bytes_remaining));
+            // The host measures a round when it ends; until the first one has, the mean so far stands in.
+            if progress.bytes_per_second == 0 {
+                let elapsed = self.begin.elapsed().as_secs_f64().max(1e-3);
+                progress.bytes_per_second = (progress.bytes_sent as f64 / elapsed) as u64;
+            }
         }
-        self.bar.set_message(describe(migration));
+        self.bar.set_message(describe(&shown));
     }
 
     /// Removes the bar from the screen.
@@ -49,12 +55,15 @@ impl Drop for MigrationBar {
     }
 }
 
-/// One line that says where a migration is.
+/// One short line that says where a migration is.
 pub fn describe(migration: &Migration) -> String {
-    let mut text = phase(migration);
+    let mut text = words(migration.state()).to_owned();
     let Some(progress) = migration.progress else { return text };
     if progress.round > 0 {
         let _ = write!(text, " round {}", progress.round);
+    }
+    if progress.bytes_sent > 0 {
+        let _ = write!(text, ", {} sent", units::bytes(progress.bytes_sent));
     }
     if progress.bytes_per_second > 0 {
         let _ = write!(text, ", {}/s", units::bytes(progress.bytes_per_second));
@@ -72,11 +81,18 @@ pub fn describe(migration: &Migration) -> String {
     text
 }
 
-fn phase(migration: &Migration) -> String {
-    if migration.phase.is_empty() {
-        migration.state().as_str_name().to_lowercase()
-    } else {
-        migration.phase.clone()
+fn words(state: migration::State) -> &'static str {
+    use migration::State;
+    match state {
+        State::Unspecified => "unknown",
+        State::Preparing => "preparing",
+        State::Precopy => "copying",
+        State::Stopped => "stopped, last pages",
+        State::Committed => "handing over",
+        State::Succeeded => "done",
+        State::Failed => "failed",
+        State::Cancelled => "cancelled",
+        State::InDoubt => "in doubt",
     }
 }
 
@@ -89,7 +105,6 @@ mod tests {
     fn the_line_names_round_rate_and_prediction() {
         let migration = Migration {
             state: migration::State::Precopy.into(),
-            phase: "copying".to_owned(),
             progress: Some(MigrationProgress {
                 round: 2,
                 bytes_sent: 300 << 20,
@@ -103,7 +118,7 @@ mod tests {
         };
         assert_eq!(
             describe(&migration),
-            "copying round 2, 1 GiB/s, dirtying 8 MiB/s, blackout if stopped now 12.3 ms"
+            "copying round 2, 300 MiB sent, 1 GiB/s, dirtying 8 MiB/s, blackout if stopped now 12.3 ms"
         );
     }
 }
