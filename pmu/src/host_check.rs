@@ -116,15 +116,6 @@ pub fn report(facts: &Facts, mode: Mode) -> Vec<Line> {
     lines::all(facts, mode)
 }
 
-/// The mode that `auto` chooses: the hardware where every line allows it (`msr` is never chosen by itself, because it needs cores that are
-/// given away on purpose), otherwise the model.
-#[must_use]
-pub fn auto(facts: &Facts) -> Mode {
-    let exact = facts.kvm_pmu() == KvmPmu::Mediated;
-    let usable = report(facts, Mode::Kvm).iter().all(|line| line.level != Level::Error);
-    if exact && usable { Mode::Kvm } else { Mode::Model }
-}
-
 fn vendor(facts: &Facts) -> Option<Vendor> {
     match &facts.pmu {
         Some(Ok(caps)) => Some(caps.shape.vendor),

@@ -21,6 +21,15 @@ enum Command {
     Serve(ServeArgs),
     /// Shows the whole path in front of you: two hosts, a machine, its counters, a live migration, a host that dies.
     Demo(crate::demo::DemoArgs),
+    /// Looks at this host.
+    #[command(subcommand)]
+    Host(HostCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum HostCommand {
+    /// Says what this host can do for guests' performance counters, and what to change. Exits with 1 if something stops the mode.
+    Check(crate::host_check::HostCheckArgs),
 }
 
 /// Options of `vpmud serve`.
@@ -88,6 +97,7 @@ pub fn main() -> ExitCode {
     match cli.command {
         Command::Serve(args) => serve(args.into()),
         Command::Demo(args) => crate::demo::main(&args),
+        Command::Host(HostCommand::Check(args)) => crate::host_check::main(&args),
     }
 }
 

@@ -12,6 +12,7 @@ pub mod config;
 pub mod daemon;
 pub mod demo;
 pub mod handover;
+pub mod host_check;
 pub mod journal;
 mod judge;
 pub mod listen;

@@ -2,9 +2,11 @@
 //!
 //! - [`probe`] reads the facts once; nothing in it changes the host.
 //! - [`pin_current_thread`] pins and reads back.
+//! - [`pmu`] reads what matters to guests' PMUs, for the host check.
 //! - [`clock`] reads clocks; [`tick`] interrupts a vCPU thread by its own CPU time.
 
 pub mod clock;
+pub mod pmu;
 pub mod tick;
 
 use std::path::Path;

@@ -1,0 +1,131 @@
+//! `vpmud host check`: what this host can do for guests' PMUs, one line a fact, each with its remedy.
+
+use std::fmt::Write as _;
+use std::process::ExitCode;
+
+use clap::ValueEnum;
+use pmu::host_check::{Level, Line, Mode, report};
+
+use crate::config::PmuMode;
+
+/// Options of `vpmud host check`.
+#[derive(Debug, clap::Args)]
+pub struct HostCheckArgs {
+    /// The PMU mode that the host is judged for; auto is the model, as in `serve`.
+    #[arg(long, value_enum, default_value = "auto")]
+    pmu: PmuMode,
+    /// The modelled host PMU.
+    #[arg(long, value_name = "SHAPE", default_value = "intel:v5:8+4:48")]
+    model_pmu: String,
+    /// Text for people, JSON for programs.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
+/// Runs the check. Exit codes: 0 no error, 1 some line is an error, 2 wrong usage.
+pub fn main(args: &HostCheckArgs) -> ExitCode {
+    let model: pmu::Shape = match args.model_pmu.parse() {
+        Ok(shape) => shape,
+        Err(error) => {
+            eprintln!("vpmud: --model-pmu: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let mode = match args.pmu {
+        PmuMode::Auto | PmuMode::Model => Mode::Model,
+        PmuMode::Msr => Mode::Msr,
+        PmuMode::Kvm => Mode::Kvm,
+    };
+    let facts = vcpu_worker::host::pmu::facts(&vcpu_worker::host::probe(), Some(model));
+    let lines = report(&facts, mode);
+    match args.output {
+        Output::Text => print!("{}", text(&lines)),
+        Output::Json => println!("{}", json(&lines, mode)),
+    }
+    if lines.iter().any(|line| line.level == Level::Error) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn level(level: Level) -> &'static str {
+    match level {
+        Level::Ok => "ok",
+        Level::Warning => "warning",
+        Level::Error => "error",
+    }
+}
+
+fn text(lines: &[Line]) -> String {
+    let mut out = String::new();
+    for line in lines {
+        let _ = writeln!(out, "{:<8} {:<22} {}", level(line.level), line.id, line.message);
+        if !line.remedy.is_empty() {
+            let _ = writeln!(out, "{:<8} {:<22} remedy: {}", "", "", line.remedy);
+        }
+    }
+    out
+}
+
+fn json(lines: &[Line], mode: Mode) -> serde_json::Value {
+    let mode = match mode {
+        Mode::Model => "model",
+        Mode::Msr => "msr",
+        Mode::Kvm => "kvm",
+    };
+    let lines: Vec<_> = lines
+        .iter()
+        .map(|l| {
+            serde_json::json!({
+                "id": l.id, "level": level(l.level), "message": l.message, "remedy": l.remedy, "patches": l.patches,
+            })
+        })
+        .collect();
+    serde_json::json!({ "mode": mode, "lines": lines })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines() -> Vec<Line> {
+        vec![
+            Line {
+                id: "kvm",
+                level: Level::Ok,
+                message: "KVM works".into(),
+                remedy: String::new(),
+                patches: &[],
+            },
+            Line {
+                id: "nmi_watchdog",
+                level: Level::Error,
+                message: "it is on".into(),
+                remedy: "switch it off".into(),
+                patches: &[3],
+            },
+        ]
+    }
+
+    #[test]
+    fn people_read_one_line_a_fact_and_its_remedy() {
+        let shown = text(&lines());
+        assert_eq!(shown.lines().count(), 3);
+        assert!(
+            shown.starts_with("ok       kvm")
+                && shown.contains("error    nmi_watchdog")
+                && shown.contains("remedy: switch it off")
+        );
+    }
+
+    #[test]
+    fn programs_read_json() {
+        let shown = json(&lines(), Mode::Msr);
+        assert_eq!(shown["mode"], "msr");
+        assert_eq!(shown["lines"][1]["level"], "error");
+        assert_eq!(shown["lines"][1]["patches"][0], 3);
+    }
+}
