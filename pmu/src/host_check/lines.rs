@@ -268,7 +268,7 @@ fn emulated(mode: Mode) -> Line {
     let (level, message) = match mode {
         Mode::Kvm => (Level::Ok, "instructions that KVM emulates are counted by KVM"),
         Mode::Model => {
-            (Level::Ok, "instructions that the VMM completes are counted; KVM's own count as CPU time")
+            (Level::Ok, "events are modelled from CPU time: instructions that KVM or the VMM completes are not added")
         }
         Mode::Msr => (
             Level::Warning,
