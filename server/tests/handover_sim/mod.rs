@@ -567,16 +567,22 @@ impl Sim {
                     if self.sd.pending.as_ref().is_some_and(|p| *p != record) {
                         self.wrong = Some("two records at once");
                     }
+                    let promised = self.promised && self.dw.alive && self.dw.copy == Some(self.newest);
+                    let abort = record.phase() == Phase::Owned && record.epoch == EPOCH + 1;
+                    // A decision that is already in doubt must be repeated, whatever has died since.
+                    if abort && self.sd.pending.is_none() && !self.sw.alive && promised {
+                        self.wrong = Some("an abort gives up the last current copy");
+                    }
                     self.sd.pending = Some(record);
                     None
                 }
                 E::StartCopy => self.source_task(Task::Converge),
                 E::PersistPmu => self.source_task(Task::StorePmu),
                 E::AskPeer => self.source_task(Task::Ask),
-                E::FinishCopy { epoch } => self.to_worker(Src, Cmd::Finish(epoch)),
-                E::Grant { epoch, run } => self.to_worker(Src, Cmd::Grant(epoch, run)),
-                E::SealWorker { epoch } => self.to_worker(Src, Cmd::Seal(epoch)),
-                E::EndWorker => self.to_worker(Src, Cmd::Shutdown),
+                E::FinishCopy { epoch } => self.command_worker(Src, Cmd::Finish(epoch)),
+                E::Grant { epoch, run } => self.command_worker(Src, Cmd::Grant(epoch, run)),
+                E::SealWorker { epoch } => self.command_worker(Src, Cmd::Seal(epoch)),
+                E::EndWorker => self.command_worker(Src, Cmd::Shutdown),
                 E::CancelCopy => {
                     self.data = None;
                     None
@@ -613,7 +619,7 @@ impl Sim {
         None
     }
 
-    fn to_worker(&mut self, side: Side, command: Cmd) -> Option<Msg> {
+    fn command_worker(&mut self, side: Side, command: Cmd) -> Option<Msg> {
         let (worker, term) =
             if side == Src { (&mut self.sw, self.sd.term) } else { (&mut self.dw, self.dd.term) };
         if let Cmd::Grant(epoch, _) = command {
@@ -663,9 +669,9 @@ impl Sim {
                     self.dd.tasks.insert(Task::Ask);
                     None
                 }
-                E::Grant { epoch, run } => self.to_worker(Dst, Cmd::Grant(epoch, run)),
-                E::SealWorker { epoch } => self.to_worker(Dst, Cmd::Seal(epoch)),
-                E::EndWorker => self.to_worker(Dst, Cmd::Shutdown),
+                E::Grant { epoch, run } => self.command_worker(Dst, Cmd::Grant(epoch, run)),
+                E::SealWorker { epoch } => self.command_worker(Dst, Cmd::Seal(epoch)),
+                E::EndWorker => self.command_worker(Dst, Cmd::Shutdown),
                 E::Done(outcome) => {
                     self.dd.failed |= outcome == d::Outcome::ArrivedDead;
                     None
@@ -739,12 +745,12 @@ impl Sim {
         use recovery::Action as R;
         match action {
             R::Rest | R::Adopt => {}
-            R::Grant { epoch } => drop(self.to_worker(side, Cmd::Grant(epoch, true))),
+            R::Grant { epoch } => drop(self.command_worker(side, Cmd::Grant(epoch, true))),
             R::Fail => {
                 let failed = if side == Src { &mut self.sd.failed } else { &mut self.dd.failed };
                 *failed = true;
             }
-            R::EndWorker => drop(self.to_worker(side, Cmd::Shutdown)),
+            R::EndWorker => drop(self.command_worker(side, Cmd::Shutdown)),
             _ => self.wrong = Some("an alarm without lost records"),
         }
     }
@@ -778,10 +784,11 @@ impl Sim {
         match (sim.running_on(), sim.copy_is_left()) {
             (Some(Src), _) if sim.dw.alive => Some("a copy is left over at the destination"),
             (Some(Dst), _) if sim.sw.alive => Some("a copy is left over at the source"),
-            (Some(_), _) => None,
             (None, true) => Some("a current copy exists and nobody runs it"),
-            (None, false) if !sim.sd.failed && !sim.dd.failed && !sim.arrived_dead() => Some("lost, and nobody says so"),
-            (None, false) => None,
+            (None, false) if !sim.sd.failed && !sim.dd.failed && !sim.arrived_dead() => {
+                Some("lost, and nobody says so")
+            }
+            _ => None,
         }
     }
 }
