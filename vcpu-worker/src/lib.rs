@@ -6,7 +6,7 @@
 //! - a machine is [`memory`], a [`hypervisor`] VM, [`devices`] with a [`console`], and [`vcpu`] threads on [`cores`];
 //! - [`boot`] and [`probe`] fill the memory; [`migrate`] drives the [`dataplane`].
 //!
-//! `unsafe` is allowed in few files only, each of which says so: memory, system calls, host facts, KVM, the probe's code.
+//! `unsafe` is allowed only in files that say so at their head: memory, system calls, clocks, KVM's dirty log, the probe.
 #![deny(unsafe_code)]
 
 pub mod bitmap;
@@ -18,9 +18,7 @@ pub mod dataplane;
 pub mod devices;
 pub mod error;
 pub mod grant;
-#[allow(unsafe_code)]
 pub mod host;
-#[allow(unsafe_code)]
 pub mod hypervisor;
 pub mod machine;
 pub mod memory;
@@ -28,7 +26,6 @@ pub mod migrate;
 pub mod pmu_glue;
 pub mod probe;
 pub mod service;
-#[allow(unsafe_code)]
 mod sys;
 #[doc(hidden)]
 pub mod testing;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use pmu::{Image, Shape};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use vpmu_proto::api;
 use vpmu_proto::worker::{GuestEnd, PmuImage, VcpuStatus};
 
@@ -28,6 +28,9 @@ pub use build::BuildOptions;
 
 /// Bound on every command to the vCPUs. Far above what any takes; a host that is out of breath may need it.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Looks at the PMUs that may be under way at once; others wait. Leaves room in the vCPUs' inboxes for commands.
+pub(crate) const LOOKS: usize = 16;
 
 /// What vCPU threads report, and what watchers see.
 pub struct Lifecycle {
@@ -80,6 +83,7 @@ pub struct Machine {
     shape: Option<Shape>,
     probe: bool,
     incoming: bool,
+    looks: Semaphore,
     vcpus: Vec<VcpuHandle>,
 }
 
@@ -185,6 +189,8 @@ impl Machine {
 
     /// The PMU of every vCPU now.
     pub async fn look(&self) -> Result<Vec<PmuImage>, WorkerError> {
+        // Never closed; were it, a look more would do no harm.
+        let _turn = self.looks.acquire().await;
         Ok(to_proto(self.ask("reading the PMUs", |v| v.ask(Request::Look)).await?))
     }
 

@@ -7,6 +7,7 @@
 //!   would alias.
 //!
 //! Sizes are asserted against kvm-bindings at compile time.
+#![allow(unsafe_code)]
 
 pub(crate) mod kick;
 pub(crate) mod run_page;

@@ -20,6 +20,7 @@ async fn a_probe_lives_and_dies() {
     if let Some(hypervisor) = hypervisors().first() {
         refusals(hypervisor).await;
         a_grant_with_a_deadline_pauses(hypervisor).await;
+        many_looks_do_not_crowd_out_commands(hypervisor).await;
         dropping_ends_it(hypervisor).await;
     }
 }
@@ -188,4 +189,25 @@ async fn dropping_ends_it(hypervisor: &str) {
         assert!(std::time::Instant::now() < until, "left: {:?}", worker_threads());
         tokio::task::yield_now().await;
     }
+}
+
+async fn many_looks_do_not_crowd_out_commands(hypervisor: &str) {
+    let cores = host_cores();
+    let mut host = Host::new(&cores, "vm-5");
+    host.attach().await;
+    host.create(hypervisor, probe_spec(2, 64), false).await;
+    host.grant(1, 1, true).await.expect("grant");
+    let mut looks = tokio::task::JoinSet::new();
+    for _ in 0..300 {
+        let (mut client, fence) = (host.client.clone(), host.fence());
+        looks.spawn(async move { client.get_pmu(GetPmuRequest { fence }).await });
+    }
+    for _ in 0..10 {
+        host.pause().await;
+        host.run().await.expect("run");
+    }
+    while let Some(look) = looks.join_next().await {
+        assert_eq!(look.expect("task").expect("a look").into_inner().pmu.len(), 2);
+    }
+    host.shutdown().await;
 }

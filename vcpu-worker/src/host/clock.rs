@@ -1,4 +1,5 @@
 //! Clocks, all in nanoseconds unless said otherwise.
+#![allow(unsafe_code)]
 
 use std::sync::OnceLock;
 

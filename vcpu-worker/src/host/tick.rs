@@ -6,6 +6,7 @@
 //! same with the kernel's tick as its grain.
 //!
 //! Invariant: used on the thread that made it only (it is not `Send`).
+#![allow(unsafe_code)]
 
 use std::io::Error;
 use std::marker::PhantomData;

@@ -217,6 +217,7 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
         shape: plan.shape,
         probe: matches!(plan.boot, Boot::Probe(_)),
         incoming: plan.incoming,
+        looks: tokio::sync::Semaphore::new(super::LOOKS),
         vcpus,
     };
     Ok((machine, loads, plan.warnings))

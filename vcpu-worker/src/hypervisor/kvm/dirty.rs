@@ -4,6 +4,7 @@
 //! second call over just the pages that were dirty; without it reading re-arms everything. Either way a page written
 //! after `collect` is in the next `collect`, so whoever copies pages after `collect` misses nothing. What this process
 //! writes itself (devices, the probe's report page) is noted by [`GuestMemory`] and added here.
+#![allow(unsafe_code)]
 
 use kvm_bindings::*;
 use kvm_ioctls::VmFd;

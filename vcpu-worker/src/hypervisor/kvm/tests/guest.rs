@@ -2,6 +2,7 @@
 //!
 //! Identity map of 0 to 1 GiB, 3 to 4 GiB (no memory there: device accesses) and 4 to 5 GiB, for ring 3 too, with
 //! accessed and dirty bits set, so that the processor writes nothing of its own.
+#![allow(unsafe_code)]
 
 use crate::hypervisor::{EntryMode, InitialRegs};
 use crate::memory::GuestMemory;
