@@ -121,7 +121,9 @@ async fn refusals(hypervisor: &str) {
         change(&mut request);
         request
     };
-    let cases: [(CreateVmRequest, &str); 8] = [
+    let cases: [(CreateVmRequest, &str); 10] = [
+        (bad(|r| r.vm_name.clear()), "INVALID_FIELD"),
+        (bad(|r| r.vm_name.push('\0')), "INVALID_FIELD"),
         (bad(|r| r.spec = None), "INVALID_FIELD"),
         (bad(|r| r.spec.as_mut().unwrap().vcpus = 0), "INVALID_FIELD"),
         (bad(|r| r.spec.as_mut().unwrap().vcpus = 10_000), "INVALID_FIELD"),

@@ -28,6 +28,8 @@ use crate::vcpu::{Listener, VcpuHandle, VcpuSetup};
 
 /// vCPUs of one machine.
 const MAX_VCPUS: u32 = 256;
+/// Bytes of a name; it becomes part of thread and memory names.
+const MAX_NAME: usize = 128;
 /// Guest memory comes in these.
 const MEMORY_UNIT: u64 = 2 << 20;
 
@@ -72,6 +74,11 @@ impl Plan {
             .spec
             .as_ref()
             .ok_or_else(|| WorkerError::invalid("spec", "missing", "say what to build"))?;
+        let name = &request.vm_name;
+        if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
+            let remedy = "give 1 to 128 bytes without control characters";
+            return Err(WorkerError::invalid("vm_name", name.escape_default(), remedy));
+        }
         if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
             return Err(WorkerError::invalid("spec.vcpus", spec.vcpus, "give 1 to 256"));
         }
