@@ -1,6 +1,6 @@
 //! `load`, the clean start and the difference writes.
 
-use super::{Core, Loaded, Ran, SwitchError};
+use super::{Core, Loaded, Ran, SwitchError, Used};
 use crate::guest::regs::bits;
 use crate::guest::{GuestPmu, Policy};
 use crate::hardware::Hardware;
@@ -40,7 +40,7 @@ impl<H: Hardware> Core<H> {
             (self.ran, self.status_fresh, self.wrapped) =
                 (resident.ran, resident.status_fresh, resident.wrapped);
         }
-        if strict || live {
+        if live || (strict && !self.known.is_zero()) {
             let written = self.guarded(|_| true, |core| core.write_differences(g, strict));
             if let Err(error) = written {
                 // What the hardware still owns of this guest is read by the clean start of the next load.
@@ -122,19 +122,16 @@ impl<H: Hardware> Core<H> {
     /// it does not use must be 0; for a lazy one, counters that it does not use may keep what they hold, because no
     /// guest reads hardware by itself.
     pub(super) fn write_differences(&mut self, g: &GuestPmu, strict: bool) -> Result<(), SwitchError> {
-        for i in bits(self.host.gp) {
-            let used = g.live.gp >> i & 1 == 1;
-            let want = if used { self.hw_gp(g, i) } else { 0 };
-            let stale = self.ran.gp >> i & 1 == 1;
-            if (used || strict) && !stale && self.known.gp[i as usize] != want {
+        let others = if strict { self.known.used } else { Used::default() };
+        for i in bits((g.live.gp | others.gp) & !self.ran.gp) {
+            let want = if g.live.gp >> i & 1 == 1 { self.hw_gp(g, i) } else { 0 };
+            if self.known.gp[i as usize] != want {
                 self.write_gp(i, want)?;
             }
         }
-        for i in bits(self.host.fixed) {
-            let used = g.live.fixed >> i & 1 == 1;
-            let want = if used { self.hw_fixed(g, i) } else { 0 };
-            let stale = self.ran.fixed >> i & 1 == 1;
-            if (used || strict) && !stale && self.known.fixed[i as usize] != want {
+        for i in bits((g.live.fixed | others.fixed) & !self.ran.fixed) {
+            let want = if g.live.fixed >> i & 1 == 1 { self.hw_fixed(g, i) } else { 0 };
+            if self.known.fixed[i as usize] != want {
                 self.write_fixed(i, want)?;
             }
         }
@@ -144,7 +141,7 @@ impl<H: Hardware> Core<H> {
     /// Selectors and fixed control that differ; a counter that is not live has none.
     pub(super) fn write_selector_differences(&mut self, g: &GuestPmu) -> Result<(), SwitchError> {
         if self.host.has_global() {
-            for i in bits(self.host.gp) {
+            for i in bits(g.live.gp | self.known.used.sel) {
                 let want = self.hw_selector(g, i);
                 if self.known.sel[i as usize] != want {
                     self.write_sel(i, want)?;

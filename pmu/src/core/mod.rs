@@ -105,6 +105,46 @@ struct Known {
     sel: [u64; MAX_GP],
     fixed: [u64; MAX_FIXED],
     fixed_ctrl: u64,
+    /// Counters and selectors that are not 0, so that a switch looks at these only.
+    used: Used,
+}
+
+/// Which registers of the hardware are not 0.
+#[derive(Debug, Clone, Copy, Default)]
+struct Used {
+    gp: u64,
+    sel: u64,
+    fixed: u64,
+}
+
+impl Known {
+    const ZERO: Self = Self {
+        gp: [0; MAX_GP],
+        sel: [0; MAX_GP],
+        fixed: [0; MAX_FIXED],
+        fixed_ctrl: 0,
+        used: Used { gp: 0, sel: 0, fixed: 0 },
+    };
+
+    fn set_gp(&mut self, i: u32, value: u64) {
+        self.gp[i as usize] = value;
+        self.used.gp = self.used.gp & !(1 << i) | u64::from(value != 0) << i;
+    }
+
+    fn set_sel(&mut self, i: u32, value: u64) {
+        self.sel[i as usize] = value;
+        self.used.sel = self.used.sel & !(1 << i) | u64::from(value != 0) << i;
+    }
+
+    fn set_fixed(&mut self, i: u32, value: u64) {
+        self.fixed[i as usize] = value;
+        self.used.fixed = self.used.fixed & !(1 << i) | u64::from(value != 0) << i;
+    }
+
+    /// Every register is 0.
+    fn is_zero(&self) -> bool {
+        self.used.gp | self.used.sel | self.used.fixed | self.fixed_ctrl == 0
+    }
 }
 
 /// Counters that counted since they were last read.
@@ -171,7 +211,7 @@ impl<H: Hardware> Core<H> {
             host,
             svme: host.vendor == Vendor::Amd,
             clean: false,
-            known: Known { gp: [0; MAX_GP], sel: [0; MAX_GP], fixed: [0; MAX_FIXED], fixed_ctrl: 0 },
+            known: Known::ZERO,
             control: None,
             loaded: None,
             resident: None,
@@ -279,19 +319,19 @@ impl<H: Hardware> Core<H> {
 
     fn write_gp(&mut self, i: u32, value: u64) -> Result<(), SwitchError> {
         self.wrmsr(self.host.counter_write_msr(i), value)?;
-        self.known.gp[i as usize] = value;
+        self.known.set_gp(i, value);
         Ok(())
     }
 
     fn write_fixed(&mut self, i: u32, value: u64) -> Result<(), SwitchError> {
         self.wrmsr(self.host.fixed_msr(i), value)?;
-        self.known.fixed[i as usize] = value;
+        self.known.set_fixed(i, value);
         Ok(())
     }
 
     fn write_sel(&mut self, i: u32, value: u64) -> Result<(), SwitchError> {
         self.wrmsr(self.host.selector_msr(i), value)?;
-        self.known.sel[i as usize] = value;
+        self.known.set_sel(i, value);
         Ok(())
     }
 
@@ -339,7 +379,7 @@ impl<H: Hardware> Core<H> {
         } else {
             for i in bits(self.host.gp) {
                 self.hw.wrmsr(self.host.selector_msr(i), 0)?;
-                self.known.sel[i as usize] = 0;
+                self.known.set_sel(i, 0);
             }
         }
         self.control = Some(0);

@@ -24,7 +24,7 @@ impl<H: Hardware> Core<H> {
         }
         self.collect(g)?;
         self.loaded = None;
-        self.guarded(|_| true, Self::scrub)
+        if self.known.is_zero() { Ok(()) } else { self.guarded(|_| true, Self::scrub) }
     }
 
     /// Publishes the whole image of a loaded or resident guest, which stays where it is. A loaded guest is paused.
@@ -160,33 +160,27 @@ impl<H: Hardware> Core<H> {
             self.status_fresh = true;
         }
         for i in bits(readout.gp_read) {
-            self.known.gp[i as usize] = readout.gp[i as usize];
+            self.known.set_gp(i, readout.gp[i as usize]);
         }
         for i in bits(readout.fixed_read) {
-            self.known.fixed[i as usize] = readout.fixed[i as usize];
+            self.known.set_fixed(i, readout.fixed[i as usize]);
         }
         Ok(())
     }
 
     /// Writes 0 to every register that is not known to be 0: selectors first, so that nothing can count.
     pub(super) fn scrub(&mut self) -> Result<(), SwitchError> {
-        for i in bits(self.host.gp) {
-            if self.known.sel[i as usize] != 0 {
-                self.write_sel(i, 0)?;
-            }
+        for i in bits(self.known.used.sel) {
+            self.write_sel(i, 0)?;
         }
         if self.known.fixed_ctrl != 0 {
             self.write_fixed_ctrl(0)?;
         }
-        for i in bits(self.host.gp) {
-            if self.known.gp[i as usize] != 0 {
-                self.write_gp(i, 0)?;
-            }
+        for i in bits(self.known.used.gp) {
+            self.write_gp(i, 0)?;
         }
-        for i in bits(self.host.fixed) {
-            if self.known.fixed[i as usize] != 0 {
-                self.write_fixed(i, 0)?;
-            }
+        for i in bits(self.known.used.fixed) {
+            self.write_fixed(i, 0)?;
         }
         Ok(())
     }

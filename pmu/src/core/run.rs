@@ -101,10 +101,8 @@ impl<H: Hardware> Core<H> {
             if self.host.has_global() {
                 self.write_control(0)?;
             } else {
-                for i in bits(self.host.gp) {
-                    if self.known.sel[i as usize] != 0 {
-                        self.write_sel(i, 0)?;
-                    }
+                for i in bits(self.known.used.sel) {
+                    self.write_sel(i, 0)?;
                 }
                 self.control = Some(0);
             }

@@ -63,7 +63,7 @@ impl<H: Hardware> Core<H> {
             } else if self.is_running() {
                 let value = self.read_gp(i)?;
                 self.wrapped |= u64::from(value < self.known.gp[i as usize]) << i;
-                self.known.gp[i as usize] = value;
+                self.known.set_gp(i, value);
                 return Ok(value & g.shape.gp_mask());
             } else {
                 self.read_while_paused(g, Ran { gp: 1 << i, fixed: 0 })?;
@@ -80,7 +80,7 @@ impl<H: Hardware> Core<H> {
             } else if self.is_running() {
                 let value = self.read_fixed(i)?;
                 self.wrapped |= u64::from(value < self.known.fixed[i as usize]) << (32 + i);
-                self.known.fixed[i as usize] = value;
+                self.known.set_fixed(i, value);
                 return Ok(value & g.shape.fixed_mask());
             } else {
                 self.read_while_paused(g, Ran { gp: 0, fixed: 1 << i })?;
@@ -120,10 +120,10 @@ impl<H: Hardware> Core<H> {
             self.finish_reads(None, &shape, which, &mut readout)?;
         } else {
             for i in bits(which.gp) {
-                self.known.gp[i as usize] = readout.gp[i as usize];
+                self.known.set_gp(i, readout.gp[i as usize]);
             }
             for i in bits(which.fixed) {
-                self.known.fixed[i as usize] = readout.fixed[i as usize];
+                self.known.set_fixed(i, readout.fixed[i as usize]);
             }
         }
         self.ran.gp &= !which.gp;

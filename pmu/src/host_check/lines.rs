@@ -267,9 +267,10 @@ fn boundary(facts: &Facts, mode: Mode) -> Line {
 fn emulated(mode: Mode) -> Line {
     let (level, message) = match mode {
         Mode::Kvm => (Level::Ok, "instructions that KVM emulates are counted by KVM"),
-        Mode::Model => {
-            (Level::Ok, "events are modelled from CPU time: instructions that KVM or the VMM completes are not added")
-        }
+        Mode::Model => (
+            Level::Ok,
+            "events are modelled from CPU time: instructions that KVM or the VMM completes are not added",
+        ),
         Mode::Msr => (
             Level::Warning,
             "instructions that the VMM completes are counted; those that KVM emulates inside the kernel are not",
