@@ -51,7 +51,7 @@ async fn there_and_back_on_kvm() {
 }
 
 async fn there_and_back(hypervisor: &str) {
-    let Pair { a, b, .. } = pair(hypervisor, &[]).await;
+    let Pair { _dir, a, b } = pair(hypervisor, &[]).await;
     let created = a.create("vm", probe_spec(2, 64)).await;
     a.start_vm("vm").await;
     a.until_counting("vm").await;
@@ -111,7 +111,7 @@ async fn there_and_back(hypervisor: &str) {
 
 #[tokio::test]
 async fn what_cannot_move_is_refused_before_anything_happens() {
-    let Pair { a, b, .. } = pair("simulated", &["--model-pmu", "intel:v5:4+3:48"]).await;
+    let Pair { _dir, a, b } = pair("simulated", &["--model-pmu", "intel:v5:4+3:48"]).await;
     a.create("vm", probe_spec(1, 32)).await;
     a.start_vm("vm").await;
     let before = a.get("vm").await;
@@ -141,7 +141,7 @@ async fn what_cannot_move_is_refused_before_anything_happens() {
 
 #[tokio::test]
 async fn a_name_that_is_taken_there_is_refused() {
-    let Pair { a, b, .. } = pair("simulated", &[]).await;
+    let Pair { _dir, a, b } = pair("simulated", &[]).await;
     a.create("vm", probe_spec(1, 32)).await;
     b.create("vm", probe_spec(1, 32)).await;
     a.start_vm("vm").await;
@@ -186,7 +186,7 @@ async fn until_copying(host: &Host, operation: &vpmu_proto::longrunning::Operati
 
 #[tokio::test]
 async fn cancel_leaves_it_running_here_and_it_can_move_later() {
-    let Pair { a, b, .. } = pair("simulated", &[]).await;
+    let Pair { _dir, a, b } = pair("simulated", &[]).await;
     a.create("vm", filled()).await;
     a.start_vm("vm").await;
     a.until_counting("vm").await;
@@ -234,7 +234,7 @@ async fn until_empty(host: &Host) {
 
 #[tokio::test]
 async fn a_destination_that_dies_leaves_it_running_on_the_source() {
-    let Pair { a, mut b, .. } = pair("simulated", &[]).await;
+    let Pair { _dir, a, mut b } = pair("simulated", &[]).await;
     a.create("vm", filled()).await;
     a.start_vm("vm").await;
     a.until_counting("vm").await;
@@ -256,7 +256,7 @@ async fn a_destination_that_dies_leaves_it_running_on_the_source() {
 
 #[tokio::test]
 async fn a_source_that_dies_while_copying_keeps_it_stopped_and_the_destination_drops_it() {
-    let Pair { mut a, b, .. } = pair("simulated", &[]).await;
+    let Pair { _dir, mut a, b } = pair("simulated", &[]).await;
     a.create("vm", filled()).await;
     a.start_vm("vm").await;
     a.until_counting("vm").await;
@@ -283,7 +283,7 @@ async fn a_source_that_dies_while_copying_keeps_it_stopped_and_the_destination_d
 
 #[tokio::test]
 async fn the_destination_keeps_what_it_got_over_a_crash() {
-    let Pair { a, mut b, .. } = pair("simulated", &[]).await;
+    let Pair { _dir, a, mut b } = pair("simulated", &[]).await;
     a.create("vm", probe_spec(2, 32)).await;
     a.start_vm("vm").await;
     a.until_counting("vm").await;

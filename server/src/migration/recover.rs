@@ -169,6 +169,7 @@ fn show(
     vm.set_observed_state(state);
     reason.clone_into(&mut vm.reason);
     message.clone_into(&mut vm.message);
+    (vm.epoch, vm.incarnation) = (held.epoch, held.incarnation);
     vm.vcpu_cores.clear();
     vm.worker_pid = 0;
     vm.migration.clear();
