@@ -9,7 +9,7 @@ use crate::serve::ServeError;
 pub(crate) struct Host {
     pub(crate) hypervisor: HypervisorKind,
     pub(crate) shape: pmu::Shape,
-    pub(crate) host_pmu: String,
+    pub(crate) pmu_name: String,
     pub(crate) notes: Vec<String>,
     pub(crate) cores: Vec<u32>,
     pub(crate) memory_bytes: u64,
@@ -53,7 +53,7 @@ impl Host {
         }
         Ok(Self {
             hypervisor,
-            host_pmu: shape.to_string(),
+            pmu_name: shape.to_string(),
             shape,
             notes,
             cores,

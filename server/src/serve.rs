@@ -135,10 +135,10 @@ async fn serve(
 
     let end_workers = CancellationToken::new();
     let workers = WorkerFactory {
-        cores: Arc::new(vcpu_worker::cores::HostCores::new(host.shape.clone(), &host.cores)),
+        cores: Arc::new(vcpu_worker::cores::HostCores::new(host.shape, &host.cores)),
         hypervisor: host.hypervisor.as_str(),
         pmu_mode: "model",
-        model_pmu: host.host_pmu.clone(),
+        model_pmu: host.pmu_name.clone(),
         store_id: store.store_id().to_owned(),
         term: store.term(),
         shutdown: end_workers.clone(),
@@ -150,7 +150,7 @@ async fn serve(
             hypervisor: host.hypervisor.as_str(),
             pmu_mode: "model",
             shape: host.shape,
-            host_pmu: host.host_pmu,
+            host_pmu: host.pmu_name,
             notes: host.notes,
             boot_id: host.boot_id,
             cpuid: host.cpuid,

@@ -20,8 +20,14 @@ const MAX_MESSAGE: usize = 1024;
 
 /// A refusal or failure as the caller sees it.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("{message}")]
+#[error("{}", inner.message)]
 pub struct ApiError {
+    // Boxed: results stay small.
+    inner: Box<Inner>,
+}
+
+#[derive(Debug, Clone)]
+struct Inner {
     code: Code,
     reason: String,
     message: String,
@@ -31,17 +37,22 @@ pub struct ApiError {
     resource: Option<(String, String)>,
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "callers give what they have: numbers, strings, references"
+)]
 impl ApiError {
-    fn new(code: Code, reason: &str, message: String) -> Self {
-        Self {
+    fn new(code: Code, reason: &str, message: impl AsRef<str>) -> Self {
+        let inner = Inner {
             code,
             reason: reason.to_owned(),
-            message: clip(&message, MAX_MESSAGE),
+            message: clip(message.as_ref(), MAX_MESSAGE),
             metadata: HashMap::new(),
             field: None,
             precondition: None,
             resource: None,
-        }
+        };
+        Self { inner: Box::new(inner) }
     }
 
     /// INVALID_ARGUMENT: `field` has `value`, which is wrong for `problem`; `remedy` says what to send instead.
@@ -49,7 +60,7 @@ impl ApiError {
         let value = clip(&value.to_string(), 96);
         let mut error =
             Self::new(Code::InvalidArgument, reason, format!("{field}: {value:?} {problem}; {remedy}"));
-        error.field = Some((field.to_owned(), clip(&format!("{problem}; {remedy}"), 256)));
+        error.inner.field = Some((field.to_owned(), clip(&format!("{problem}; {remedy}"), 256)));
         error.with("field", field).with("value", value)
     }
 
@@ -59,7 +70,7 @@ impl ApiError {
         let reason = format!("{}_NOT_FOUND", screaming(kind));
         let mut error =
             Self::new(Code::NotFound, &reason, format!("{kind} {name:?} does not exist here; {remedy}"));
-        error.resource = Some((format!("vpmu.v1/{kind}"), name.clone()));
+        error.inner.resource = Some((format!("vpmu.v1/{kind}"), name.clone()));
         error.with("resource", name)
     }
 
@@ -69,47 +80,47 @@ impl ApiError {
         let reason = format!("{}_ALREADY_EXISTS", screaming(kind));
         let mut error =
             Self::new(Code::AlreadyExists, &reason, format!("{kind} {name:?} exists already; {remedy}"));
-        error.resource = Some((format!("vpmu.v1/{kind}"), name.clone()));
+        error.inner.resource = Some((format!("vpmu.v1/{kind}"), name.clone()));
         error.with("resource", name)
     }
 
     /// FAILED_PRECONDITION: `subject` is not in a state for this.
-    pub fn precondition(reason: &str, subject: &str, message: impl Into<String>) -> Self {
-        let mut error = Self::new(Code::FailedPrecondition, reason, message.into());
-        error.precondition = Some(clip(subject, 200));
+    pub fn precondition(reason: &str, subject: &str, message: impl AsRef<str>) -> Self {
+        let mut error = Self::new(Code::FailedPrecondition, reason, message);
+        error.inner.precondition = Some(clip(subject, 200));
         error.with("subject", clip(subject, 200))
     }
 
     /// ABORTED: somebody else is at it.
-    pub fn aborted(reason: &str, subject: &str, message: impl Into<String>) -> Self {
-        let mut error = Self::new(Code::Aborted, reason, message.into());
-        error.resource = Some(("vpmu.v1/Resource".to_owned(), clip(subject, 200)));
+    pub fn aborted(reason: &str, subject: &str, message: impl AsRef<str>) -> Self {
+        let mut error = Self::new(Code::Aborted, reason, message);
+        error.inner.resource = Some(("vpmu.v1/Resource".to_owned(), clip(subject, 200)));
         error.with("subject", clip(subject, 200))
     }
 
     /// UNAVAILABLE: may be retried.
-    pub fn unavailable(reason: &str, message: impl Into<String>) -> Self {
-        Self::new(Code::Unavailable, reason, message.into())
+    pub fn unavailable(reason: &str, message: impl AsRef<str>) -> Self {
+        Self::new(Code::Unavailable, reason, message)
     }
 
     /// RESOURCE_EXHAUSTED: the host has no more of it.
-    pub fn exhausted(reason: &str, message: impl Into<String>) -> Self {
-        Self::new(Code::ResourceExhausted, reason, message.into())
+    pub fn exhausted(reason: &str, message: impl AsRef<str>) -> Self {
+        Self::new(Code::ResourceExhausted, reason, message)
     }
 
     /// UNIMPLEMENTED: known, not there yet.
-    pub fn unimplemented(reason: &str, message: impl Into<String>) -> Self {
-        Self::new(Code::Unimplemented, reason, message.into())
+    pub fn unimplemented(reason: &str, message: impl AsRef<str>) -> Self {
+        Self::new(Code::Unimplemented, reason, message)
     }
 
     /// CANCELLED by request.
-    pub fn cancelled(reason: &str, message: impl Into<String>) -> Self {
-        Self::new(Code::Cancelled, reason, message.into())
+    pub fn cancelled(reason: &str, message: impl AsRef<str>) -> Self {
+        Self::new(Code::Cancelled, reason, message)
     }
 
     /// INTERNAL: something of ours failed.
-    pub fn internal(reason: &str, message: impl Into<String>) -> Self {
-        Self::new(Code::Internal, reason, message.into())
+    pub fn internal(reason: &str, message: impl AsRef<str>) -> Self {
+        Self::new(Code::Internal, reason, message)
     }
 
     /// The daemon is ending.
@@ -127,11 +138,11 @@ impl ApiError {
         let mut error = Self::new(status.code(), &clip(&reason, 64), format!("{what}: {}", status.message()));
         if let Some(info) = details.error_info() {
             for (key, value) in info.metadata.iter().take(16) {
-                error.metadata.insert(clip(key, 64), clip(value, 200));
+                error.inner.metadata.insert(clip(key, 64), clip(value, 200));
             }
         }
         if let Some(violation) = details.bad_request().and_then(|b| b.field_violations.first()) {
-            error.field = Some((clip(&violation.field, 128), clip(&violation.description, 256)));
+            error.inner.field = Some((clip(&violation.field, 128), clip(&violation.description, 256)));
         }
         error
     }
@@ -139,31 +150,31 @@ impl ApiError {
     /// Adds one metadata entry: dynamic parts of the message for programs.
     #[must_use]
     pub fn with(mut self, key: &str, value: impl ToString) -> Self {
-        self.metadata.insert(key.to_owned(), clip(&value.to_string(), 200));
+        self.inner.metadata.insert(key.to_owned(), clip(&value.to_string(), 200));
         self
     }
 
     /// gRPC code.
     pub fn code(&self) -> Code {
-        self.code
+        self.inner.code
     }
 
     /// Stable reason code.
     pub fn reason(&self) -> &str {
-        &self.reason
+        &self.inner.reason
     }
 
     /// Words for people.
     pub fn message(&self) -> &str {
-        &self.message
+        &self.inner.message
     }
 
     /// As it is put into an operation.
     pub fn to_rpc(&self) -> rpc::Status {
         let status = Status::from(self.clone());
         rpc::Status::decode(status.details()).unwrap_or_else(|_| rpc::Status {
-            code: self.code as i32,
-            message: self.message.clone(),
+            code: self.inner.code as i32,
+            message: self.inner.message.clone(),
             details: Vec::new(),
         })
     }
@@ -171,6 +182,7 @@ impl ApiError {
 
 impl From<ApiError> for Status {
     fn from(error: ApiError) -> Self {
+        let error = *error.inner;
         let mut details = ErrorDetails::new();
         details.set_error_info(error.reason.clone(), DOMAIN, error.metadata.clone());
         if let Some((field, description)) = &error.field {

@@ -143,7 +143,7 @@ pub fn spec(
 
 fn memory(bytes: u64, host: u64) -> Result<(), ApiError> {
     let field = format!("{SPEC}.memory_bytes");
-    if bytes == 0 || bytes % MEMORY_STEP != 0 {
+    if bytes == 0 || !bytes.is_multiple_of(MEMORY_STEP) {
         return Err(ApiError::invalid(
             &field,
             bytes,
@@ -248,16 +248,16 @@ pub fn migration(spec: Option<MigrationSpec>) -> Result<(MigrationSpec, Address)
     for (field, duration) in
         [("spec.max_blackout", &spec.max_blackout), ("spec.max_duration", &spec.max_duration)]
     {
-        if let Some(d) = duration {
-            if d.seconds < 0 || d.nanos < 0 || d.seconds > 86_400 || (d.seconds == 0 && d.nanos == 0) {
-                return Err(ApiError::invalid(
-                    field,
-                    format!("{}s {}ns", d.seconds, d.nanos),
-                    "DURATION_OUT_OF_RANGE",
-                    "is not above 0 and at most a day",
-                    "leave it unset for the default",
-                ));
-            }
+        if let Some(d) = duration
+            && (d.seconds < 0 || d.nanos < 0 || d.seconds > 86_400 || (d.seconds == 0 && d.nanos == 0))
+        {
+            return Err(ApiError::invalid(
+                field,
+                format!("{}s {}ns", d.seconds, d.nanos),
+                "DURATION_OUT_OF_RANGE",
+                "is not above 0 and at most a day",
+                "leave it unset for the default",
+            ));
         }
     }
     match migration_spec::Mode::try_from(spec.mode) {

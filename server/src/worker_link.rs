@@ -143,6 +143,7 @@ impl WorkerLink {
         self.inner.client.clone()
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "every request has it as an optional message")]
     fn fence(&self) -> Option<Fence> {
         Some(self.inner.fence.clone())
     }

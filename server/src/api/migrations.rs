@@ -50,7 +50,7 @@ impl MigrationsApi {
             return self.validate_only(&handle, spec, &destination).await;
         }
         // No wait: whoever migrates wants to follow it. The metadata is filled when the migration has its name.
-        operation(
+        Box::pin(operation(
             daemon,
             "CreateMigration",
             &request.request_id,
@@ -58,18 +58,18 @@ impl MigrationsApi {
             pack("Migration", &Migration::default()),
             Duration::ZERO,
             |seed| async {
-                self.admit(&handle)?;
+                Self::admit(&handle)?;
                 source_begin::begin(daemon, &handle, spec, &destination, |migration| {
                     seed.with_metadata(pack("Migration", migration))
                 })
                 .await
             },
-        )
+        ))
         .await
     }
 
     /// Refuses early what the actor would refuse, before another host is asked.
-    fn admit(&self, handle: &crate::vm::registry::VmHandle) -> Result<(), ApiError> {
+    fn admit(handle: &crate::vm::registry::VmHandle) -> Result<(), ApiError> {
         let view = handle.view();
         match verdict(view.state(), Action::Migrate) {
             Verdict::Via(_) => Ok(()),
@@ -83,7 +83,7 @@ impl MigrationsApi {
         spec: MigrationSpec,
         destination: &crate::config::Address,
     ) -> Result<Operation, ApiError> {
-        self.admit(handle)?;
+        Self::admit(handle)?;
         let checked = source_begin::check(&self.daemon, handle, &spec, destination).await?;
         check::refuse(&handle.name.to_string(), &checked.mismatches)?;
         let mut migration = Migration {
@@ -105,18 +105,15 @@ impl MigrationsApi {
 
     fn list(&self, request: &ListMigrationsRequest) -> Result<ListMigrationsResponse, ApiError> {
         let size = validate::page_size(request.page_size, 100)?;
-        let records = match request.parent.strip_suffix("/virtualMachines/-") {
-            Some(project) => {
+        let records = if let Some(project) = request.parent.strip_suffix("/virtualMachines/-") {
                 let project = crate::names::parse_project("parent", project)?;
                 let prefix = format!("projects/{project}/");
                 let mut all = self.daemon.store.list_all_migrations();
                 all.retain(|r| r.migration.as_ref().is_some_and(|m| m.name.starts_with(&prefix)));
                 all
-            }
-            None => {
+        } else {
                 let name = VmName::parse("parent", &request.parent, "")?;
                 self.daemon.store.list_migrations(&self.daemon.registry.get(&name)?.uid)
-            }
         };
         let live = self.daemon.migrations.outgoing();
         let all: Vec<Migration> = records
@@ -155,7 +152,7 @@ impl MigrationsService for MigrationsApi {
     ) -> Result<Response<Operation>, Status> {
         // In a task of its own: a caller that goes away in the middle must not leave half a migration.
         let this = self.clone();
-        let created = tokio::spawn(async move { this.create(request.into_inner()).await }).await;
+        let created = tokio::spawn(async move { Box::pin(this.create(request.into_inner())).await }).await;
         let created = created
             .map_err(|e| ApiError::internal("TASK_FAILED", format!("the request's task failed: {e}")))?;
         Ok(Response::new(created?))

@@ -194,12 +194,11 @@ impl VirtualMachinesService for Vms {
         };
         // Subscribe before listing: what changes in between is seen twice rather than never.
         let mut events = self.daemon.events.subscribe();
-        let existing: Vec<VirtualMachine> = match &only {
-            Some(name) => vec![self.daemon.registry.get(name)?.view().vm.clone()],
-            None => {
-                let all = self.daemon.registry.list(Some(names::DEFAULT_PROJECT));
-                all.iter().map(|h| h.view().vm.clone()).collect()
-            }
+        let existing: Vec<VirtualMachine> = if let Some(name) = &only {
+            vec![self.daemon.registry.get(name)?.view().vm.clone()]
+        } else {
+            let all = self.daemon.registry.list(Some(names::DEFAULT_PROJECT));
+            all.iter().map(|h| h.view().vm.clone()).collect()
         };
         let sequence = self.daemon.events.sequence();
         let shutdown = self.daemon.shutdown.clone();

@@ -77,7 +77,7 @@ fn sizes(daemon: &Daemon, spec: &VirtualMachineSpec, found: &mut Vec<MigrationMi
         add(found, "CORES", message, "use another host");
     }
     let free = daemon.capacity.free_bytes();
-    if spec.memory_bytes == 0 || spec.memory_bytes % validate::MEMORY_STEP != 0 || spec.memory_bytes > free {
+    if spec.memory_bytes == 0 || !spec.memory_bytes.is_multiple_of(validate::MEMORY_STEP) || spec.memory_bytes > free {
         let message =
             format!("the machine has {} bytes of memory, this host has {free} free", spec.memory_bytes);
         add(found, "MEMORY", message, "free memory on this host or use another");
@@ -138,8 +138,9 @@ fn cpu(guest: &[CpuidLeaf], host: &[CpuidLeaf], found: &mut Vec<MigrationMismatc
             .find(|l| l.function == function && l.index == index)
             .map(|l| [l.eax, l.ebx, l.ecx, l.edx])
     };
-    if let (Some([_, b, c, d]), Some([_, hb, hc, hd])) = (find(guest, 0, 0), find(host, 0, 0)) {
-        if (b, c, d) != (hb, hc, hd) {
+    if let (Some([_, b, c, d]), Some([_, hb, hc, hd])) = (find(guest, 0, 0), find(host, 0, 0))
+        && (b, c, d) != (hb, hc, hd)
+    {
             add(
                 found,
                 "CPU_VENDOR",
@@ -147,7 +148,6 @@ fn cpu(guest: &[CpuidLeaf], host: &[CpuidLeaf], found: &mut Vec<MigrationMismatc
                 "use a host of the same vendor",
             );
             return;
-        }
     }
     for (function, index, masks) in FEATURES {
         let Some(needed) = find(guest, function, index) else { continue };

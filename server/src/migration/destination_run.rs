@@ -27,7 +27,7 @@ const GAP: Duration = Duration::from_secs(2);
 
 /// What ends the wait for a decision.
 enum Decided {
-    Go(Go, u64, Option<Conversation>),
+    Go(Box<Go>, u64, Option<Conversation>),
     Abort(u64, Option<Conversation>),
     Ending,
 }
@@ -110,7 +110,7 @@ impl Incoming {
     /// Ready: waits for the source's decision however long it takes.
     async fn decide(&mut self, talk: Conversation, streams: &mut mpsc::Receiver<Conversation>) {
         match self.await_decision(talk, streams).await {
-            Decided::Go(go, epoch, talk) => self.enter(go, epoch, talk).await,
+            Decided::Go(go, epoch, talk) => self.enter(*go, epoch, talk).await,
             Decided::Abort(epoch, talk) => {
                 self.drop_copy(epoch).await;
                 if let Some(talk) = talk {
@@ -140,7 +140,7 @@ impl Incoming {
                 };
                 match message {
                     Ok(Some(SourceMessage { epoch, message: Some(FromSource::Go(go)), .. })) => {
-                        return Decided::Go(go, epoch, talk);
+                        return Decided::Go(Box::new(go), epoch, talk);
                     }
                     Ok(Some(SourceMessage { epoch, message: Some(FromSource::Abort(_)), .. })) => {
                         return Decided::Abort(epoch, talk);
@@ -177,7 +177,7 @@ impl Incoming {
             Decision::Committed => {
                 let go =
                     Go { state_digest: answer.state_digest, vm: None, keep_paused: self.desired_paused() };
-                Some(Decided::Go(go, answer.epoch, None))
+                Some(Decided::Go(Box::new(go), answer.epoch, None))
             }
             Decision::Aborted | Decision::Superseded => Some(Decided::Abort(answer.epoch, None)),
             _ => None,

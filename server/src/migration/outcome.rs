@@ -94,12 +94,12 @@ pub(super) fn guest_gap_us(report: &ProbeReport) -> Option<u64> {
 /// A migration that fits the store.
 pub(super) fn storable(migration: &Migration) -> Migration {
     let mut out = migration.clone();
-    if out.encoded_len() > MAX_STORED {
-        if let Some(result) = &mut out.result {
+    if out.encoded_len() > MAX_STORED
+        && let Some(result) = &mut out.result
+    {
             for vcpu in result.pmu_at_stop.iter_mut().chain(&mut result.pmu_at_resume) {
                 vcpu.registers.clear();
             }
-        }
     }
     out
 }

@@ -148,10 +148,10 @@ fn own(daemon: &Arc<Daemon>, record: VmRecord, held: OwnershipRecord, stored: St
 
 fn moved(daemon: &Arc<Daemon>, mut record: VmRecord, held: OwnershipRecord) -> Result<(), ApiError> {
     let to = if held.peer_host.is_empty() { held.owner_host.clone() } else { held.peer_host.clone() };
-    if let Some(vm) = &mut record.vm {
-        if vm.moved_to.is_empty() {
-            vm.moved_to.clone_from(&to);
-        }
+    if let Some(vm) = &mut record.vm
+        && vm.moved_to.is_empty()
+    {
+        vm.moved_to.clone_from(&to);
     }
     show(daemon, record, held, State::Moved, "MOVED", &format!("it runs on host {to}"))
 }

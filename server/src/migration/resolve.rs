@@ -54,9 +54,8 @@ fn decide(held: Option<&OwnershipRecord>, migration: &str, source: bool, ended: 
         Phase::Open | Phase::Quiesced | Phase::Committing | Phase::Incoming | Phase::Uncertain => {
             Decision::Undecided
         }
-        Phase::HandedOver | Phase::Released | Phase::Entered => Decision::Committed,
         Phase::Owned if source => Decision::Aborted,
-        Phase::Owned => Decision::Committed,
+        Phase::HandedOver | Phase::Released | Phase::Entered | Phase::Owned => Decision::Committed,
         Phase::Ready => Decision::Ready,
         Phase::Returned => Decision::Returned,
         Phase::Aborted => Decision::Aborted,

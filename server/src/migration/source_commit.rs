@@ -22,7 +22,7 @@ const RETRY: Duration = Duration::from_millis(500);
 
 /// What the destination said after Go.
 enum Answer {
-    Entered(Entered, Option<Conversation>),
+    Entered(Box<(Entered, Option<Conversation>)>),
     Returned(u64),
     /// This daemon ends; the next one goes on.
     Ending,
@@ -47,7 +47,7 @@ impl Source {
         let answer = self.await_entered(conversation, epoch, &go).await;
         let entered_ns = vcpu_worker::host::monotonic_ns();
         let (entered, conversation) = match answer {
-            Answer::Entered(entered, conversation) => (entered, conversation),
+            Answer::Entered(answer) => *answer,
             Answer::Returned(epoch) => return self.returned(epoch).await,
             Answer::Ending => {
                 let outcome = Outcome::Moved {
@@ -113,7 +113,7 @@ impl Source {
                 let sent = talk.to.send(self.message(epoch, FromSource::Go(go.clone()))).await.is_ok();
                 if sent && let Some(answer) = self.listen(&mut talk).await {
                     return match answer {
-                        Answer::Entered(entered, None) => Answer::Entered(entered, Some(talk)),
+                        Answer::Entered(answer) => Answer::Entered(Box::new((answer.0, Some(talk)))),
                         other => other,
                     };
                 }
@@ -144,7 +144,7 @@ impl Source {
             };
             let message = message?;
             match message.message {
-                Some(FromDestination::Entered(entered)) => return Some(Answer::Entered(entered, None)),
+                Some(FromDestination::Entered(entered)) => return Some(Answer::Entered(Box::new((entered, None)))),
                 Some(FromDestination::Returned(_)) => return Some(Answer::Returned(message.epoch)),
                 _ => {}
             }
@@ -162,7 +162,7 @@ impl Source {
         };
         let answer = peer.resolve(request).await.ok()?;
         match answer.decision() {
-            Decision::Committed => Some(Ok(Answer::Entered(Entered::default(), None))),
+            Decision::Committed => Some(Ok(Answer::Entered(Box::new((Entered::default(), None))))),
             Decision::Returned => Some(Ok(Answer::Returned(answer.epoch))),
             Decision::Ready => Some(Err(self.open(epoch.saturating_sub(1)).await.ok()?)),
             _ => None,

@@ -100,13 +100,13 @@ impl Ops {
                     let mut live = self.live();
                     match live.pending.get(&id) {
                         Some(receiver) => receiver.clone(),
-                        None => match self.store.operation_by_request(&id.to_string()) {
-                            Some(known) => return existing(&known, &digest, id),
-                            None => {
-                                live.pending.insert(id, receiver);
-                                break;
+                        None => {
+                            if let Some(known) = self.store.operation_by_request(&id.to_string()) {
+                                return existing(&known, &digest, id);
                             }
-                        },
+                            live.pending.insert(id, receiver);
+                            break;
+                        }
                     }
                 };
                 let mut pending = pending;

@@ -144,14 +144,12 @@ impl Actor {
                 let result = self.drop_incoming(ownership).await;
                 let _ = reply.send(result);
             }
-            Command::End { reply } => match &self.migration {
-                // Its driver sees the daemon's end by itself and reports back.
-                Some(_) => self.deferred.push_back(Command::End { reply }),
-                None => {
-                    self.end().await;
-                    let _ = reply.send(());
-                }
-            },
+            // The migration's driver sees the daemon's end by itself and reports back first.
+            Command::End { reply } if self.migration.is_some() => self.deferred.push_back(Command::End { reply }),
+            Command::End { reply } => {
+                self.end().await;
+                let _ = reply.send(());
+            }
         }
     }
 

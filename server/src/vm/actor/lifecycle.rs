@@ -140,8 +140,8 @@ impl Actor {
         self.worker = Some(worker);
         self.shape = built.pmu_shape;
         self.console = std::sync::Arc::default();
-        self.vm.hypervisor = self.daemon.host.hypervisor.to_owned();
-        self.vm.pmu_mode = self.daemon.host.pmu_mode.to_owned();
+        self.daemon.host.hypervisor.clone_into(&mut self.vm.hypervisor);
+        self.daemon.host.pmu_mode.clone_into(&mut self.vm.pmu_mode);
         Ok(())
     }
 
@@ -174,10 +174,10 @@ impl Actor {
         let Some(running) = self.begin(seed, reply).await else { return };
         let previous = self.state();
         self.show(State::Stopping);
-        if let Some(worker) = self.worker.take() {
-            if let Err(error) = worker.shutdown().await {
-                tracing::warn!(vm = %self.name, %error, "the worker of a deleted machine did not end in order");
-            }
+        if let Some(worker) = self.worker.take()
+            && let Err(error) = worker.shutdown().await
+        {
+            tracing::warn!(vm = %self.name, %error, "the worker of a deleted machine did not end in order");
         }
         let result = self.do_delete().await;
         match result {

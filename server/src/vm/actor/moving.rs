@@ -104,8 +104,8 @@ impl Actor {
         self.worker = Some(worker.clone());
         self.vm.migration.clear();
         self.vm.moved_to.clear();
-        self.vm.hypervisor = self.daemon.host.hypervisor.to_owned();
-        self.vm.pmu_mode = self.daemon.host.pmu_mode.to_owned();
+        self.daemon.host.hypervisor.clone_into(&mut self.vm.hypervisor);
+        self.daemon.host.pmu_mode.clone_into(&mut self.vm.pmu_mode);
         let pmu = self.store_pmu(images, worker.cores(), "migrate-in").await;
         let state = if paused { State::Paused } else { State::Running };
         let desired = if paused { DesiredState::Paused } else { DesiredState::Running };
@@ -116,19 +116,16 @@ impl Actor {
 
     pub(super) async fn drop_incoming(&mut self, ownership: OwnershipRecord) -> Result<(), ApiError> {
         self.ownership = ownership;
-        match self.before_incoming.take() {
-            Some(before) => {
+        if let Some(before) = self.before_incoming.take() {
                 self.shape = before.pmu_shape;
                 self.vm = before.vm.unwrap_or_default();
                 self.announce(Kind::Updated);
                 Ok(self.daemon.store.put_vm(&self.record()).await?)
-            }
-            None => {
+        } else {
                 // The record goes before the name is free: the next arrival's record must not be hit.
                 let deleted = self.daemon.store.delete_vm(&self.vm.uid).await;
                 self.forget();
                 Ok(deleted?)
-            }
         }
     }
 }
