@@ -24,7 +24,7 @@ pub async fn gone(watch: bool) {
         Ok(_) => drop(receiver.await),
         Err(error) => {
             tracing::error!(%error, "cannot watch for the parent's end: this daemon ends by signal only");
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 }

@@ -96,20 +96,18 @@ impl Ops {
         let (decided, receiver) = watch::channel(());
         if let Some(id) = request_id {
             loop {
-                let pending = {
+                let mut pending = {
                     let mut live = self.live();
-                    match live.pending.get(&id) {
-                        Some(receiver) => receiver.clone(),
-                        None => {
-                            if let Some(known) = self.store.operation_by_request(&id.to_string()) {
-                                return existing(&known, &digest, id);
-                            }
-                            live.pending.insert(id, receiver);
-                            break;
+                    if let Some(receiver) = live.pending.get(&id) {
+                        receiver.clone()
+                    } else {
+                        if let Some(known) = self.store.operation_by_request(&id.to_string()) {
+                            return existing(&known, &digest, id);
                         }
+                        live.pending.insert(id, receiver);
+                        break;
                     }
                 };
-                let mut pending = pending;
                 // Ends with an error when the first request is decided, which is what we wait for.
                 let _ = pending.changed().await;
             }

@@ -18,7 +18,6 @@ use crate::worker_link::WorkerLink;
 pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
 
 /// One command in an actor's mailbox.
-#[expect(clippy::large_enum_variant, reason = "mailboxes are short and the large ones rare")]
 pub enum Command {
     /// First command of a new machine.
     Create {

@@ -70,7 +70,7 @@ impl Host {
 
     /// SIGTERM; returns the exit code.
     pub async fn terminate(&mut self) -> i32 {
-        let pid = rustix::process::Pid::from_raw(self.child.id().expect("running") as i32).expect("pid");
+        let pid = rustix::process::Pid::from_raw(self.child.id().expect("running").cast_signed()).expect("pid");
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("SIGTERM");
         let status =
             tokio::time::timeout(DEADLINE, self.child.wait()).await.expect("ends in time").expect("reaped");
@@ -228,13 +228,11 @@ pub async fn spawn(
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
     let line =
         tokio::time::timeout(DEADLINE, lines.next_line()).await.expect("ready in time").expect("readable");
-    match line {
-        Some(line) => Ok((child, serde_json::from_str(&line).expect("JSON"))),
-        None => {
-            let status = child.wait().await.expect("reaped");
-            Err((status.code(), std::fs::read_to_string(dir.join("log")).expect("log")))
-        }
+    if let Some(line) = line {
+        return Ok((child, serde_json::from_str(&line).expect("JSON")));
     }
+    let status = child.wait().await.expect("reaped");
+    Err((status.code(), std::fs::read_to_string(dir.join("log")).expect("log")))
 }
 
 pub fn name(id: &str) -> String {
