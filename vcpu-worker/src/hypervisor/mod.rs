@@ -196,6 +196,12 @@ pub trait Vcpu: Send {
     /// wider than 8 bytes): `Some(exit)` is handled and answered like any other, then this is called again until it
     /// returns `None`.
     fn finish_pending(&mut self) -> Result<Option<Exit>, HvError>;
+    /// Whether state read now would be whole. KVM does not report a software exception (INT3) that it has yet to
+    /// deliver; where it has moved RIP past the instruction already (PVM does, VMX and SVM do not) a restored vCPU would
+    /// skip it. If false, the guest is entered for a moment more and this is asked again.
+    fn settled(&mut self) -> Result<bool, HvError> {
+        Ok(true)
+    }
     /// A handle that other threads kick this vCPU with. Called once, on the vCPU's own thread.
     fn kicker(&self) -> Arc<dyn Kick>;
     /// Forgets kicks so far; see the module's contract.

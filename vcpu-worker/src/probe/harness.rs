@@ -197,7 +197,15 @@ fn vcpu_thread(vm: &dyn Vm, index: u32, start: Start, shape: Shape, shared: &Sha
         answer(&mut *vcpu, &mut model, &exit, shared);
         seen = model.raw(status_msr(&shape)).unwrap_or(0);
     }
-    while let Some(exit) = vcpu.finish_pending().unwrap() {
+    loop {
+        while let Some(exit) = vcpu.finish_pending().unwrap() {
+            answer(&mut *vcpu, &mut model, &exit, shared);
+        }
+        if vcpu.settled().unwrap() {
+            break;
+        }
+        // `stop` goes on kicking, so this returns.
+        let exit = vcpu.run().unwrap();
         answer(&mut *vcpu, &mut model, &exit, shared);
     }
     Stopped { pieces: vcpu.save().unwrap(), model }

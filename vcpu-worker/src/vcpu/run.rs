@@ -27,6 +27,9 @@ const IDLE: Duration = Duration::from_millis(5);
 /// Shortest time between two ticks.
 const SHORTEST_TICK: Duration = Duration::from_micros(62);
 
+/// Moments that a guest gets to leave a place where its state cannot be read whole.
+const SETTLE_TRIES: u32 = 64;
+
 /// Local APIC of vCPU 0, for message-signalled interrupts; the APIC id goes into bits 19:12.
 const MSI_BASE: u64 = 0xfee0_0000;
 
@@ -384,13 +387,39 @@ impl Driver {
             }
             Effect::FinishPending => {
                 self.finishing = true;
-                let done = self.finish_pending();
+                let done = self.settle();
                 self.finishing = false;
                 done
             }
             Effect::Sync => self.counting.image().map(drop),
             Effect::Serve | Effect::Announce => Ok(()),
         }
+    }
+
+    /// Finishes a half-done instruction, and goes on for moments until state can be read whole. A guest that never
+    /// comes to such a place, or has no right to run any more, is left where it is.
+    fn settle(&mut self) -> Result<(), WorkerError> {
+        self.finish_pending()?;
+        for _ in 0..SETTLE_TRIES {
+            if self.state != State::Running || !self.right.allows(boottime_ns) || self.vcpu.settled()? {
+                break;
+            }
+            self.counting.enter()?;
+            self.arm(SHORTEST_TICK)?;
+            let exit = self.vcpu.run();
+            self.counting.leave()?;
+            if self.counting.pmi_raised() {
+                self.judge()?;
+            }
+            let exit = exit?;
+            if exit == Exit::Interrupted {
+                // A kick for a later request: it will be seen, since requests are looked for after this one.
+                self.vcpu.clear_kick();
+            }
+            self.on_exit(exit, true)?;
+            self.finish_pending()?;
+        }
+        Ok(())
     }
 
     fn finish_pending(&mut self) -> Result<(), WorkerError> {

@@ -242,6 +242,16 @@ impl Vcpu for KvmVcpu {
         }
     }
 
+    fn settled(&mut self) -> Result<bool, HvError> {
+        const INT3: u8 = 0xcc;
+        let regs = self.fd.get_regs().map_err(failed("KVM_GET_REGS"))?;
+        let at = regs.rip.wrapping_sub(1);
+        let place = self.fd.translate_gva(at).map_err(failed("KVM_TRANSLATE"))?;
+        let mut byte = [0];
+        let read = place.valid != 0 && self.shared.memory.read(place.physical_address, &mut byte).is_ok();
+        Ok(!read || byte != [INT3])
+    }
+
     fn kicker(&self) -> Arc<dyn Kick> {
         self.kicker.bind();
         Arc::clone(&self.kicker) as Arc<dyn Kick>
