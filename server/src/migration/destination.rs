@@ -30,7 +30,7 @@ use crate::vm::registry::VmHandle;
 use crate::worker_link::{Launch, WorkerLink};
 
 /// A reservation without a stream ends after this long.
-pub(super) const LEASE: Duration = Duration::from_secs(20);
+pub(super) const LEASE: Duration = Duration::from_secs(8);
 /// Longest socket path that workers can use.
 const MAX_DATA_PATH: usize = 100;
 
