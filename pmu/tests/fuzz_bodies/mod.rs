@@ -1,6 +1,6 @@
 //! Bodies of the fuzz targets: what outside bytes may reach. The same functions run under libFuzzer (`pmu/fuzz`) and, on
 //! stable, as property tests (`fuzz_bodies.rs`).
-#![allow(dead_code)]
+#![allow(dead_code, unreachable_pub)]
 
 use pmu::cpuid::{Capabilities, CpuidLeaves, GuestLeaves, Leaf};
 use pmu::{

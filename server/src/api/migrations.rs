@@ -106,14 +106,14 @@ impl MigrationsApi {
     fn list(&self, request: &ListMigrationsRequest) -> Result<ListMigrationsResponse, ApiError> {
         let size = validate::page_size(request.page_size, 100)?;
         let records = if let Some(project) = request.parent.strip_suffix("/virtualMachines/-") {
-                let project = crate::names::parse_project("parent", project)?;
-                let prefix = format!("projects/{project}/");
-                let mut all = self.daemon.store.list_all_migrations();
-                all.retain(|r| r.migration.as_ref().is_some_and(|m| m.name.starts_with(&prefix)));
-                all
+            let project = crate::names::parse_project("parent", project)?;
+            let prefix = format!("projects/{project}/");
+            let mut all = self.daemon.store.list_all_migrations();
+            all.retain(|r| r.migration.as_ref().is_some_and(|m| m.name.starts_with(&prefix)));
+            all
         } else {
-                let name = VmName::parse("parent", &request.parent, "")?;
-                self.daemon.store.list_migrations(&self.daemon.registry.get(&name)?.uid)
+            let name = VmName::parse("parent", &request.parent, "")?;
+            self.daemon.store.list_migrations(&self.daemon.registry.get(&name)?.uid)
         };
         let live = self.daemon.migrations.outgoing();
         let all: Vec<Migration> = records

@@ -77,7 +77,10 @@ fn sizes(daemon: &Daemon, spec: &VirtualMachineSpec, found: &mut Vec<MigrationMi
         add(found, "CORES", message, "use another host");
     }
     let free = daemon.capacity.free_bytes();
-    if spec.memory_bytes == 0 || !spec.memory_bytes.is_multiple_of(validate::MEMORY_STEP) || spec.memory_bytes > free {
+    if spec.memory_bytes == 0
+        || !spec.memory_bytes.is_multiple_of(validate::MEMORY_STEP)
+        || spec.memory_bytes > free
+    {
         let message =
             format!("the machine has {} bytes of memory, this host has {free} free", spec.memory_bytes);
         add(found, "MEMORY", message, "free memory on this host or use another");
@@ -141,13 +144,13 @@ fn cpu(guest: &[CpuidLeaf], host: &[CpuidLeaf], found: &mut Vec<MigrationMismatc
     if let (Some([_, b, c, d]), Some([_, hb, hc, hd])) = (find(guest, 0, 0), find(host, 0, 0))
         && (b, c, d) != (hb, hc, hd)
     {
-            add(
-                found,
-                "CPU_VENDOR",
-                "the hosts' processors are of different vendors".to_owned(),
-                "use a host of the same vendor",
-            );
-            return;
+        add(
+            found,
+            "CPU_VENDOR",
+            "the hosts' processors are of different vendors".to_owned(),
+            "use a host of the same vendor",
+        );
+        return;
     }
     for (function, index, masks) in FEATURES {
         let Some(needed) = find(guest, function, index) else { continue };

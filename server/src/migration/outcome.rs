@@ -97,9 +97,9 @@ pub(super) fn storable(migration: &Migration) -> Migration {
     if out.encoded_len() > MAX_STORED
         && let Some(result) = &mut out.result
     {
-            for vcpu in result.pmu_at_stop.iter_mut().chain(&mut result.pmu_at_resume) {
-                vcpu.registers.clear();
-            }
+        for vcpu in result.pmu_at_stop.iter_mut().chain(&mut result.pmu_at_resume) {
+            vcpu.registers.clear();
+        }
     }
     out
 }

@@ -144,7 +144,9 @@ impl Source {
             };
             let message = message?;
             match message.message {
-                Some(FromDestination::Entered(entered)) => return Some(Answer::Entered(Box::new((entered, None)))),
+                Some(FromDestination::Entered(entered)) => {
+                    return Some(Answer::Entered(Box::new((entered, None))));
+                }
                 Some(FromDestination::Returned(_)) => return Some(Answer::Returned(message.epoch)),
                 _ => {}
             }

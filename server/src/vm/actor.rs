@@ -145,7 +145,9 @@ impl Actor {
                 let _ = reply.send(result);
             }
             // The migration's driver sees the daemon's end by itself and reports back first.
-            Command::End { reply } if self.migration.is_some() => self.deferred.push_back(Command::End { reply }),
+            Command::End { reply } if self.migration.is_some() => {
+                self.deferred.push_back(Command::End { reply });
+            }
             Command::End { reply } => {
                 self.end().await;
                 let _ = reply.send(());

@@ -70,7 +70,8 @@ impl Host {
 
     /// SIGTERM; returns the exit code.
     pub async fn terminate(&mut self) -> i32 {
-        let pid = rustix::process::Pid::from_raw(self.child.id().expect("running").cast_signed()).expect("pid");
+        let pid =
+            rustix::process::Pid::from_raw(self.child.id().expect("running").cast_signed()).expect("pid");
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("SIGTERM");
         let status =
             tokio::time::timeout(DEADLINE, self.child.wait()).await.expect("ends in time").expect("reaped");

@@ -117,15 +117,15 @@ impl Actor {
     pub(super) async fn drop_incoming(&mut self, ownership: OwnershipRecord) -> Result<(), ApiError> {
         self.ownership = ownership;
         if let Some(before) = self.before_incoming.take() {
-                self.shape = before.pmu_shape;
-                self.vm = before.vm.unwrap_or_default();
-                self.announce(Kind::Updated);
-                Ok(self.daemon.store.put_vm(&self.record()).await?)
+            self.shape = before.pmu_shape;
+            self.vm = before.vm.unwrap_or_default();
+            self.announce(Kind::Updated);
+            Ok(self.daemon.store.put_vm(&self.record()).await?)
         } else {
-                // The record goes before the name is free: the next arrival's record must not be hit.
-                let deleted = self.daemon.store.delete_vm(&self.vm.uid).await;
-                self.forget();
-                Ok(deleted?)
+            // The record goes before the name is free: the next arrival's record must not be hit.
+            let deleted = self.daemon.store.delete_vm(&self.vm.uid).await;
+            self.forget();
+            Ok(deleted?)
         }
     }
 }

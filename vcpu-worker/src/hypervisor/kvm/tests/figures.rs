@@ -44,7 +44,12 @@ fn figures() {
         }));
     }
     let least = |v: &[f64]| v.iter().copied().fold(f64::INFINITY, f64::min);
-    println!("OUT from ring 0: {:.2} us ours, {:.2} us bare, ratio {:.3}", least(&a), least(&b), least(&a) / least(&b));
+    println!(
+        "OUT from ring 0: {:.2} us ours, {:.2} us bare, ratio {:.3}",
+        least(&a),
+        least(&b),
+        least(&a) / least(&b)
+    );
 
     let msr_memory = memory(2 * MIB);
     let (_msr_vm, mut msr) = start(&msr_memory, guest::msr(), EntryMode::Long);
