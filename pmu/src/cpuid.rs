@@ -37,9 +37,9 @@ pub struct Leaf {
 pub struct CpuidLeaves {
     /// 0H: the vendor string in EBX, EDX, ECX.
     pub vendor: Leaf,
-    /// 1H: family and model in EAX, PDCM in ECX[15].
+    /// 1H: family and model in EAX, PDCM in ECX\[15\].
     pub features: Leaf,
-    /// 7H sub-leaf 1: ArchPerfmonExt in EAX[8].
+    /// 7H sub-leaf 1: ArchPerfmonExt in EAX\[8\].
     pub extended_features: Leaf,
     /// 0AH: architectural PerfMon.
     pub perfmon: Leaf,
@@ -47,9 +47,9 @@ pub struct CpuidLeaves {
     pub perfmon_ext: Leaf,
     /// 23H sub-leaf 1: counter bitmaps, GP in EAX, fixed in EBX.
     pub perfmon_ext_counters: Leaf,
-    /// 8000_0001H: PerfCtrExtCore in ECX[23].
+    /// 8000_0001H: PerfCtrExtCore in ECX\[23\].
     pub amd_features: Leaf,
-    /// 8000_0022H: PerfMonV2 in EAX[0], number of core counters in EBX[3:0].
+    /// 8000_0022H: PerfMonV2 in EAX\[0\], number of core counters in EBX\[3:0\].
     pub amd_perfmon: Leaf,
     /// IA32_PERF_CAPABILITIES; looked at only if CPUID announces it (PDCM).
     pub perf_capabilities: u64,
@@ -212,18 +212,18 @@ impl Capabilities {
 pub struct GuestLeaves {
     /// 0AH, all of it (0 on AMD and without a PMU).
     pub perfmon: Leaf,
-    /// 1H:ECX[15], whether PERF_CAPABILITIES exists.
+    /// 1H:ECX\[15\], whether PERF_CAPABILITIES exists.
     pub pdcm: bool,
     /// IA32_PERF_CAPABILITIES, to be set before the first run; 0 if `pdcm` is false.
     pub perf_capabilities: u64,
-    /// 8000_0001H:ECX[23].
+    /// 8000_0001H:ECX\[23\].
     pub amd_ext_core: bool,
     /// 8000_0022H EAX and EBX (other fields 0).
     pub amd_perfmon: Leaf,
 }
 
 impl GuestLeaves {
-    /// No PMU at all: what a guest sees in `model` and `msr` mode unless it is told otherwise (switch.md section 8). Leaves 7H.1 EAX[8]
+    /// No PMU at all: what a guest sees in `model` and `msr` mode unless it is told otherwise (switch.md section 8). Leaves 7H.1 EAX\[8\]
     /// and 23H must be 0 too.
     #[must_use]
     pub fn hidden() -> Self {

@@ -38,7 +38,7 @@ pub struct Facts {
     pub kernel: String,
     /// The host's PMU by CPUID, or why there is none to drive.
     pub pmu: Option<Result<Capabilities, String>>,
-    /// This host is itself a guest (CPUID.1:ECX[31]).
+    /// This host is itself a guest (CPUID.1:ECX\[31\]).
     pub is_guest: bool,
     /// What `model` mode models.
     pub model: Option<Shape>,

@@ -13,9 +13,9 @@ pub struct CpuidPmu {
     pub leaf_a: [u32; 4],
     /// Leaf 8000_0022H: EAX, EBX, ECX, EDX (AMD PerfMonV2).
     pub leaf_8000_0022: [u32; 4],
-    /// CPUID.8000_0001H:ECX[23], six core counters at C001_0200H.
+    /// CPUID.8000_0001H:ECX\[23\], six core counters at C001_0200H.
     pub perf_ctr_ext_core: bool,
-    /// CPUID.1:ECX[15], IA32_PERF_CAPABILITIES exists.
+    /// CPUID.1:ECX\[15\], IA32_PERF_CAPABILITIES exists.
     pub pdcm: bool,
 }
 
