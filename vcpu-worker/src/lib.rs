@@ -4,6 +4,7 @@
 //! Map, from the outside in:
 //! - [`channel`] and the binary serve [`service`], which fences commands ([`grant`]) and holds one [`machine`];
 //! - a machine is [`memory`], a [`hypervisor`] VM, [`devices`] with a [`console`], and [`vcpu`] threads on [`cores`];
+//! - [`kvm_pmu`] saves and restores KVM's own vPMU (PMU mode `kvm`);
 //! - [`boot`] and [`probe`] fill the memory; [`migrate`] drives the [`dataplane`].
 //!
 //! `unsafe` is allowed only in files that say so at their head: memory, system calls, clocks, KVM's dirty log, the probe.
@@ -20,6 +21,7 @@ pub mod error;
 pub mod grant;
 pub mod host;
 pub mod hypervisor;
+pub mod kvm_pmu;
 pub mod machine;
 pub mod memory;
 pub mod migrate;

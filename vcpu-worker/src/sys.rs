@@ -3,6 +3,7 @@
 //! - [`State`]: the fixed-size state structures, moved as bytes. The bytes of a piece of saved state are exactly what
 //!   KVM wrote over zeroed memory, so no padding is ever uninitialised and no structure is built from outside data.
 //! - [`clear_dirty_log`] and a GET_DIRTY_LOG into a reused buffer.
+//! - [`set_pmu_event_filter`].
 //! - [`run_page`]: the shared page of a vCPU. kvm-ioctls hands out `&mut kvm_run`, which the kick's signal handler
 //!   would alias.
 //!
@@ -42,6 +43,7 @@ const KVM_CLEAR_DIRTY_LOG: libc::c_ulong = ioc(READ | WRITE, 0xc0, size_of::<kvm
 const KVM_GET_DEVICE_ATTR: libc::c_ulong = ioc(WRITE, 0xe2, size_of::<kvm_device_attr>());
 const KVM_SET_DEVICE_ATTR: libc::c_ulong = ioc(WRITE, 0xe1, size_of::<kvm_device_attr>());
 const KVM_HAS_DEVICE_ATTR: libc::c_ulong = ioc(WRITE, 0xe3, size_of::<kvm_device_attr>());
+const KVM_SET_PMU_EVENT_FILTER: libc::c_ulong = ioc(WRITE, 0xb2, size_of::<kvm_pmu_event_filter>());
 /// KVM_RUN.
 pub(crate) const KVM_RUN: libc::c_ulong = ioc(0, 0x80, 0);
 
@@ -49,6 +51,8 @@ const _: () = {
     assert!(KVM_GET_DIRTY_LOG == 0x4010_ae42);
     assert!(KVM_CLEAR_DIRTY_LOG == 0xc018_aec0);
     assert!(KVM_GET_DEVICE_ATTR == 0x4018_aee2);
+    assert!(KVM_SET_PMU_EVENT_FILTER == 0x4020_aeb2);
+    assert!(size_of::<kvm_pmu_event_filter>() == PMU_EVENT_FILTER_HEADER);
     assert!(KVM_RUN == 0xae80);
 };
 
@@ -241,6 +245,24 @@ pub(crate) fn clear_dirty_log(
     // SAFETY: KVM reads one bit a page from the bitmap, which is large enough (asserted).
     let ret = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CLEAR_DIRTY_LOG, &raw mut log) };
     if ret < 0 { Err(last_os("KVM_CLEAR_DIRTY_LOG")) } else { Ok(()) }
+}
+
+/// Bytes of `struct kvm_pmu_event_filter` before its events.
+pub(crate) const PMU_EVENT_FILTER_HEADER: usize = 32;
+
+/// Sets the VM's PMU event filter. `filter` is a `struct kvm_pmu_event_filter` with its events behind it; a length that is not what its
+/// count of events (bytes 4 to 7) says is refused before KVM sees it.
+pub(crate) fn set_pmu_event_filter(vm: &impl AsRawFd, filter: &[u8]) -> Result<(), HvError> {
+    let count = filter.get(4..).and_then(|f| f.first_chunk::<4>()).map_or(0, |c| u32::from_le_bytes(*c));
+    let wanted = (count as usize).saturating_mul(8).saturating_add(PMU_EVENT_FILTER_HEADER);
+    if filter.len() != wanted {
+        let problem = format!("{} bytes, but {count} events make {wanted}", filter.len());
+        return Err(HvError::State { kind: "PMU event filter".to_owned(), problem });
+    }
+    let mut buffer = Buffer::from_bytes(filter);
+    // SAFETY: KVM reads the header and 8 bytes an event, which the buffer holds (checked above), aligned to 8; it keeps no pointer.
+    let ret = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_SET_PMU_EVENT_FILTER, buffer.words.as_mut_ptr()) };
+    if ret < 0 { Err(last_os("KVM_SET_PMU_EVENT_FILTER")) } else { Ok(()) }
 }
 
 fn tsc_offset_attr(value: &mut u64) -> kvm_device_attr {
