@@ -371,6 +371,24 @@ fn i19_i22_restore_is_exact_or_refused_whole() {
     }
 }
 
+/// Two numbers of one counter in an image would depend on their order: only the canonical one is taken. (Found by the
+/// fuzz target `image_import`.)
+#[test]
+fn i19_an_image_with_an_alias_is_rejected() {
+    use pmu::{ImportOutcome, RestorePolicy};
+    for (text, alias) in [("intel:v5:8+4:48", 0x4C1), ("amd:v2:6:48", 0xC001_0000)] {
+        let shape: Shape = text.parse().expect("shape");
+        let mut g = GuestPmu::new(GuestId(1), shape, Policy::Strict, EventFilter::allow_all());
+        let mut image = g.image();
+        image.registers.push((alias, 5));
+        image.registers.sort_unstable();
+        assert!(
+            matches!(g.import(&image, RestorePolicy::Require), ImportOutcome::Rejected { rule: "C4", .. }),
+            "{text}"
+        );
+    }
+}
+
 /// I-24, second half: somebody else's write is found, and the core starts clean afterwards.
 #[test]
 fn i24_an_audit_finds_foreign_writers() {

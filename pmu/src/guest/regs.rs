@@ -73,10 +73,18 @@ impl Regs {
     fn set(&mut self, shape: &Shape, msr: u32, value: u64) -> bool {
         let fits = |mask: u64| value & !mask == 0;
         match decode(shape.vendor, shape.version, msr) {
-            Some(Reg::GpCounter(i) | Reg::GpCounterLegacy(i)) if shape.has_gp(i) && fits(shape.gp_mask()) => {
+            // One number a register: an image with two aliases of one counter would depend on their order
+            // (reference section 10, trap 13).
+            Some(Reg::GpCounter(i) | Reg::GpCounterLegacy(i))
+                if msr == shape.counter_msr(i) && shape.has_gp(i) && fits(shape.gp_mask()) =>
+            {
                 self.gp[i as usize] = value;
             }
-            Some(Reg::GpSelector(i)) if shape.has_gp(i) && fits(super::write::selector_bits(shape)) => {
+            Some(Reg::GpSelector(i))
+                if msr == shape.selector_msr(i)
+                    && shape.has_gp(i)
+                    && fits(super::write::selector_bits(shape)) =>
+            {
                 self.sel[i as usize] = value;
             }
             Some(Reg::FixedCounter(i)) if shape.has_fixed(i) && fits(shape.fixed_mask()) => {
