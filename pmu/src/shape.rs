@@ -216,21 +216,25 @@ impl Shape {
     }
 
     /// Largest value of a general-purpose counter.
+    #[inline]
     pub const fn gp_mask(&self) -> u64 {
         u64::MAX >> (64 - self.gp_width)
     }
 
     /// Largest value of a fixed counter.
+    #[inline]
     pub const fn fixed_mask(&self) -> u64 {
         u64::MAX >> (64 - self.fixed_width)
     }
 
     /// A global control exists: Intel v2 and later, AMD PerfMonV2. So does an overflow status.
+    #[inline]
     pub const fn has_global(&self) -> bool {
         self.version >= 2
     }
 
     /// The bits that all counters have in global control and overflow status.
+    #[inline]
     pub const fn counter_bits(&self) -> u64 {
         self.gp | self.fixed << 32
     }

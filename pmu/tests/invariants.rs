@@ -133,8 +133,15 @@ fn denied(filtered: bool) -> &'static [u64] {
     if filtered { &[0x013C] } else { &[] }
 }
 
+/// 1,000 random worlds, or as many as `VPMU_PROPTEST_CASES` says.
+fn cases() -> u32 {
+    std::env::var("VPMU_PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(1000)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1000, max_shrink_iters: 4000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: cases(), max_shrink_iters: 4000, failure_persistence: None, ..ProptestConfig::default()
+    })]
 
     /// I-1 to I-9, I-11 to I-14, I-18: everything that `World::step` checks.
     #[test]
@@ -324,6 +331,34 @@ fn i15_load_and_put_are_idempotent() {
                 core.sync(&mut g).expect("sync");
                 assert_eq!(g.image(), image, "{text}");
                 assert!(k > 0 || core.hardware().count == start, "{text}: nothing live, nothing touched");
+            }
+        }
+    }
+}
+
+/// I-9 without an overflow status: a wrap that one pause has seen is not seen again by the next. (Found by
+/// `i04_a_guests_trace_is_independent_of_its_neighbours`.)
+#[test]
+fn i09_a_wrap_interrupts_once_without_an_overflow_status() {
+    for text in ["intel:v1:2+0:40", "amd:v0:4:48", "amd:v1:6:48"] {
+        let host: Shape = text.parse().expect("shape");
+        for policy in [Policy::Strict, Policy::Lazy] {
+            let mut world = World::new(host, &[(1, 0, policy)], &[], None);
+            let wrap = Events { cycles: 0, instructions: 448, ref_cycles: 0, slots: 0, branches: 0 };
+            let top = if host.vendor == pmu::Vendor::Intel { 0xFFFF_FFFF } else { host.gp_mask() };
+            for op in [
+                Op::Write(0, host.selector_msr(0), 0x53_00C0),
+                Op::Write(0, host.counter_msr(0), top),
+                Op::Load(0),
+                Op::Resume(0),
+                Op::Count(wrap),
+                Op::Pause(0),
+                Op::Resume(0),
+                Op::Pause(0),
+                Op::Resume(0),
+                Op::Put(0),
+            ] {
+                world.step(op).unwrap_or_else(|e| panic!("{text}: {e}"));
             }
         }
     }

@@ -20,7 +20,7 @@ impl<H: Hardware> Core<H> {
     /// everything unknown, so that the next load starts clean. A core of which nothing is known has nothing to compare.
     pub fn audit(&mut self) -> Result<Vec<ForeignWrite>, SwitchError> {
         if let Some(loaded) = self.loaded {
-            return Err(SwitchError::Busy(loaded.id.0));
+            return Err(SwitchError::Busy(loaded.0));
         }
         if !self.clean {
             return Ok(Vec::new());

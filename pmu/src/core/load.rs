@@ -1,6 +1,6 @@
 //! `load`, the clean start and the difference writes.
 
-use super::{Core, Loaded, Ran, SwitchError, Used};
+use super::{Core, SwitchError, Used};
 use crate::guest::regs::bits;
 use crate::guest::{GuestPmu, Policy};
 use crate::hardware::Hardware;
@@ -12,17 +12,10 @@ impl<H: Hardware> Core<H> {
     pub fn load(&mut self, g: &mut GuestPmu) -> Result<(), SwitchError> {
         g.absorb();
         if let Some(loaded) = self.loaded {
-            return if loaded.id == g.id { Ok(()) } else { Err(SwitchError::Busy(loaded.id.0)) };
+            return if loaded == g.id { Ok(()) } else { Err(SwitchError::Busy(loaded.0)) };
         }
-        let (guest, host) = (&g.shape, &self.host);
-        let fits = guest.counter_bits() == 0
-            || (guest.vendor == host.vendor
-                && guest.version <= host.version
-                && guest.counter_bits() & !host.counter_bits() == 0
-                && guest.gp_width <= host.gp_width
-                && guest.fixed_width <= host.fixed_width);
-        if !fits {
-            return Err(SwitchError::Shape { guest: g.shape, host: self.host });
+        if self.fits != Some(g.id) {
+            self.check_fit(g)?;
         }
         if !self.clean {
             self.guarded(|_| true, Self::start_clean)?;
@@ -35,7 +28,6 @@ impl<H: Hardware> Core<H> {
         if !mine && self.resident.is_some() && (strict || live) {
             self.guarded(|_| false, Self::evict)?;
         }
-        (self.ran, self.status_fresh, self.wrapped) = (Ran::default(), true, 0);
         if mine && let Some(resident) = self.resident.take() {
             (self.ran, self.status_fresh, self.wrapped) =
                 (resident.ran, resident.status_fresh, resident.wrapped);
@@ -48,13 +40,29 @@ impl<H: Hardware> Core<H> {
                 return Err(error);
             }
         }
-        self.loaded = Some(Loaded { id: g.id, entered: false, owed: Ran::default() });
+        self.loaded = Some(g.id);
+        Ok(())
+    }
+
+    /// A guest's shape never changes, so this is asked once for a guest that keeps coming.
+    fn check_fit(&mut self, g: &GuestPmu) -> Result<(), SwitchError> {
+        let (guest, host) = (&g.shape, &self.host);
+        let fits = guest.counter_bits() == 0
+            || (guest.vendor == host.vendor
+                && guest.version <= host.version
+                && guest.counter_bits() & !host.counter_bits() == 0
+                && guest.gp_width <= host.gp_width
+                && guest.fixed_width <= host.fixed_width);
+        if !fits {
+            return Err(SwitchError::Shape { guest: g.shape, host: self.host });
+        }
+        self.fits = Some(g.id);
         Ok(())
     }
 
     /// Takes back a load whose resume failed: the guest is not loaded, its image is unchanged, and what the hardware
     /// still owns of it is read by the next load.
-    pub fn abandon_load(&mut self, g: &GuestPmu) {
+    pub fn abandon_load(&mut self, g: &mut GuestPmu) {
         if self.is_loaded(g) {
             self.leave_resident(g);
         }
@@ -75,7 +83,7 @@ impl<H: Hardware> Core<H> {
     /// Clean start: makes a core of which nothing is known known and empty. Reads a resident guest first.
     pub fn clean(&mut self) -> Result<(), SwitchError> {
         if let Some(loaded) = self.loaded {
-            return Err(SwitchError::Busy(loaded.id.0));
+            return Err(SwitchError::Busy(loaded.0));
         }
         self.guarded(|_| true, Self::start_clean)
     }
@@ -114,6 +122,7 @@ impl<H: Hardware> Core<H> {
         if self.host.has_global() {
             self.take_status()?;
         }
+        self.known.used = Used::default();
         self.clean = true;
         Ok(())
     }
@@ -123,14 +132,17 @@ impl<H: Hardware> Core<H> {
     /// guest reads hardware by itself.
     pub(super) fn write_differences(&mut self, g: &GuestPmu, strict: bool) -> Result<(), SwitchError> {
         let others = if strict { self.known.used } else { Used::default() };
+        self.known.used.gp |= g.live.gp;
+        self.known.used.fixed |= g.live.fixed;
+        let (gp_pad, fixed_pad) = (self.gp_pad(g), self.fixed_pad(g));
         for i in bits((g.live.gp | others.gp) & !self.ran.gp) {
-            let want = if g.live.gp >> i & 1 == 1 { self.hw_gp(g, i) } else { 0 };
+            let want = if g.live.gp >> i & 1 == 1 { g.regs.gp[i as usize] | gp_pad } else { 0 };
             if self.known.gp[i as usize] != want {
                 self.write_gp(i, want)?;
             }
         }
         for i in bits((g.live.fixed | others.fixed) & !self.ran.fixed) {
-            let want = if g.live.fixed >> i & 1 == 1 { self.hw_fixed(g, i) } else { 0 };
+            let want = if g.live.fixed >> i & 1 == 1 { g.regs.fixed[i as usize] | fixed_pad } else { 0 };
             if self.known.fixed[i as usize] != want {
                 self.write_fixed(i, want)?;
             }
@@ -141,7 +153,8 @@ impl<H: Hardware> Core<H> {
     /// Selectors and fixed control that differ; a counter that is not live has none.
     pub(super) fn write_selector_differences(&mut self, g: &GuestPmu) -> Result<(), SwitchError> {
         if self.host.has_global() {
-            for i in bits(g.live.gp | self.known.used.sel) {
+            self.known.used.sel |= g.live.gp;
+            for i in bits(self.known.used.sel) {
                 let want = self.hw_selector(g, i);
                 if self.known.sel[i as usize] != want {
                     self.write_sel(i, want)?;

@@ -105,11 +105,11 @@ struct Known {
     sel: [u64; MAX_GP],
     fixed: [u64; MAX_FIXED],
     fixed_ctrl: u64,
-    /// Counters and selectors that are not 0, so that a switch looks at these only.
+    /// Counters and selectors that may be other than 0, so that a switch looks at these only.
     used: Used,
 }
 
-/// Which registers of the hardware are not 0.
+/// Which registers of the hardware may be other than 0.
 #[derive(Debug, Clone, Copy, Default)]
 struct Used {
     gp: u64,
@@ -125,21 +125,6 @@ impl Known {
         fixed_ctrl: 0,
         used: Used { gp: 0, sel: 0, fixed: 0 },
     };
-
-    fn set_gp(&mut self, i: u32, value: u64) {
-        self.gp[i as usize] = value;
-        self.used.gp = self.used.gp & !(1 << i) | u64::from(value != 0) << i;
-    }
-
-    fn set_sel(&mut self, i: u32, value: u64) {
-        self.sel[i as usize] = value;
-        self.used.sel = self.used.sel & !(1 << i) | u64::from(value != 0) << i;
-    }
-
-    fn set_fixed(&mut self, i: u32, value: u64) {
-        self.fixed[i as usize] = value;
-        self.used.fixed = self.used.fixed & !(1 << i) | u64::from(value != 0) << i;
-    }
 
     /// Every register is 0.
     fn is_zero(&self) -> bool {
@@ -173,14 +158,12 @@ struct Resident {
     wrapped: u64,
 }
 
-/// The guest that is loaded.
+/// Where the host's counters and selectors are, so that no access works it out again.
 #[derive(Debug, Clone, Copy)]
-struct Loaded {
-    id: GuestId,
-    /// Between `resume` and `pause`: live counters count.
-    entered: bool,
-    /// Counter values that the image has and the hardware lacks (emulated increments), written at the next resume.
-    owed: Ran,
+struct Addresses {
+    counter: u32,
+    selector: u32,
+    stride: u32,
 }
 
 /// One host core's PMU.
@@ -194,10 +177,18 @@ pub struct Core<H: Hardware> {
     known: Known,
     /// Global control, if known. Without one in hardware: 0 when all selectors are quiesced.
     control: Option<u64>,
-    loaded: Option<Loaded>,
+    addresses: Addresses,
+    /// The guest that is loaded.
+    loaded: Option<GuestId>,
     resident: Option<Resident>,
-    /// Of the loaded guest.
+    /// The guest whose shape was last found to fit.
+    fits: Option<GuestId>,
+    // Of the loaded guest; at rest (false, none, true, 0) while nobody is loaded.
+    /// Between `resume` and `pause`: live counters count.
+    entered: bool,
     ran: Ran,
+    /// Counter values that the image has and the hardware lacks (emulated increments), written at the next resume.
+    owed: Ran,
     status_fresh: bool,
     wrapped: u64,
     accesses: u32,
@@ -213,9 +204,17 @@ impl<H: Hardware> Core<H> {
             clean: false,
             known: Known::ZERO,
             control: None,
+            addresses: Addresses {
+                counter: host.counter_write_msr(0),
+                selector: host.selector_msr(0),
+                stride: host.selector_msr(1) - host.selector_msr(0),
+            },
             loaded: None,
             resident: None,
+            fits: None,
+            entered: false,
             ran: Ran::default(),
+            owed: Ran::default(),
             status_fresh: true,
             wrapped: 0,
             accesses: 0,
@@ -250,7 +249,7 @@ impl<H: Hardware> Core<H> {
 
     /// Whether this guest is loaded.
     pub fn is_loaded(&self, g: &GuestPmu) -> bool {
-        self.loaded.is_some_and(|l| l.id == g.id)
+        self.loaded == Some(g.id)
     }
 
     /// Whether this guest is resident after a lazy put.
@@ -281,11 +280,42 @@ impl<H: Hardware> Core<H> {
     /// A counter's value as it goes to hardware. Where the hardware is wider, the bits above the guest's width are
     /// ones, so that both wrap at the same increment.
     fn hw_gp(&self, g: &GuestPmu, i: u32) -> u64 {
-        g.regs.gp[i as usize] | (self.host.gp_mask() & !g.shape.gp_mask())
+        g.regs.gp[i as usize] | self.gp_pad(g)
     }
 
     fn hw_fixed(&self, g: &GuestPmu, i: u32) -> u64 {
-        g.regs.fixed[i as usize] | (self.host.fixed_mask() & !g.shape.fixed_mask())
+        g.regs.fixed[i as usize] | self.fixed_pad(g)
+    }
+
+    fn gp_pad(&self, g: &GuestPmu) -> u64 {
+        self.host.gp_mask() & !g.shape.gp_mask()
+    }
+
+    fn fixed_pad(&self, g: &GuestPmu) -> u64 {
+        self.host.fixed_mask() & !g.shape.fixed_mask()
+    }
+
+    /// Nobody is loaded any more.
+    fn unload(&mut self) {
+        self.loaded = None;
+        self.entered = false;
+        self.ran = Ran::default();
+        self.owed = Ran::default();
+        self.status_fresh = true;
+        self.wrapped = 0;
+    }
+
+    /// Takes counters that were read, and overflow bits, over into the guest's image.
+    fn publish(&self, g: &mut GuestPmu, which: Ran, status: u64) {
+        for i in bits(which.gp) {
+            g.regs.gp[i as usize] = self.known.gp[i as usize] & g.shape.gp_mask();
+        }
+        for i in bits(which.fixed) {
+            g.regs.fixed[i as usize] = self.known.fixed[i as usize] & g.shape.fixed_mask();
+        }
+        if status != 0 {
+            g.note_overflow(status);
+        }
     }
 
     // ---- accesses ----
@@ -318,20 +348,20 @@ impl<H: Hardware> Core<H> {
     }
 
     fn write_gp(&mut self, i: u32, value: u64) -> Result<(), SwitchError> {
-        self.wrmsr(self.host.counter_write_msr(i), value)?;
-        self.known.set_gp(i, value);
+        self.wrmsr(self.addresses.counter + i * self.addresses.stride, value)?;
+        self.known.gp[i as usize] = value;
         Ok(())
     }
 
     fn write_fixed(&mut self, i: u32, value: u64) -> Result<(), SwitchError> {
         self.wrmsr(self.host.fixed_msr(i), value)?;
-        self.known.set_fixed(i, value);
+        self.known.fixed[i as usize] = value;
         Ok(())
     }
 
     fn write_sel(&mut self, i: u32, value: u64) -> Result<(), SwitchError> {
-        self.wrmsr(self.host.selector_msr(i), value)?;
-        self.known.set_sel(i, value);
+        self.wrmsr(self.addresses.selector + i * self.addresses.stride, value)?;
+        self.known.sel[i as usize] = value;
         Ok(())
     }
 
@@ -363,9 +393,7 @@ impl<H: Hardware> Core<H> {
                     self.clean = false;
                 }
                 let quiesced = self.quiesce_after_failure();
-                if let Some(loaded) = &mut self.loaded {
-                    loaded.entered = false;
-                }
+                self.entered = false;
                 Err(SwitchError::Access { index, kind, register, source, quiesced })
             }
             Err(other) => Err(other),
@@ -379,7 +407,7 @@ impl<H: Hardware> Core<H> {
         } else {
             for i in bits(self.host.gp) {
                 self.hw.wrmsr(self.host.selector_msr(i), 0)?;
-                self.known.set_sel(i, 0);
+                self.known.sel[i as usize] = 0;
             }
         }
         self.control = Some(0);

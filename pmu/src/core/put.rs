@@ -3,12 +3,11 @@
 //! Order (switch.md section 5): (1) K := 0, (2) all reads into a scratch copy, (3) the image, (4) scrub. A failure in 1
 //! or 2 leaves the old image and the guest loaded; in 4 the image is final and the hardware unknown.
 
-use super::{Core, Ran, Resident, SwitchError};
+use super::{Core, Ran, Resident, SwitchError, Used};
 use crate::guest::mailbox::Readout;
 use crate::guest::regs::bits;
 use crate::guest::{GuestPmu, Policy};
 use crate::hardware::Hardware;
-use crate::shape::Shape;
 use std::sync::Arc;
 
 impl<H: Hardware> Core<H> {
@@ -22,8 +21,10 @@ impl<H: Hardware> Core<H> {
             self.leave_resident(g);
             return Ok(());
         }
-        self.collect(g)?;
-        self.loaded = None;
+        if self.control != Some(0) || self.ran.any() {
+            self.collect(g)?;
+        }
+        self.unload();
         if self.known.is_zero() { Ok(()) } else { self.guarded(|_| true, Self::scrub) }
     }
 
@@ -45,7 +46,7 @@ impl<H: Hardware> Core<H> {
         g.absorb();
         if self.is_loaded(g) {
             self.collect(g)?;
-            self.loaded = None;
+            self.unload();
         } else if self.is_resident(g) {
             self.guarded(|_| false, Self::read_resident)?;
             g.absorb();
@@ -58,9 +59,7 @@ impl<H: Hardware> Core<H> {
 
     /// Steps 1 to 3 for the loaded guest.
     pub(super) fn collect(&mut self, g: &mut GuestPmu) -> Result<(), SwitchError> {
-        if let Some(loaded) = &mut self.loaded {
-            loaded.entered = false;
-        }
+        self.entered = false;
         if self.control == Some(0) && !self.ran.any() {
             return Ok(());
         }
@@ -69,7 +68,6 @@ impl<H: Hardware> Core<H> {
             |core| {
                 core.quiesce()?;
                 let armed = g.live.armed != 0 && core.host.has_global();
-                let mut readout = Readout::default();
                 // The status of an armed guest is read at the pause, ahead of the counters; its RESET is the last
                 // access before the commit, so that a failure in between has lost nothing.
                 let early = if armed && !core.status_fresh {
@@ -77,11 +75,11 @@ impl<H: Hardware> Core<H> {
                 } else {
                     None
                 };
-                let (ran, shape) = (core.ran, g.shape);
-                core.read_counters(ran, &mut readout)?;
-                core.finish_reads(early, &shape, ran, &mut readout)?;
+                let ran = core.ran;
+                core.read_counters(ran)?;
+                let status = core.take_wraps(early, g.shape.counter_bits(), ran)?;
                 core.ran = Ran::default();
-                g.commit(&readout);
+                core.publish(g, ran, status);
                 Ok(())
             },
         )
@@ -93,102 +91,107 @@ impl<H: Hardware> Core<H> {
         let (ran, shape) = (resident.ran, resident.shape);
         let (fresh, wrapped) = (self.status_fresh, self.wrapped);
         (self.status_fresh, self.wrapped) = (resident.status_fresh, resident.wrapped);
-        let mut readout = Readout::default();
         let result = if ran.any() {
             self.quiesce()
-                .and_then(|()| self.read_counters(ran, &mut readout))
-                .and_then(|()| self.finish_reads(None, &shape, ran, &mut readout))
+                .and_then(|()| self.read_counters(ran))
+                .and_then(|()| self.take_wraps(None, shape.counter_bits(), ran))
         } else {
-            Ok(())
+            Ok(0)
         };
+        let seen = self.wrapped;
         (self.status_fresh, self.wrapped) = (fresh, wrapped);
-        if let Err(error) = result {
-            self.resident = Some(resident);
-            return Err(error);
-        }
+        let status = match result {
+            Ok(status) => status,
+            Err(error) => {
+                // What was read is known already, so a wrap that it showed must not be forgotten.
+                self.resident = Some(Resident { wrapped: seen, ..resident });
+                return Err(error);
+            }
+        };
         if ran.any() {
-            resident.mailbox.leave(&readout);
+            let (gp, fixed) = (self.known.gp, self.known.fixed);
+            resident.mailbox.leave(&Readout { gp_read: ran.gp, fixed_read: ran.fixed, gp, fixed, status });
         }
         self.resident = Some(Resident { ran: Ran::default(), status_fresh: true, wrapped: 0, ..resident });
         Ok(())
     }
 
-    /// Reads counters into the scratch copy; a value below the last one is a wrap.
-    pub(super) fn read_counters(&mut self, which: Ran, readout: &mut Readout) -> Result<(), SwitchError> {
-        let mut wrapped = 0;
+    /// Reads counters; a value below the last one is a wrap. What was read is known from then on, which is the scratch
+    /// copy: the image takes it over only when everything has been read.
+    pub(super) fn read_counters(&mut self, which: Ran) -> Result<(), SwitchError> {
         for i in bits(which.gp) {
             let value = self.read_gp(i)?;
-            wrapped |= u64::from(value < self.known.gp[i as usize]) << i;
-            readout.gp[i as usize] = value;
+            if value < std::mem::replace(&mut self.known.gp[i as usize], value) {
+                self.wrapped |= 1 << i;
+            }
         }
         for i in bits(which.fixed) {
             let value = self.read_fixed(i)?;
-            wrapped |= u64::from(value < self.known.fixed[i as usize]) << (32 + i);
-            readout.fixed[i as usize] = value;
+            if value < std::mem::replace(&mut self.known.fixed[i as usize], value) {
+                self.wrapped |= 1 << (32 + i);
+            }
         }
-        readout.gp_read |= which.gp;
-        readout.fixed_read |= which.fixed;
-        self.wrapped |= wrapped;
         Ok(())
     }
 
-    /// The status where it is needed, then what the reads taught becomes known. Never fails after its last access.
-    pub(super) fn finish_reads(
+    /// Overflow bits of a guest's counters after its counters were read: from the status register where a wrap is
+    /// possible (one RDMSR and, if it is not 0, one RESET), never inferred; without such a register, from the values.
+    pub(super) fn take_wraps(
         &mut self,
         early: Option<u64>,
-        guest: &Shape,
+        counters: u64,
         ran: Ran,
-        readout: &mut Readout,
-    ) -> Result<(), SwitchError> {
-        if self.host.has_global() {
-            let narrow =
-                (ran.gp != 0 && self.host.gp_width < 40) || (ran.fixed != 0 && self.host.fixed_width < 40);
-            let needed = early.is_none() && !self.status_fresh && (self.wrapped != 0 || narrow);
-            let status = match early {
-                Some(status) => status,
-                None if needed => self.rdmsr(self.host.status_msr())?,
-                None => 0,
-            };
-            if status != 0 {
-                self.wrmsr(self.host.status_reset_msr(), status)?;
+    ) -> Result<u64, SwitchError> {
+        if !self.host.has_global() {
+            self.status_fresh = true;
+            return Ok(std::mem::take(&mut self.wrapped));
+        }
+        let narrow =
+            (ran.gp != 0 && self.host.gp_width < 40) || (ran.fixed != 0 && self.host.fixed_width < 40);
+        let status = match early {
+            Some(status) => status,
+            None if !self.status_fresh && (self.wrapped != 0 || narrow) => {
+                self.rdmsr(self.host.status_msr())?
             }
-            self.status_fresh = true;
-            self.wrapped = 0;
-            readout.status |= status & guest.counter_bits();
-        } else {
-            readout.status |= std::mem::take(&mut self.wrapped);
-            self.status_fresh = true;
+            None => 0,
+        };
+        if status != 0 {
+            self.wrmsr(self.host.status_reset_msr(), status)?;
         }
-        for i in bits(readout.gp_read) {
-            self.known.set_gp(i, readout.gp[i as usize]);
-        }
-        for i in bits(readout.fixed_read) {
-            self.known.set_fixed(i, readout.fixed[i as usize]);
-        }
-        Ok(())
+        self.status_fresh = true;
+        self.wrapped = 0;
+        Ok(status & counters)
     }
 
     /// Writes 0 to every register that is not known to be 0: selectors first, so that nothing can count.
     pub(super) fn scrub(&mut self) -> Result<(), SwitchError> {
-        for i in bits(self.known.used.sel) {
-            self.write_sel(i, 0)?;
+        let used = self.known.used;
+        for i in bits(used.sel) {
+            if self.known.sel[i as usize] != 0 {
+                self.write_sel(i, 0)?;
+            }
         }
         if self.known.fixed_ctrl != 0 {
             self.write_fixed_ctrl(0)?;
         }
-        for i in bits(self.known.used.gp) {
-            self.write_gp(i, 0)?;
+        for i in bits(used.gp) {
+            if self.known.gp[i as usize] != 0 {
+                self.write_gp(i, 0)?;
+            }
         }
-        for i in bits(self.known.used.fixed) {
-            self.write_fixed(i, 0)?;
+        for i in bits(used.fixed) {
+            if self.known.fixed[i as usize] != 0 {
+                self.write_fixed(i, 0)?;
+            }
         }
+        self.known.used = Used::default();
         Ok(())
     }
 
-    pub(super) fn leave_resident(&mut self, g: &GuestPmu) {
-        self.loaded = None;
+    pub(super) fn leave_resident(&mut self, g: &mut GuestPmu) {
         // A lazy guest that never had a live counter here took nothing over; whoever is resident stays.
         if g.live.any() || self.ran.any() {
+            g.lent = true;
             self.resident = Some(Resident {
                 id: g.id,
                 mailbox: Arc::clone(&g.mailbox),
@@ -198,6 +201,6 @@ impl<H: Hardware> Core<H> {
                 wrapped: self.wrapped,
             });
         }
-        self.ran = Ran::default();
+        self.unload();
     }
 }

@@ -3,7 +3,6 @@
 
 use super::{Core, Ran, SwitchError};
 use crate::guest::GuestPmu;
-use crate::guest::mailbox::Readout;
 use crate::guest::regs::bits;
 use crate::hardware::Hardware;
 
@@ -16,9 +15,7 @@ impl<H: Hardware> Core<H> {
         if !self.clean {
             self.reload(g)?;
         }
-        if let Some(loaded) = &mut self.loaded {
-            loaded.entered = true;
-        }
+        self.entered = true;
         if !g.live.any() {
             return Ok(());
         }
@@ -26,7 +23,7 @@ impl<H: Hardware> Core<H> {
     }
 
     pub(super) fn open(&mut self, g: &GuestPmu) -> Result<(), SwitchError> {
-        let owed = self.loaded.as_mut().map(|l| std::mem::take(&mut l.owed)).unwrap_or_default();
+        let owed = std::mem::take(&mut self.owed);
         for i in bits(owed.gp & g.live.gp) {
             self.write_gp(i, self.hw_gp(g, i))?;
         }
@@ -40,6 +37,7 @@ impl<H: Hardware> Core<H> {
         } else {
             // Without a global control the selectors are the switch (switch.md section 4).
             self.control = None;
+            self.known.used.sel |= g.live.gp;
             for i in bits(g.live.gp) {
                 let want = self.hw_selector(g, i);
                 if self.known.sel[i as usize] != want {
@@ -60,9 +58,7 @@ impl<H: Hardware> Core<H> {
         if !self.is_loaded(g) {
             return Err(SwitchError::NotLoaded(g.id.0));
         }
-        if let Some(loaded) = &mut self.loaded {
-            loaded.entered = false;
-        }
+        self.entered = false;
         self.guarded(|_| false, |core| core.close(g))
     }
 
@@ -85,11 +81,10 @@ impl<H: Hardware> Core<H> {
         } else {
             // No status register: a wrap of an armed counter shows in its value only.
             let armed = Ran { gp: self.ran.gp & g.live.armed, fixed: 0 };
-            let mut readout = Readout::default();
-            self.read_counters(armed, &mut readout)?;
+            self.read_counters(armed)?;
             self.ran.gp &= !armed.gp;
-            readout.status = std::mem::take(&mut self.wrapped);
-            g.commit(&readout);
+            let wrapped = std::mem::take(&mut self.wrapped);
+            self.publish(g, armed, wrapped);
         }
         self.status_fresh = true;
         Ok(())
@@ -102,7 +97,9 @@ impl<H: Hardware> Core<H> {
                 self.write_control(0)?;
             } else {
                 for i in bits(self.known.used.sel) {
-                    self.write_sel(i, 0)?;
+                    if self.known.sel[i as usize] != 0 {
+                        self.write_sel(i, 0)?;
+                    }
                 }
                 self.control = Some(0);
             }
@@ -112,10 +109,8 @@ impl<H: Hardware> Core<H> {
 
     /// Has the next resume write these counters from the image.
     pub(super) fn owe(&mut self, which: Ran) {
-        if let Some(loaded) = &mut self.loaded {
-            loaded.owed.gp |= which.gp;
-            loaded.owed.fixed |= which.fixed;
-        }
+        self.owed.gp |= which.gp;
+        self.owed.fixed |= which.fixed;
     }
 
     /// One RDMSR of the overflow status and, if it is not 0, one RESET. The bits are never inferred.

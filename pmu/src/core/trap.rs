@@ -6,7 +6,6 @@
 
 use super::{Core, Ran, SwitchError};
 use crate::guest::live::Live;
-use crate::guest::mailbox::Readout;
 use crate::guest::regs::bits;
 use crate::guest::write::{Read, Write, classify_rdpmc, classify_read, classify_write};
 use crate::guest::{GuestAccess, GuestPmu, Policy};
@@ -63,7 +62,7 @@ impl<H: Hardware> Core<H> {
             } else if self.is_running() {
                 let value = self.read_gp(i)?;
                 self.wrapped |= u64::from(value < self.known.gp[i as usize]) << i;
-                self.known.set_gp(i, value);
+                self.known.gp[i as usize] = value;
                 return Ok(value & g.shape.gp_mask());
             } else {
                 self.read_while_paused(g, Ran { gp: 1 << i, fixed: 0 })?;
@@ -80,7 +79,7 @@ impl<H: Hardware> Core<H> {
             } else if self.is_running() {
                 let value = self.read_fixed(i)?;
                 self.wrapped |= u64::from(value < self.known.fixed[i as usize]) << (32 + i);
-                self.known.set_fixed(i, value);
+                self.known.fixed[i as usize] = value;
                 return Ok(value & g.shape.fixed_mask());
             } else {
                 self.read_while_paused(g, Ran { gp: 0, fixed: 1 << i })?;
@@ -104,7 +103,7 @@ impl<H: Hardware> Core<H> {
     }
 
     fn is_running(&self) -> bool {
-        self.loaded.is_some_and(|l| l.entered) && self.control != Some(0)
+        self.entered && self.control != Some(0)
     }
 
     /// Reads counters of the loaded, paused guest into its image; a wrap is folded in.
@@ -113,22 +112,16 @@ impl<H: Hardware> Core<H> {
         if !which.any() {
             return Ok(());
         }
-        let mut readout = Readout::default();
-        let shape = g.shape;
-        self.read_counters(which, &mut readout)?;
-        if self.wrapped != 0 || self.host.gp_width < 40 || self.host.fixed_width < 40 {
-            self.finish_reads(None, &shape, which, &mut readout)?;
+        self.read_counters(which)?;
+        let narrow = self.host.gp_width < 40 || self.host.fixed_width < 40;
+        let status = if self.wrapped != 0 || narrow {
+            self.take_wraps(None, g.shape.counter_bits(), which)?
         } else {
-            for i in bits(which.gp) {
-                self.known.set_gp(i, readout.gp[i as usize]);
-            }
-            for i in bits(which.fixed) {
-                self.known.set_fixed(i, readout.fixed[i as usize]);
-            }
-        }
+            0
+        };
         self.ran.gp &= !which.gp;
         self.ran.fixed &= !which.fixed;
-        g.commit(&readout);
+        self.publish(g, which, status);
         Ok(())
     }
 
@@ -199,7 +192,7 @@ impl<H: Hardware> Core<H> {
             self.write_selector_differences(g)?;
         }
         // An idle guest that had entered starts to count at once if this write made something live.
-        if g.live.any() && self.loaded.is_some_and(|l| l.entered) {
+        if g.live.any() && self.entered {
             self.open(g)?;
         }
         Ok(())
@@ -248,12 +241,14 @@ impl<H: Hardware> Core<H> {
                 }
                 g.note_overflow(overflow);
                 core.owe(which);
-                if g.live.any() && core.loaded.is_some_and(|l| l.entered) { core.open(g) } else { Ok(()) }
+                if g.live.any() && core.entered { core.open(g) } else { Ok(()) }
             },
         )
     }
 
     fn write_touched(&mut self, g: &GuestPmu, which: Ran) -> Result<(), SwitchError> {
+        self.known.used.gp |= which.gp;
+        self.known.used.fixed |= which.fixed;
         for i in bits(which.gp) {
             if self.known.gp[i as usize] != self.hw_gp(g, i) {
                 self.write_gp(i, self.hw_gp(g, i))?;

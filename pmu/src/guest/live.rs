@@ -28,6 +28,7 @@ pub(crate) struct Live {
 
 impl Live {
     /// Some counter is live.
+    #[inline]
     pub(crate) fn any(&self) -> bool {
         self.control != 0
     }

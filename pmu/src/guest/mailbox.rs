@@ -34,6 +34,7 @@ pub(crate) struct Mailbox {
 
 impl Mailbox {
     /// Something waits.
+    #[inline]
     pub(crate) fn is_full(&self) -> bool {
         self.full.load(Ordering::Acquire)
     }

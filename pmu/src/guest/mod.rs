@@ -58,6 +58,8 @@ pub struct GuestPmu {
     pub(crate) regs: Regs,
     pub(crate) live: Live,
     pub(crate) mailbox: Arc<Mailbox>,
+    /// It has been resident somewhere, so that its mailbox may hold something.
+    pub(crate) lent: bool,
     /// The guest's DEBUGCTL freezes counters on a PMI.
     pub(crate) freeze_on_pmi: bool,
     in_service: bool,
@@ -78,6 +80,7 @@ impl GuestPmu {
             regs,
             live,
             mailbox: Arc::default(),
+            lent: false,
             freeze_on_pmi: false,
             in_service: false,
             pmi_raised: false,
@@ -250,8 +253,10 @@ impl GuestPmu {
     }
 
     /// Takes over what an eviction read for this guest.
+    #[inline]
     pub(crate) fn absorb(&mut self) {
-        if self.mailbox.is_full()
+        if self.lent
+            && self.mailbox.is_full()
             && let Some(readout) = self.mailbox.take()
         {
             self.commit(&readout);

@@ -5,6 +5,7 @@ use crate::registers::{MAX_FIXED, MAX_GP, Reg, decode};
 use crate::shape::Shape;
 
 /// Indices of the set bits, ascending.
+#[inline]
 pub(crate) fn bits(mut bitmap: u64) -> impl Iterator<Item = u32> {
     std::iter::from_fn(move || {
         (bitmap != 0).then(|| {
@@ -40,6 +41,7 @@ impl Regs {
     }
 
     /// Merges counters that were read from hardware.
+    #[inline]
     pub(crate) fn absorb_counters(&mut self, shape: &Shape, readout: &Readout) {
         for i in bits(readout.gp_read) {
             self.gp[i as usize] = readout.gp[i as usize] & shape.gp_mask();
