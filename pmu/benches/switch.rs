@@ -350,8 +350,9 @@ fn own_cost() {
         });
         black_box(hw.0);
         let mut switch = || {
-            let done = core.load(&mut g).and_then(|()| core.resume(&mut g)).and_then(|()| core.put(&mut g));
-            black_box(done).expect("a back end that does nothing does not fail");
+            let (core, g) = (black_box(&mut core), black_box(&mut g));
+            let done = core.load(g).is_ok() && core.resume(g).is_ok() && core.put(g).is_ok();
+            assert!(done, "a back end that does nothing does not fail");
         };
         let ours = median_ns(&mut switch);
         println!(

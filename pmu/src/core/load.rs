@@ -54,7 +54,7 @@ impl<H: Hardware> Core<H> {
                 && guest.gp_width <= host.gp_width
                 && guest.fixed_width <= host.fixed_width);
         if !fits {
-            return Err(SwitchError::Shape { guest: g.shape, host: self.host });
+            return Err(SwitchError::Shape(g.id.0));
         }
         self.fits = Some(g.id);
         Ok(())

@@ -70,13 +70,10 @@ pub enum SwitchError {
     #[error("guest {0} is not loaded on this core")]
     NotLoaded(u64),
     /// The guest's PMU is not a subset of this core's.
-    #[error("a guest PMU of shape {guest} does not fit a core of shape {host}")]
-    Shape {
-        /// Guest.
-        guest: Shape,
-        /// Host.
-        host: Shape,
-    },
+    #[error(
+        "guest {0}'s PMU is not a subset of this core's; give it a shape made by Shape::guest of the core's"
+    )]
+    Shape(u64),
 }
 
 fn quiesce_text(result: &Result<(), HwError>) -> String {
@@ -93,7 +90,7 @@ impl SwitchError {
             Self::Access { .. } => "PMU_ACCESS_FAILED",
             Self::Busy(_) => "PMU_CORE_BUSY",
             Self::NotLoaded(_) => "PMU_NOT_LOADED",
-            Self::Shape { .. } => "PMU_SHAPE_MISMATCH",
+            Self::Shape(_) => "PMU_SHAPE_MISMATCH",
         }
     }
 }
