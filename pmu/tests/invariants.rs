@@ -241,7 +241,10 @@ fn programmed(core: &mut Core<Rig>, policy: Policy, k: u32, f: u32) -> GuestPmu 
 #[test]
 fn i10_every_failing_access_leaves_the_image_whole_and_a_retry_repairs() {
     let feed = Events { cycles: 10, instructions: 20, ref_cycles: 5, slots: 7, branches: 0 };
-    for (gp, fixed) in [(2, 0), (2, 3), (4, 3), (4, 4), (6, 0), (8, 0), (8, 3), (8, 4)] {
+    use pmu::HwError::{Fault, Injected, Io};
+    // #GP (EIO), EPERM, ENXIO (the core went offline), and whatever else.
+    let errors = [Fault, Io(1), Io(6), Injected];
+    for (gp, fixed) in [2, 4, 6, 8].into_iter().flat_map(|gp| [0, 3, 4].map(|fixed| (gp, fixed))) {
         for vendor in ["intel:v5", "amd:v2", "amd:v0", "intel:v1"] {
             let intel2 = vendor == "intel:v5";
             if (fixed > 0 && !intel2) || (vendor == "amd:v0" && gp > 4) {
@@ -254,10 +257,11 @@ fn i10_every_failing_access_leaves_the_image_whole_and_a_retry_repairs() {
             };
             let host: Shape = text.parse().expect("shape");
             for (k, f) in [(0, 0), (1, 0), (gp, 0), (gp, fixed), (1, fixed.min(1))] {
-                let cycle = |fail_at: Option<u64>| -> (pmu::Image, u64, bool) {
+                let cycle = |fail_at: Option<u64>, with: pmu::HwError| -> (pmu::Image, u64, bool) {
                     let mut core = Core::new(Rig::new(host), host);
                     let mut g = programmed(&mut core, Policy::Strict, k, f);
                     core.hardware_mut().fail_at = fail_at;
+                    core.hardware_mut().fail_with = with;
                     let mut failed = false;
                     let mut attempt = |core: &mut Core<Rig>,
                                        g: &mut GuestPmu,
@@ -271,7 +275,7 @@ fn i10_every_failing_access_leaves_the_image_whole_and_a_retry_repairs() {
                         let pmu::SwitchError::Access { quiesced, source, .. } = error else {
                             panic!("{error}")
                         };
-                        assert_eq!((quiesced, source), (Ok(()), pmu::HwError::Injected));
+                        assert_eq!((quiesced, source), (Ok(()), with));
                         if host.has_global() {
                             assert_eq!(
                                 core.hardware().model.raw(host.control_msr()),
@@ -296,9 +300,9 @@ fn i10_every_failing_access_leaves_the_image_whole_and_a_retry_repairs() {
                     }
                     (g.image(), total, failed)
                 };
-                let (whole, accesses, _) = cycle(None);
+                let (whole, accesses, _) = cycle(None, Injected);
                 for n in 0..accesses {
-                    let (image, _, failed) = cycle(Some(n));
+                    let (image, _, failed) = cycle(Some(n), errors[n as usize % errors.len()]);
                     assert!(failed, "{text} k={k} f={f}: access {n} exists");
                     assert_eq!(image, whole, "{text} k={k} f={f}: access {n} failed");
                 }
@@ -476,9 +480,28 @@ fn every_mutant_is_caught() {
             script.extend([Op::Write(g, 0x390, 1), Op::Write(g, 0x4C1, (1 << 48) - 1500 + round)]);
         }
     }
+    // Rules 5 and 6 of the design: a failure leaves the PMU quiesced, and no access is made that is not needed.
+    let failure_and_count = |mutant| -> Option<String> {
+        let mut core = Core::new(Rig::new(host), host);
+        core.hardware_mut().mutant = mutant;
+        let mut g = programmed(&mut core, Policy::Strict, 2, 1);
+        core.load(&mut g).and_then(|()| core.resume(&mut g)).ok()?;
+        let before = core.hardware().count;
+        core.put(&mut g).ok()?;
+        // K, 3 reads, 2 selectors, fixed control, 3 values.
+        let accesses = core.hardware().count - before;
+        if accesses != 10 {
+            return Some(format!("I-16: put made {accesses} accesses, the bound is 10"));
+        }
+        core.load(&mut g).and_then(|()| core.resume(&mut g)).ok()?;
+        core.hardware_mut().fail_at = Some(core.hardware().count);
+        core.put(&mut g).err()?;
+        let control = core.hardware().model.raw(host.control_msr());
+        (control != Some(0)).then(|| format!("I-10: control is {control:x?} after a failure"))
+    };
     let caught = |mutant| {
         let mut world = World::new(host, &[(2, 2, Policy::Strict), (2, 1, Policy::Strict)], &[], mutant);
-        script.iter().find_map(|&op| world.step(op).err())
+        script.iter().find_map(|&op| world.step(op).err()).or_else(|| failure_and_count(mutant))
     };
     assert_eq!(caught(None), None, "the right switcher passes");
     for mutant in Mutant::ALL {

@@ -83,7 +83,13 @@ fn pmu_capability(facts: &Facts, mode: Mode) -> Line {
             "KVM's own vPMU cannot be switched off for a VM: the MSR filter alone keeps it out",
         ),
     };
-    line("pmu_capability", level, message, "use Linux 5.18 or later", &[11])
+    line(
+        "pmu_capability",
+        level,
+        message,
+        "nothing to do: the MSR filter keeps KVM's vPMU out; a KVM with KVM_CAP_PMU_CAPABILITY (Linux 5.18 and later, not every nested one) would switch it off as well",
+        &[11],
+    )
 }
 
 fn pmu_shape(facts: &Facts, mode: Mode) -> Line {

@@ -29,10 +29,14 @@ pub(crate) enum Mutant {
     LosesValues,
     /// Reads counters as zero.
     ReadsZero,
+    /// After a failed access, does not quiesce.
+    KeepsCountingAfterFailure,
+    /// Reads every counter twice.
+    ReadsTwice,
 }
 
 impl Mutant {
-    pub(crate) const ALL: [Self; 11] = [
+    pub(crate) const ALL: [Self; 13] = [
         Self::KeepsSelectors,
         Self::KeepsFixedControl,
         Self::KeepsCounters,
@@ -44,6 +48,8 @@ impl Mutant {
         Self::OpensEverything,
         Self::LosesValues,
         Self::ReadsZero,
+        Self::KeepsCountingAfterFailure,
+        Self::ReadsTwice,
     ];
 }
 
@@ -55,6 +61,9 @@ pub(crate) struct Rig {
     pub(crate) count: u64,
     /// Fail the access with this index (of `count`).
     pub(crate) fail_at: Option<u64>,
+    /// What it fails with.
+    pub(crate) fail_with: HwError,
+    failed: bool,
     /// Writes that happened while the counter they concern was enabled in global control.
     pub(crate) unquiesced: Vec<(u32, u64)>,
 }
@@ -67,6 +76,8 @@ impl Rig {
             mutant: None,
             count: 0,
             fail_at: None,
+            fail_with: HwError::Injected,
+            failed: false,
             unquiesced: Vec::new(),
         }
     }
@@ -76,7 +87,8 @@ impl Rig {
         self.count += 1;
         if self.fail_at == Some(n) {
             self.fail_at = None;
-            return Err(HwError::Injected);
+            self.failed = true;
+            return Err(self.fail_with);
         }
         Ok(())
     }
@@ -141,6 +153,7 @@ impl Hardware for Rig {
             Some(Mutant::KeepsSelectors) if selector && value == 0 => return Ok(()),
             Some(Mutant::KeepsFixedControl) if msr == IA32_FIXED_CTR_CTRL && value == 0 => return Ok(()),
             Some(Mutant::KeepsCounters) if counter && value == 0 => return Ok(()),
+            Some(Mutant::KeepsCountingAfterFailure) if control && value == 0 && self.failed => return Ok(()),
             Some(Mutant::NeverQuiesces) if control && value == 0 => return Ok(()),
             Some(Mutant::KeepsStatus) if self.shape.has_global() && msr == self.shape.status_reset_msr() => {
                 return Ok(());
@@ -158,6 +171,7 @@ impl Hardware for Rig {
 
     fn rdpmc(&mut self, index: u32) -> Result<u64, HwError> {
         self.tick()?;
+        self.count += u64::from(self.mutant == Some(Mutant::ReadsTwice));
         let value = self.model.rdpmc(index)?;
         Ok(if self.mutant == Some(Mutant::ReadsZero) { 0 } else { value })
     }
