@@ -65,6 +65,9 @@ struct ServeArgs {
     /// End in order when standard input ends, that is, with the process that started this one.
     #[arg(long)]
     exit_with_parent: bool,
+    /// For tests: print a JSON line and stop this process before:STEP or after:STEP of a handover.
+    #[arg(long, value_name = "POINT", hide = true)]
+    hold_at: Option<crate::handover::step::HoldPoint>,
 }
 
 impl From<ServeArgs> for ServeConfig {
@@ -80,6 +83,7 @@ impl From<ServeArgs> for ServeConfig {
             model_pmu: args.model_pmu,
             stop_vms: args.stop_vms,
             exit_with_parent: args.exit_with_parent,
+            hold_at: args.hold_at,
         }
     }
 }

@@ -201,6 +201,8 @@ pub struct ServeConfig {
     pub stop_vms: bool,
     /// End when standard input ends.
     pub exit_with_parent: bool,
+    /// For tests: stop this process at a point of a handover.
+    pub hold_at: Option<crate::handover::step::HoldPoint>,
 }
 
 impl ServeConfig {

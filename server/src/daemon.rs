@@ -60,6 +60,8 @@ pub struct Daemon {
     pub shutdown: CancellationToken,
     /// Every task that must end before the store closes.
     pub tasks: TaskTracker,
+    /// For tests: where to stop this process.
+    pub hold_at: Option<crate::handover::step::HoldPoint>,
 }
 
 impl Daemon {

@@ -163,6 +163,7 @@ async fn serve(
         peer_address,
         shutdown: CancellationToken::new(),
         tasks: TaskTracker::new(),
+        hold_at: config.hold_at,
         store,
     });
     crate::migration::recover::recover(&daemon).await.map_err(ServeError::Recovery)?;

@@ -1,10 +1,6 @@
-//! The destination: receives a machine, promises Ready, enters on Go, or gives back.
+//! The destination before anything has arrived: a reservation, a worker that listens, and the task that goes on in
+//! `destination_run` with a machine of `handover::destination`.
 //!
-//! ```text
-//! Prepare -> Reserved --stream opens--> Receiving --state set--> Ready --Go--> Entered
-//!               | lease over              | failed, stream lost     | Abort -> dropped
-//!               +------> dropped <--------+                         | stream lost: keeps the copy, asks the source
-//! ```
 //! Invariants: from Ready on the copy is dropped only on the source's abort; `Entered` is durable before the grant; one
 //! task owns the worker until the machine's actor adopts it.
 
@@ -12,20 +8,22 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tonic::{Status, Streaming};
 use vpmu_proto::api::VirtualMachine;
+use vpmu_proto::api::virtual_machine::DesiredState;
 use vpmu_proto::peer::{DestinationMessage, PrepareRequest, PrepareResponse, SourceMessage};
-use vpmu_proto::store::ownership_record::Phase;
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
-use vpmu_proto::worker::{PmuImage, PrepareIncomingRequest};
+use vpmu_proto::worker::PrepareIncomingRequest;
 
 use super::check;
+use super::destination_run::Work;
 use crate::daemon::Daemon;
+use crate::handover::Handover;
+use crate::handover::destination::Destination as Machine;
 use crate::names::VmName;
 use crate::peer::VERSION;
 use crate::status::ApiError;
-use crate::vm::command::Command;
 use crate::vm::registry::VmHandle;
 use crate::worker_link::{Launch, WorkerLink};
 
@@ -33,6 +31,10 @@ use crate::worker_link::{Launch, WorkerLink};
 pub(super) const LEASE: Duration = Duration::from_secs(8);
 /// Longest socket path that workers can use.
 const MAX_DATA_PATH: usize = 100;
+/// Incarnation of the worker that receives: the first on this host at its epoch.
+const INCARNATION: u64 = 1;
+/// How long a new arrival waits for an interrupted earlier one to be settled.
+const SETTLE: Duration = Duration::from_secs(10);
 
 /// A stream from the source, handed to the task of its migration.
 pub struct Conversation {
@@ -86,48 +88,51 @@ pub async fn prepare(
     }
     check::refuse(&vm.name, &check::mismatches(daemon, &needs))?;
     let record = VmRecord { vm: Some(arriving(vm)), pmu_shape: needs.pmu_shape.clone() };
-    let ownership = OwnershipRecord {
-        vm_uid: uid(&record).to_owned(),
-        epoch: request.epoch,
-        owner_host: request.source_host.clone(),
-        incarnation: 0,
-        phase: Phase::Incoming as i32,
-        migration_id: migration_id.to_string(),
-        peer_host: request.source_host.clone(),
-        peer_address: request.source_address.clone(),
-        peer_store: request.source_host.clone(),
-        ..OwnershipRecord::default()
-    };
+    settled(daemon, uid(&record)).await?;
     let handle = match daemon.registry.get(&name) {
         Ok(handle) if handle.uid == uid(&record) => handle,
         Ok(_) | Err(_) => {
             daemon.registry.insert(daemon, &name, record.clone(), OwnershipRecord::default(), false)?
         }
     };
-    let (announced, journalled) = (Box::new(record.clone()), ownership.clone());
-    handle.ask(|reply| Command::Receive { record: announced, ownership: journalled, reply }).await?;
-    let mut arrival = Incoming {
+    let desired = record.vm.as_ref().map(VirtualMachine::desired_state);
+    let machine = Machine::new(Handover {
+        vm_uid: handle.uid.clone(),
+        migration_id: migration_id.to_string(),
+        epoch: request.epoch,
+        host: daemon.host.host_id.clone(),
+        peer_host: request.source_host.clone(),
+        peer_address: request.source_address.clone(),
+        peer_store: request.source_host.clone(),
+        incarnation: INCARNATION,
+        run: desired != Some(DesiredState::Paused),
+    });
+    let voice = daemon.migrations.answers.voice(&migration_id.to_string(), machine.answer());
+    let (answer, prepared) = oneshot::channel();
+    let arrival = Incoming {
         daemon: Arc::clone(daemon),
         handle,
         record,
-        ownership,
         id: migration_id,
-        source_address: request.source_address.clone(),
+        request,
+        way,
+        ownership: OwnershipRecord::default(),
         worker: None,
-        images: Vec::new(),
+        work: Work::new(machine, voice, answer),
     };
-    match arrival.build(&request, &way).await {
-        Ok(response) => {
-            let (door, streams) = mpsc::channel(1);
-            daemon.migrations.incoming().insert(migration_id, door);
-            daemon.tasks.spawn(arrival.run(streams));
-            Ok(response)
-        }
-        Err(error) => {
-            arrival.drop_copy(0).await;
-            Err(error)
-        }
-    }
+    daemon.tasks.spawn(arrival.run());
+    prepared.await.unwrap_or_else(|_| Err(ApiError::internal("TASK_FAILED", "the arrival's task failed")))
+}
+
+/// An earlier arrival of the machine, cut off by a restart of this daemon, is over: its source is asked about it.
+async fn settled(daemon: &Daemon, uid: &str) -> Result<(), ApiError> {
+    let Some(over) = daemon.migrations.settling().get(uid).cloned() else { return Ok(()) };
+    tokio::time::timeout(SETTLE, over.cancelled()).await.map_err(|_| {
+        ApiError::unavailable(
+            "EARLIER_MIGRATION_OPEN",
+            "an earlier migration of this machine to this host is not settled: its source does not answer; see that it is up",
+        )
+    })
 }
 
 fn uid(record: &VmRecord) -> &str {
@@ -149,24 +154,27 @@ pub(super) struct Incoming {
     pub(super) daemon: Arc<Daemon>,
     pub(super) handle: VmHandle,
     pub(super) record: VmRecord,
-    pub(super) ownership: OwnershipRecord,
     pub(super) id: uuid::Uuid,
-    pub(super) source_address: String,
+    request: PrepareRequest,
+    way: Way,
+    /// The record that holds.
+    pub(super) ownership: OwnershipRecord,
     pub(super) worker: Option<WorkerLink>,
-    pub(super) images: Vec<PmuImage>,
+    pub(super) work: Work,
 }
 
 impl Incoming {
-    async fn build(&mut self, request: &PrepareRequest, way: &Way) -> Result<PrepareResponse, ApiError> {
+    /// Builds what receives, and says where it listens.
+    pub(super) async fn build(&mut self) -> Result<PrepareResponse, ApiError> {
         let vm = self.record.vm.clone().unwrap_or_default();
         let spec = vm.spec.unwrap_or_default();
-        let asked = request.requirements.as_ref().and_then(|r| r.spec.clone()).unwrap_or_default();
-        let listen = self.data_address(way, asked.allow_plaintext)?;
+        let asked = self.request.requirements.as_ref().and_then(|r| r.spec.clone()).unwrap_or_default();
+        let listen = self.data_address(&self.way, asked.allow_plaintext)?;
         let grant = self.daemon.capacity.grant(spec.memory_bytes, spec.vcpus)?;
         let launch = Launch {
             vm_uid: &self.handle.uid,
             vm_name: self.handle.name.vm(),
-            incarnation: 1,
+            incarnation: INCARNATION,
             spec: &spec,
             incoming: true,
         };
@@ -181,7 +189,7 @@ impl Incoming {
         let incoming = PrepareIncomingRequest {
             fence: None,
             migration_id: self.id.to_string(),
-            attempt: request.attempt,
+            attempt: self.request.attempt,
             token: token.clone(),
             listen,
             connections: asked.connections.max(1),
@@ -218,37 +226,5 @@ impl Incoming {
                 ),
             )),
         }
-    }
-
-    /// It did not arrive: everything is given back. `epoch` is the source's, 0 if it did not say.
-    pub(super) async fn drop_copy(&mut self, epoch: u64) {
-        if let Some(worker) = self.worker.take() {
-            worker.end().await;
-        }
-        let epoch = epoch.clamp(self.ownership.epoch, self.ownership.epoch + 1);
-        if let Err(error) = self.journal(Phase::Aborted, epoch, &[]).await {
-            tracing::error!(vm = %self.handle.name, %error, "the abort could not be journalled");
-        }
-        let ownership = self.ownership.clone();
-        let _ = self.handle.ask(|reply| Command::DropIncoming { ownership, reply }).await;
-    }
-
-    pub(super) async fn journal(&mut self, phase: Phase, epoch: u64, digest: &[u8]) -> Result<(), ApiError> {
-        let entered = phase == Phase::Entered;
-        let record = OwnershipRecord {
-            epoch,
-            phase: phase as i32,
-            digest: digest.to_vec(),
-            owner_host: if entered {
-                self.daemon.host.host_id.clone()
-            } else {
-                self.ownership.owner_host.clone()
-            },
-            incarnation: u64::from(entered),
-            lsn: 0,
-            ..self.ownership.clone()
-        };
-        self.ownership = self.daemon.store.append_ownership(record).await?;
-        Ok(())
     }
 }

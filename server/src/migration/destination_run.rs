@@ -1,296 +1,300 @@
-//! The destination from its reservation on: receives, promises Ready, waits for the decision, enters or gives back. The
-//! diagram and the invariants are in `destination`.
+//! The destination's driver: owns a [`Machine`] of `handover::destination`, tells it what happens and does what it says
+//! (`destination_effects`). Invariants as in `source`: one task, short effects at once.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
-use vpmu_proto::api::virtual_machine_spec::Boot;
-use vpmu_proto::peer::destination_message::{
-    Aborted, Entered, Failed, Message as FromDestination, Ready, Returned,
-};
-use vpmu_proto::peer::resolve_response::Decision;
+use futures_util::StreamExt as _;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{mpsc, oneshot};
+use tonic::{Status, Streaming};
+use vpmu_proto::peer::destination_message::{Entered, Message as FromDestination, Ready};
 use vpmu_proto::peer::source_message::{Go, Message as FromSource};
-use vpmu_proto::peer::{DestinationMessage, ResolveRequest, SourceMessage};
-use vpmu_proto::store::ownership_record::Phase;
+use vpmu_proto::peer::{DestinationMessage, PrepareResponse, SourceMessage};
+use vpmu_proto::worker::{IncomingProgress, worker_status};
 
-use super::destination::{Conversation, Incoming, LEASE, arriving};
-use crate::peer::Peer;
+use super::answer::Voice;
+use super::destination::{Conversation, Incoming};
+use super::record::Backoff;
+use super::source::next_of;
+use crate::handover::destination::{Destination as Machine, Effect, Event, State};
+use crate::handover::{self, PeerAnswer};
 use crate::status::ApiError;
-use crate::vm::command::{Arrival, Command};
-use crate::worker_link::WorkerLink;
 
-/// Between two questions to a source that went away.
+/// Before each question to a source that went away.
 const ASK: Duration = Duration::from_secs(1);
-/// How long the guest is given to measure its own hole.
-const GAP: Duration = Duration::from_secs(2);
 
-/// What ends the wait for a decision.
-enum Decided {
-    Go(Box<Go>, u64, Option<Conversation>),
-    Abort(u64, Option<Conversation>),
-    Ending,
+/// What a driver has in its hands.
+pub(super) struct Work {
+    pub(super) machine: Machine,
+    pub(super) voice: Voice,
+    pub(super) events: VecDeque<Event>,
+    /// Answers Prepare, once.
+    pub(super) prepared: Option<oneshot::Sender<Result<PrepareResponse, ApiError>>>,
+    /// Streams from the source come in here once it is prepared.
+    pub(super) streams: Option<mpsc::Receiver<Conversation>>,
+    /// Until the first stream: when the reservation ends.
+    pub(super) lease: Option<tokio::time::Instant>,
+    pub(super) talk: Option<Conversation>,
+    pub(super) progress: Option<Streaming<IncomingProgress>>,
+    pub(super) jobs: FuturesUnordered<BoxFuture<'static, PeerAnswer>>,
+    pub(super) backoff: Backoff,
+    pub(super) asking: bool,
+    /// Why it failed or goes back.
+    pub(super) why: Option<ApiError>,
+    /// Why the worker is gone after Entered.
+    pub(super) lost: Option<ApiError>,
+    /// The daemon ends and the rest is for the next one.
+    pub(super) left: bool,
+    shutdown_heard: bool,
+    pub(super) failed_grants: u32,
+    pub(super) ready: Option<Ready>,
+    pub(super) go: Option<Go>,
+    pub(super) go_at: Instant,
+    pub(super) persist_us: u64,
+    /// Set by the grant; told by the first Entered.
+    pub(super) entered: Entered,
+    pub(super) adopted: bool,
+    /// Messages that are sent when everything here is cleaned up.
+    pub(super) farewell: VecDeque<(u64, FromDestination)>,
+}
+
+impl Work {
+    pub(super) fn new(
+        machine: Machine,
+        voice: Voice,
+        prepared: oneshot::Sender<Result<PrepareResponse, ApiError>>,
+    ) -> Self {
+        Self {
+            machine,
+            voice,
+            events: VecDeque::from([Event::Begin]),
+            prepared: Some(prepared),
+            streams: None,
+            lease: None,
+            talk: None,
+            progress: None,
+            jobs: FuturesUnordered::new(),
+            backoff: Backoff::new(),
+            asking: false,
+            why: None,
+            lost: None,
+            left: false,
+            shutdown_heard: false,
+            failed_grants: 0,
+            ready: None,
+            go: None,
+            go_at: Instant::now(),
+            persist_us: 0,
+            entered: Entered::default(),
+            adopted: false,
+            farewell: VecDeque::new(),
+        }
+    }
 }
 
 impl Incoming {
-    pub(super) async fn run(mut self, mut streams: mpsc::Receiver<Conversation>) {
-        let id = self.id;
-        let daemon = Arc::clone(&self.daemon);
-        self.drive(&mut streams).await;
-        daemon.migrations.incoming().remove(&id);
-    }
-
-    async fn drive(&mut self, streams: &mut mpsc::Receiver<Conversation>) {
-        let first = tokio::select! {
-            () = self.daemon.shutdown.cancelled() => None,
-            first = tokio::time::timeout(LEASE, streams.recv()) => first.ok().flatten(),
-        };
-        let Some(mut talk) = first else {
-            tracing::info!(vm = %self.handle.name, "a reservation ended without a migration");
-            return self.drop_copy(0).await;
-        };
-        match self.receive(&mut talk).await {
-            Ok(ready) => {
-                self.say(&talk, FromDestination::Ready(ready)).await;
-                self.decide(talk, streams).await;
+    pub(super) async fn run(mut self) {
+        while let Some(event) = self.next().await {
+            let before = self.work.machine.state();
+            let effects = self.apply(event).await;
+            self.work.voice.say(self.work.machine.answer());
+            let idle = effects.is_empty();
+            for effect in effects {
+                self.execute(effect).await;
             }
-            Err(error) => {
-                let failed =
-                    Failed { reason: error.reason().to_owned(), message: error.message().to_owned() };
-                self.drop_copy(0).await;
-                self.say(&talk, FromDestination::Failed(failed)).await;
-            }
-        }
-    }
-
-    async fn say(&self, talk: &Conversation, message: FromDestination) {
-        self.say_at(talk, self.ownership.epoch, message).await;
-    }
-
-    async fn say_at(&self, talk: &Conversation, epoch: u64, message: FromDestination) {
-        let message = DestinationMessage { migration_id: self.id.to_string(), epoch, message: Some(message) };
-        // A source that does not read is treated like one that went away.
-        let _ = tokio::time::timeout(Duration::from_secs(5), talk.to.send(Ok(message))).await;
-    }
-
-    /// Until the copy is complete and Ready is durable.
-    async fn receive(&mut self, talk: &mut Conversation) -> Result<Ready, ApiError> {
-        let worker =
-            self.worker.clone().ok_or_else(|| ApiError::internal("NO_WORKER", "there is no worker"))?;
-        let mut progress = worker.watch_incoming(&self.id.to_string()).await?;
-        let ready = loop {
-            tokio::select! {
-                () = self.daemon.shutdown.cancelled() => return Err(ApiError::shutting_down()),
-                message = progress.message() => match message {
-                    Ok(Some(p)) if p.ready => break p,
-                    Ok(Some(p)) => {
-                        let received = FromDestination::Received(p.bytes_received);
-                        let message = DestinationMessage { migration_id: self.id.to_string(), epoch: self.ownership.epoch, message: Some(received) };
-                        // Progress may be dropped.
-                        let _ = talk.to.try_send(Ok(message));
-                    }
-                    Ok(None) => return Err(ApiError::internal("WORKER_STREAM_ENDED", "the worker ended the copy without a reason")),
-                    Err(status) => return Err(ApiError::from_status("worker", &status)),
-                },
-                message = talk.from.message() => match message {
-                    Ok(Some(SourceMessage { message: Some(FromSource::Abort(abort)), .. })) => {
-                        return Err(ApiError::cancelled("ABORTED_BY_SOURCE", format!("the source gave up: {}", crate::status::clip(&abort.reason, 64))));
-                    }
-                    Ok(Some(_)) => {}
-                    Ok(None) => return Err(ApiError::unavailable("SOURCE_LOST", "the source closed the stream before the copy was complete")),
-                    Err(status) => return Err(ApiError::unavailable("SOURCE_LOST", format!("the source went away: {}", status.message()))),
-                },
-            }
-        };
-        self.images.clone_from(&ready.pmu);
-        self.journal(Phase::Ready, self.ownership.epoch, &ready.state_digest).await?;
-        Ok(Ready { state_digest: ready.state_digest, pmu: ready.pmu, restore_us: ready.restore_us })
-    }
-
-    /// Ready: waits for the source's decision however long it takes.
-    async fn decide(&mut self, talk: Conversation, streams: &mut mpsc::Receiver<Conversation>) {
-        match self.await_decision(talk, streams).await {
-            Decided::Go(go, epoch, talk) => self.enter(*go, epoch, talk).await,
-            Decided::Abort(epoch, talk) => {
-                self.drop_copy(epoch).await;
-                if let Some(talk) = talk {
-                    self.say(&talk, FromDestination::Aborted(Aborted {})).await;
-                }
-            }
-            // The journal says Ready; the next daemon asks the source.
-            Decided::Ending => {
-                if let Some(worker) = self.worker.take() {
-                    worker.end().await;
-                }
-            }
-        }
-    }
-
-    async fn await_decision(
-        &self,
-        talk: Conversation,
-        streams: &mut mpsc::Receiver<Conversation>,
-    ) -> Decided {
-        let mut talk = Some(talk);
-        loop {
-            if let Some(open) = &mut talk {
-                let message = tokio::select! {
-                    () = self.daemon.shutdown.cancelled() => return Decided::Ending,
-                    message = open.from.message() => message,
-                };
-                match message {
-                    Ok(Some(SourceMessage { epoch, message: Some(FromSource::Go(go)), .. })) => {
-                        return Decided::Go(Box::new(go), epoch, talk);
-                    }
-                    Ok(Some(SourceMessage { epoch, message: Some(FromSource::Abort(_)), .. })) => {
-                        return Decided::Abort(epoch, talk);
-                    }
-                    Ok(Some(_)) => {}
-                    Ok(None) | Err(_) => talk = None,
-                }
-                continue;
-            }
-            tokio::select! {
-                () = self.daemon.shutdown.cancelled() => return Decided::Ending,
-                again = streams.recv() => talk = again,
-                () = tokio::time::sleep(ASK) => {
-                    if let Some(decided) = self.ask_source().await {
-                        return decided;
-                    }
-                }
-            }
-        }
-    }
-
-    /// The source went away after Ready: what does its journal say?
-    async fn ask_source(&self) -> Option<Decided> {
-        let address = self.source_address.parse().ok()?;
-        let peer = Peer::connect(&address).await.ok()?;
-        let request = ResolveRequest {
-            migration_id: self.id.to_string(),
-            vm_uid: self.handle.uid.clone(),
-            host_id: self.daemon.host.host_id.clone(),
-            store_id: self.ownership.peer_store.clone(),
-        };
-        let answer = peer.resolve(request).await.ok()?;
-        match answer.decision() {
-            Decision::Committed => {
-                let go =
-                    Go { state_digest: answer.state_digest, vm: None, keep_paused: self.desired_paused() };
-                Some(Decided::Go(Box::new(go), answer.epoch, None))
-            }
-            Decision::Aborted | Decision::Superseded => Some(Decided::Abort(answer.epoch, None)),
-            _ => None,
-        }
-    }
-
-    fn desired_paused(&self) -> bool {
-        use vpmu_proto::api::virtual_machine::DesiredState;
-        self.record.vm.as_ref().is_some_and(|vm| vm.desired_state() == DesiredState::Paused)
-    }
-
-    /// Go: Entered durable, grant, running. Nothing else happens before the guest runs.
-    async fn enter(&mut self, go: Go, epoch: u64, talk: Option<Conversation>) {
-        let begin = Instant::now();
-        let Some(worker) = self.worker.clone() else { return };
-        let expected = self.ownership.epoch + 1;
-        let wrong = if epoch != expected {
-            Some(format!("Go is for epoch {epoch}, this copy waits for {expected}"))
-        } else if go.state_digest != self.ownership.digest {
-            Some("Go names another state than this copy has".to_owned())
-        } else {
-            worker.status().await.err().map(|error| format!("the worker does not answer: {error}"))
-        };
-        if let Some(why) = wrong {
-            return self.give_back(why, talk).await;
-        }
-        if let Err(error) = self.journal(Phase::Entered, epoch, &go.state_digest.clone()).await {
-            // Not durable, so it never runs; the journal is read again at the next start.
-            tracing::error!(vm = %self.handle.name, %error, "the entry could not be journalled");
-            return self.give_back(error.to_string(), talk).await;
-        }
-        let persist_us = micros(begin.elapsed());
-        let granting = Instant::now();
-        let granted = worker.grant(epoch, !go.keep_paused).await;
-        let resume_us = micros(granting.elapsed());
-        let entered = Entered {
-            running_monotonic_ns: granted.as_ref().copied().unwrap_or(0),
-            boot_id: self.daemon.host.boot_id.clone(),
-            persist_us,
-            resume_us,
-            probe: None,
-        };
-        if let Some(talk) = &talk {
-            self.say(talk, FromDestination::Entered(entered.clone())).await;
-        }
-        if let Err(error) = &granted {
-            tracing::error!(vm = %self.handle.name, %error, "the machine entered but its worker does not run it");
-        }
-        let mut record = self.record.clone();
-        if let Some(vm) =
-            go.vm.filter(|vm| vm.uid == self.handle.uid && vm.name == self.handle.name.to_string())
-        {
-            record.vm = Some(arriving(vm));
-        }
-        let arrival = Arrival {
-            record,
-            worker: worker.clone(),
-            ownership: self.ownership.clone(),
-            images: std::mem::take(&mut self.images),
-            paused: go.keep_paused,
-        };
-        let adopted = self.handle.ask(|reply| Command::Adopt { arrival: Box::new(arrival), reply }).await;
-        if let Err(error) = adopted {
-            tracing::error!(vm = %self.handle.name, %error, "the arrived machine's records are incomplete");
-        }
-        self.worker = None;
-        if let Some(talk) = talk {
-            self.tell_gap(&worker, talk, entered, go.keep_paused).await;
-        }
-    }
-
-    /// Tells the source the hole as the guest saw it, once the guest has.
-    async fn tell_gap(&self, worker: &WorkerLink, talk: Conversation, mut entered: Entered, paused: bool) {
-        let probed = self.record.vm.as_ref().and_then(|vm| vm.spec.as_ref()).and_then(|s| s.boot.as_ref());
-        if paused || !matches!(probed, Some(Boot::Probe(_))) {
-            self.say(&talk, FromDestination::Entered(entered)).await;
-            return;
-        }
-        let deadline = Instant::now() + GAP;
-        loop {
-            let report = worker.probe_report().await.ok();
-            let seen = report
-                .as_ref()
-                .is_some_and(|r| !r.vcpus.is_empty() && r.vcpus.iter().all(|v| v.last_gap_ns > 0));
-            if seen || Instant::now() > deadline || self.daemon.shutdown.is_cancelled() {
-                entered.probe = report;
+            if let Some(outcome) = self.work.machine.outcome() {
+                self.over(outcome).await;
                 break;
             }
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            if event == Event::PersistRefused && idle && before == self.work.machine.state() {
+                // This state has no other way than its record.
+                self.retry(Event::PersistFailed).await;
+            }
         }
-        self.say(&talk, FromDestination::Entered(entered)).await;
-    }
-
-    /// The copy cannot be started although the source committed: it goes back.
-    async fn give_back(&mut self, why: String, talk: Option<Conversation>) {
-        tracing::error!(vm = %self.handle.name, %why, "giving the machine back");
-        // Ended before the return is journalled: a right is taken from the worker first.
-        if let Some(worker) = self.worker.take() {
+        // If it is not over, the journal says where it stands and the next daemon asks the source.
+        if let Some(worker) = self.worker.take().filter(|_| !self.work.adopted) {
             worker.end().await;
         }
-        let epoch = self.ownership.epoch + 2;
-        if let Err(error) = self.journal(Phase::Returned, epoch, &[]).await {
-            tracing::error!(vm = %self.handle.name, %error, "the return could not be journalled; it is settled at the next start");
+        self.daemon.migrations.incoming().remove(&self.id);
+    }
+
+    /// Applies an event. A worker that is not well is noticed before Entered is written: then the machine goes back.
+    async fn apply(&mut self, event: Event) -> Vec<Effect> {
+        let ready = matches!(self.work.machine.state(), State::Ready { .. });
+        if ready && matches!(self.work.machine.step(event).0, State::Entering { .. }) && !self.well().await {
+            self.work.events.push_front(event);
+            return self.work.machine.apply(Event::WorkerDied);
+        }
+        self.work.machine.apply(event)
+    }
+
+    /// Whether the worker could run the copy; one that could not is ended, so that it never will.
+    async fn well(&mut self) -> bool {
+        let Some(worker) = self.worker.clone() else { return false };
+        let problem = match worker.status().await {
+            Ok(status) if status.state() != worker_status::State::Ended => return true,
+            Ok(_) => "its guest has ended".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        let text = format!("the worker cannot run the copy: {problem}");
+        self.work.why.get_or_insert(ApiError::internal("WORKER_FAILED", text));
+        worker.end().await;
+        self.worker = None;
+        false
+    }
+
+    /// The next thing that happens; none if the daemon ends and nothing is left to be done before.
+    async fn next(&mut self) -> Option<Event> {
+        loop {
+            if self.work.left {
+                return None;
+            }
+            if let Some(event) = self.work.events.pop_front() {
+                return Some(event);
+            }
+            let work = &mut self.work;
+            let lease = work.lease.unwrap_or_else(tokio::time::Instant::now);
+            let (listening, leased) = (work.talk.is_some(), work.lease.is_some());
+            tokio::select! {
+                message = next_of(work.talk.as_mut().map(|t| &mut t.from)) => self.hear(message),
+                progress = next_of(work.progress.as_mut()) => self.received(progress),
+                talk = next_stream(work.streams.as_mut()), if !listening => self.opened(talk).await,
+                Some(answer) = work.jobs.next(), if !work.jobs.is_empty() => self.answered(answer),
+                () = tokio::time::sleep_until(lease), if leased => {
+                    tracing::info!(vm = %self.handle.name, "a reservation ended without a migration");
+                    self.work.lease = None;
+                    self.work.events.push_back(Event::LeaseExpired);
+                }
+                () = self.daemon.shutdown.cancelled(), if !work.shutdown_heard => {
+                    self.work.shutdown_heard = true;
+                    if matches!(self.work.machine.state(), State::Receiving) {
+                        self.fail(Event::WorkerFailed, ApiError::shutting_down());
+                    } else {
+                        self.work.left = true;
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn fail(&mut self, event: Event, why: ApiError) {
+        self.work.why.get_or_insert(why);
+        self.work.events.push_back(event);
+    }
+
+    /// The source has opened its stream: from here on its copy is awaited.
+    async fn opened(&mut self, talk: Conversation) {
+        self.work.talk = Some(talk);
+        self.work.lease = None;
+        let receiving = matches!(self.work.machine.state(), State::Receiving);
+        if let Some(worker) = self.worker.clone().filter(|_| receiving && self.work.progress.is_none()) {
+            match worker.watch_incoming(&self.id.to_string()).await {
+                Ok(progress) => self.work.progress = Some(progress),
+                Err(error) => self.fail(Event::WorkerFailed, error),
+            }
+        }
+    }
+
+    fn received(&mut self, progress: Result<Option<IncomingProgress>, Status>) {
+        let error = match progress {
+            Ok(Some(p)) if p.ready => match handover::digest(&p.state_digest) {
+                Some(digest) => {
+                    self.work.progress = None;
+                    self.work.ready =
+                        Some(Ready { state_digest: p.state_digest, pmu: p.pmu, restore_us: p.restore_us });
+                    self.work.events.push_back(Event::WorkerReady(digest));
+                    return;
+                }
+                None => ApiError::internal("BAD_DIGEST", "the worker's digest has not 32 bytes"),
+            },
+            Ok(Some(p)) => {
+                let message = self
+                    .message(self.work.machine.handover.epoch, FromDestination::Received(p.bytes_received));
+                if let Some(talk) = &self.work.talk {
+                    // Progress may be dropped.
+                    let _ = talk.to.try_send(Ok(message));
+                }
+                return;
+            }
+            Ok(None) => {
+                ApiError::internal("WORKER_STREAM_ENDED", "the worker ended the copy without a reason")
+            }
+            Err(status) => ApiError::from_status("worker", &status),
+        };
+        self.work.progress = None;
+        self.fail(Event::WorkerFailed, error);
+    }
+
+    /// A message of the source, or the end of its stream.
+    fn hear(&mut self, message: Result<Option<SourceMessage>, Status>) {
+        match message {
+            Ok(Some(m)) if m.migration_id != self.id.to_string() => {}
+            Ok(Some(SourceMessage { epoch, message: Some(FromSource::Go(go)), .. })) => {
+                self.work.go_at = Instant::now();
+                self.work.machine.handover.run = !go.keep_paused;
+                // One that cannot be read is none that this copy has: it goes back.
+                let digest = handover::digest(&go.state_digest).unwrap_or_default();
+                self.work.go = Some(go);
+                self.work.events.push_back(Event::GoReceived { epoch, digest });
+            }
+            Ok(Some(SourceMessage { epoch, message: Some(FromSource::Abort(abort)), .. })) => {
+                let text = format!("the source gave up: {}", crate::status::clip(&abort.reason, 64));
+                let why = ApiError::cancelled("ABORTED_BY_SOURCE", text);
+                self.fail(Event::AbortReceived { epoch }, why);
+            }
+            // Released needs no answer, and Entered is enough to own it: the actor may have written later records.
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => self.source_lost(),
+        }
+    }
+
+    pub(super) fn source_lost(&mut self) {
+        self.work.talk = None;
+        self.work.events.push_back(Event::SourceLost);
+    }
+
+    fn answered(&mut self, answer: PeerAnswer) {
+        self.work.asking = false;
+        if matches!(answer, PeerAnswer::Committed(_)) {
+            self.work.go_at = Instant::now();
+        }
+        self.work.events.push_back(Event::SourceAnswered(answer));
+    }
+
+    /// Asks the source what it has decided, unless there is a stream on which it will say so.
+    pub(super) fn ask_source(&mut self) {
+        if self.work.asking || self.work.talk.is_some() {
             return;
         }
-        let ownership = self.ownership.clone();
-        let _ = self.handle.ask(|reply| Command::DropIncoming { ownership, reply }).await;
-        if let Some(talk) = talk {
-            self.say_at(&talk, epoch, FromDestination::Returned(Returned { reason: why })).await;
+        self.work.asking = true;
+        let handover = self.work.machine.handover.clone();
+        self.work.jobs.push(Box::pin(async move {
+            tokio::time::sleep(ASK).await;
+            super::answer::ask(&handover).await
+        }));
+    }
+
+    pub(super) fn message(&self, epoch: u64, message: FromDestination) -> DestinationMessage {
+        DestinationMessage { migration_id: self.id.to_string(), epoch, message: Some(message) }
+    }
+
+    /// Waits, then tells the machine that it must do it again; not if the daemon ends.
+    pub(super) async fn retry(&mut self, event: Event) {
+        if self.work.backoff.pause(&self.daemon.shutdown).await {
+            self.work.events.push_back(event);
+        } else {
+            self.work.left = true;
         }
     }
 }
 
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+async fn next_stream(streams: Option<&mut mpsc::Receiver<Conversation>>) -> Conversation {
+    if let Some(streams) = streams
+        && let Some(talk) = streams.recv().await
+    {
+        return talk;
+    }
+    std::future::pending().await
 }

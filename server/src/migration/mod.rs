@@ -4,28 +4,38 @@
 //! source                                   destination
 //!   check, Prepare ------------------------> journal Incoming, worker built, data listener open
 //!   journal Open, MigrateOut  ===data=====>  receives
-//!   journal Quiesced, FinishMigration =====> state set; journal Ready; Ready(digest)
+//!   journal Quiesced, FinishMigration =====> state set; Ready(digest)
 //!   journal HandedOver(e+1), Go -----------> journal Entered(e+1), grant, running, Entered
 //!   worker ended, journal Released <-------- guest's own gap, measured
 //! ```
+//! What is done and in which order is decided by the machines of [`crate::handover`]: `source` and `destination_run`
+//! each own one, feed it events and execute its effects; `settle` does so for what a restart interrupted.
+//!
 //! Invariants: nothing is sent that depends on a record that is not durable; until HandedOver the machine goes on at
 //! the source whatever fails, under a new epoch; from HandedOver on only the destination (or its return) decides.
 
+mod answer;
 pub mod check;
 pub mod destination;
+mod destination_effects;
 mod destination_run;
+mod hold;
 pub mod outcome;
+mod record;
 pub mod recover;
 pub mod resolve;
+mod settle;
 mod source;
 pub mod source_begin;
-mod source_commit;
+mod source_effects;
+mod source_end;
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vpmu_proto::api::Migration;
 
@@ -38,6 +48,10 @@ use crate::status::ApiError;
 pub struct Migrations {
     outgoing: Mutex<HashMap<Uuid, watch::Receiver<Migration>>>,
     incoming: Mutex<HashMap<Uuid, destination::Door>>,
+    /// What living machines answer to Resolve.
+    answers: answer::Answers,
+    /// Arrivals of an earlier run of this daemon that the source has not decided yet, by uid: until they are over.
+    settling: Mutex<HashMap<String, CancellationToken>>,
 }
 
 impl Migrations {
@@ -47,6 +61,10 @@ impl Migrations {
 
     pub(crate) fn incoming(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, destination::Door>> {
         self.incoming.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn settling(&self) -> std::sync::MutexGuard<'_, HashMap<String, CancellationToken>> {
+        self.settling.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,41 +1,36 @@
-//! What a daemon does at its start about machines it knows: the table of the handover rules, as far as thread
-//! isolation needs it, where every worker died with its daemon.
+//! What a daemon does at its start about machines it knows: `handover::recovery::decide` for each record, with every
+//! worker dead (thread isolation: they died with their daemon), and the machines of `handover` where it says to go on.
 //!
 //! | journal | then |
 //! |---|---|
 //! | Owned, Entered | stopped, HOST_RESTARTED, if it ran |
 //! | Open | aborted: Owned(e+1), stopped |
-//! | Quiesced | asks the destination: a ready copy is committed late, else LOST |
+//! | Quiesced | asks the destination: a ready copy is committed late; one that is surely not there is LOST; else in doubt |
 //! | HandedOver | tombstone; asks the destination until it has entered or returned |
-//! | Incoming | Aborted |
-//! | Ready | asks the source: Returned if it had committed, else Aborted |
+//! | Incoming, Ready | asks the source: Returned if it had committed, Aborted if it keeps it |
 //! | Deleted | the rest of it is removed |
 //! | Uncertain, none | failed, OWNERSHIP_UNCERTAIN: neither started nor removed by itself |
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 use vpmu_proto::api::VirtualMachine;
 use vpmu_proto::api::migration::State as MigrationState;
 use vpmu_proto::api::virtual_machine::State;
-use vpmu_proto::peer::destination_message::Message as FromDestination;
-use vpmu_proto::peer::resolve_response::Decision;
-use vpmu_proto::peer::source_message::{Go, Message as FromSource, Open};
-use vpmu_proto::peer::{ResolveRequest, ResolveResponse, SourceMessage};
 use vpmu_proto::store::ownership_record::Phase;
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
 
+use super::settle;
 use crate::daemon::Daemon;
+use crate::handover::recovery::{Action, Records, Worker, decide};
+use crate::handover::source::Outcome as Decided;
 use crate::names::VmName;
-use crate::peer::Peer;
 use crate::status::ApiError;
 use crate::vm::command::{Command, Outcome};
 
-/// Between two questions to the other host.
-const ASK: Duration = Duration::from_secs(1);
-/// Bound on the answer to a late Go.
-const GO: Duration = Duration::from_secs(20);
+/// How long the start waits for an abort to be durable; it goes on behind the start then.
+const ABORT: Duration = Duration::from_secs(10);
 
 const RESTARTED: &str =
     "vpmud was restarted and the machine ended with it (thread isolation); start it again";
@@ -48,11 +43,13 @@ pub async fn recover(daemon: &Arc<Daemon>) -> Result<(), ApiError> {
         .into_iter()
         .map(|r| (r.vm.as_ref().map(|vm| vm.uid.clone()).unwrap_or_default(), r))
         .collect();
+    let mut open = Vec::new();
     for held in daemon.store.ownerships() {
         let record = records.remove(&held.vm_uid);
         let uid = held.vm_uid.clone();
-        if let Err(error) = recover_one(daemon, held, record).await {
-            tracing::error!(%uid, %error, "a machine could not be brought back");
+        match recover_one(daemon, held, record).await {
+            Ok(later) => open.extend(later),
+            Err(error) => tracing::error!(%uid, %error, "a machine could not be brought back"),
         }
     }
     for record in records.into_values() {
@@ -65,76 +62,95 @@ pub async fn recover(daemon: &Arc<Daemon>) -> Result<(), ApiError> {
             "the journal knows nothing of this machine; it is neither started nor removed by itself",
         )?;
     }
-    end_migrations(daemon).await
+    end_migrations(daemon).await?;
+    for later in open {
+        match later {
+            Later::Source(held) => daemon.tasks.spawn(settle_source(Arc::clone(daemon), held, None)),
+            Later::Destination(held, over) => {
+                daemon.tasks.spawn(settle_destination(Arc::clone(daemon), held, over))
+            }
+        };
+    }
+    Ok(())
+}
+
+/// What the other host is asked about once everything is known here.
+enum Later {
+    Source(OwnershipRecord),
+    Destination(OwnershipRecord, CancellationToken),
 }
 
 async fn recover_one(
     daemon: &Arc<Daemon>,
     held: OwnershipRecord,
     record: Option<VmRecord>,
-) -> Result<(), ApiError> {
+) -> Result<Option<Later>, ApiError> {
     let stored = record
         .as_ref()
         .and_then(|r| r.vm.as_ref())
         .map_or(State::Unspecified, VirtualMachine::observed_state);
-    match (held.phase(), record) {
-        (Phase::Owned | Phase::Entered, Some(record)) => own(daemon, record, held, stored),
-        (Phase::Open, Some(record)) => {
-            let abort = OwnershipRecord {
-                epoch: held.epoch + 1,
-                owner_host: daemon.host.host_id.clone(),
-                phase: Phase::Owned as i32,
-                ..held
-            };
-            let held = daemon.store.append_ownership(abort).await?;
-            own(daemon, record, held, stored)
+    match (decide(Some(&held), Worker::Dead, Records::Whole), record) {
+        (Action::Fail, Some(record)) => own(daemon, record, held, stored)?,
+        (Action::ResumeSource, Some(record)) => return resume_source(daemon, record, held).await,
+        (Action::ResumeDestination, Some(record)) if held.phase() == Phase::Entered => {
+            // It is owned here: nothing is asked.
+            let arrived = settle::destination(Arc::clone(daemon), held.clone()).await;
+            own(daemon, record, arrived.map_or(held, |(_, held)| held), stored)?;
         }
-        (Phase::Quiesced | Phase::Committing, Some(record)) => {
-            show(
-                daemon,
-                record,
-                held.clone(),
-                State::MigratingOut,
-                "IN_DOUBT",
-                "vpmud was restarted in the middle of a migration; asking the destination",
-            )?;
-            daemon.tasks.spawn(settle_source(Arc::clone(daemon), held));
-            Ok(())
+        (Action::ResumeDestination, record) if held.phase() != Phase::Entered => {
+            let over = CancellationToken::new();
+            daemon.migrations.settling().insert(held.vm_uid.clone(), over.clone());
+            discard(daemon, record).await?;
+            return Ok(Some(Later::Destination(held, over)));
         }
-        (Phase::HandedOver, Some(record)) => {
-            moved(daemon, record, held.clone())?;
-            daemon.tasks.spawn(settle_source(Arc::clone(daemon), held));
-            Ok(())
+        (Action::Rest, Some(record)) if held.phase() == Phase::Released => moved(daemon, record, held)?,
+        (Action::Rest, Some(record)) if stored == State::Moved && held.phase() != Phase::Deleted => {
+            moved(daemon, record, held)?;
         }
-        (Phase::Released, Some(record)) => moved(daemon, record, held),
-        (Phase::Incoming, record) => {
-            let aborted = OwnershipRecord { phase: Phase::Aborted as i32, ..held };
-            daemon.store.append_ownership(aborted).await?;
-            discard(daemon, record).await
-        }
-        (Phase::Ready, record) => {
-            daemon.tasks.spawn(settle_ready(Arc::clone(daemon), held));
-            discard(daemon, record).await
-        }
-        (Phase::Aborted | Phase::Returned | Phase::Superseded, Some(record)) if stored == State::Moved => {
-            moved(daemon, record, held)
-        }
-        (Phase::Aborted | Phase::Returned | Phase::Superseded | Phase::Deleted, record) => {
-            discard(daemon, record).await
-        }
-        (Phase::Uncertain | Phase::Unspecified, Some(record)) => show(
+        (Action::Rest, record) => discard(daemon, record).await?,
+        // Uncertain; of a dead worker the table says nothing else.
+        (_, Some(record)) => show(
             daemon,
             record,
             held,
             State::Failed,
             "OWNERSHIP_UNCERTAIN",
             "the ownership journal lost records of this machine; it is neither started nor removed by itself",
-        ),
-        (phase, None) => {
-            tracing::warn!(uid = %held.vm_uid, ?phase, "the journal knows a machine that the store does not");
-            Ok(())
+        )?,
+        (_, None) => {
+            tracing::warn!(uid = %held.vm_uid, phase = ?held.phase(), "the journal knows a machine that the store does not");
         }
     }
+    Ok(None)
+}
+
+async fn resume_source(
+    daemon: &Arc<Daemon>,
+    record: VmRecord,
+    held: OwnershipRecord,
+) -> Result<Option<Later>, ApiError> {
+    match held.phase() {
+        // Nobody needs to be asked: the abort is durable before anything is served.
+        Phase::Open => {
+            let aborting = daemon.tasks.spawn(settle_source(Arc::clone(daemon), held, Some(record)));
+            if tokio::time::timeout(ABORT, aborting).await.is_err() {
+                tracing::error!(
+                    "the abort of an open migration is not durable yet; its machine is shown once it is"
+                );
+            }
+            return Ok(None);
+        }
+        Phase::HandedOver => moved(daemon, record, held.clone())?,
+        _ => show(
+            daemon,
+            record,
+            held.clone(),
+            State::MigratingOut,
+            "IN_DOUBT",
+            "vpmud was restarted in the middle of a migration; asking the destination",
+        )?,
+    }
+    Ok(Some(Later::Source(held)))
 }
 
 /// It belongs here.
@@ -222,120 +238,36 @@ fn fail(migration: &mut vpmu_proto::api::Migration, reason: &str, message: &str)
     migration.end_time = Some(crate::ops::now());
 }
 
-async fn ask(daemon: &Daemon, held: &OwnershipRecord) -> Option<(Peer, ResolveResponse)> {
-    let address = held.peer_address.parse().ok()?;
-    let peer = Peer::connect(&address).await.ok()?;
-    let request = ResolveRequest {
-        migration_id: held.migration_id.clone(),
-        vm_uid: held.vm_uid.clone(),
-        host_id: daemon.host.host_id.clone(),
-        store_id: held.peer_store.clone(),
+/// A source without its worker. `unseen` is the machine's record if it is not shown yet.
+async fn settle_source(daemon: Arc<Daemon>, held: OwnershipRecord, unseen: Option<VmRecord>) {
+    let (uid, committed) = (held.vm_uid.clone(), held.phase() == Phase::HandedOver);
+    let Some((decided, held)) = settle::source(Arc::clone(&daemon), held).await else { return };
+    let shown = match unseen {
+        Some(record) => {
+            let stored = record.vm.as_ref().map_or(State::Unspecified, VirtualMachine::observed_state);
+            own(&daemon, record, held, stored)
+        }
+        None => settled(&daemon, &held, why(decided, committed)).await,
     };
-    let answer = peer.resolve(request).await.ok()?;
-    Some((peer, answer))
-}
-
-/// A source without its worker: what the destination says, decides.
-async fn settle_source(daemon: Arc<Daemon>, mut held: OwnershipRecord) {
-    loop {
-        match step_source(&daemon, &mut held).await {
-            Ok(true) => return,
-            Ok(false) => {}
-            Err(error) => tracing::warn!(uid = %held.vm_uid, %error, "settling a migration; trying again"),
-        }
-        tokio::select! {
-            () = tokio::time::sleep(ASK) => {}
-            () = daemon.shutdown.cancelled() => return,
-        }
+    if let Err(error) = shown {
+        tracing::error!(%uid, %error, "what a migration came to could not be shown");
     }
 }
 
-async fn step_source(daemon: &Arc<Daemon>, held: &mut OwnershipRecord) -> Result<bool, ApiError> {
-    let Some((peer, answer)) = ask(daemon, held).await else { return Ok(false) };
-    let committed = held.phase() == Phase::HandedOver;
-    match (committed, answer.decision()) {
-        (true, Decision::Committed | Decision::Superseded) => {
-            let released = OwnershipRecord { phase: Phase::Released as i32, ..held.clone() };
-            *held = daemon.store.append_ownership(released).await?;
-            settled(daemon, held, None).await?;
-            Ok(true)
-        }
-        (true, Decision::Returned) => {
-            back(daemon, held, held.epoch + 1, ApiError::aborted("HOST_RESTARTED", &held.vm_uid, RESTARTED))
-                .await?;
-            Ok(true)
-        }
-        (false, Decision::Ready) => {
-            // The copy is saved by a late commit: Quiesced means that the machine has not run here since.
-            let decided = OwnershipRecord {
-                epoch: held.epoch + 1,
-                owner_host: held.peer_host.clone(),
-                phase: Phase::HandedOver as i32,
-                digest: answer.state_digest.clone(),
-                ..held.clone()
-            };
-            *held = daemon.store.append_ownership(decided).await?;
-            go(daemon, held, &peer).await;
-            Ok(false)
-        }
-        (true, Decision::Ready) => {
-            go(daemon, held, &peer).await;
-            Ok(false)
-        }
-        (false, Decision::Aborted | Decision::Unknown | Decision::Returned) => {
-            let lost = ApiError::internal(
-                "LOST",
-                "vpmud died while the machine was stopped for a migration and the destination holds no complete copy; start it afresh",
-            );
-            back(daemon, held, held.epoch + 1, lost).await?;
-            Ok(true)
-        }
-        _ => Ok(false),
-    }
-}
-
-/// Sends Go once and waits for the answer; what it was is asked again by Resolve.
-async fn go(daemon: &Arc<Daemon>, held: &OwnershipRecord, peer: &Peer) {
-    let vm = daemon.registry.by_uid(&held.vm_uid).map(|h| h.view().vm.clone());
-    let keep_paused = vm
-        .as_ref()
-        .is_some_and(|vm| vm.desired_state() == vpmu_proto::api::virtual_machine::DesiredState::Paused);
-    let message = |epoch, message| SourceMessage {
-        migration_id: held.migration_id.clone(),
-        vm_uid: held.vm_uid.clone(),
-        epoch,
-        message: Some(message),
-    };
-    let (to, outbox) = mpsc::channel(2);
-    let _ = to.try_send(message(held.epoch - 1, FromSource::Open(Open {})));
-    let order = Go { state_digest: held.digest.clone(), vm, keep_paused };
-    let _ = to.try_send(message(held.epoch, FromSource::Go(order)));
-    let Ok(mut from) = peer.handover(outbox).await else { return };
-    let wait = async {
-        while let Ok(Some(m)) = from.message().await {
-            if matches!(m.message, Some(FromDestination::Entered(_) | FromDestination::Returned(_))) {
-                return;
-            }
-        }
-    };
-    let _ = tokio::time::timeout(GO, wait).await;
-}
-
-/// It is owned here again, without a worker.
-async fn back(
-    daemon: &Arc<Daemon>,
-    held: &mut OwnershipRecord,
-    epoch: u64,
-    why: ApiError,
-) -> Result<(), ApiError> {
-    let owned = OwnershipRecord {
-        epoch,
-        owner_host: daemon.host.host_id.clone(),
-        phase: Phase::Owned as i32,
-        ..held.clone()
-    };
-    *held = daemon.store.append_ownership(owned).await?;
-    settled(daemon, held, Some(why)).await
+/// Why it is not what the user wanted; none if it runs on the destination.
+fn why(decided: Decided, committed: bool) -> Option<ApiError> {
+    Some(match decided {
+        Decided::Moved | Decided::Superseded => return None,
+        Decided::Uncertain => ApiError::internal(
+            "OWNERSHIP_UNCERTAIN",
+            "the two hosts' records do not agree; nothing runs here until an operator decides",
+        ),
+        Decided::Failed(_) if !committed => ApiError::internal(
+            "LOST",
+            "vpmud died while the machine was stopped for a migration and the destination holds no complete copy; start it afresh",
+        ),
+        _ => ApiError::internal("HOST_RESTARTED", RESTARTED),
+    })
 }
 
 async fn settled(
@@ -363,25 +295,12 @@ async fn settled(
     handle.ask(|reply| Command::EndMigration { outcome, reply }).await
 }
 
-/// A destination that had promised Ready and lost the copy with its daemon: the source is told once it has decided.
-async fn settle_ready(daemon: Arc<Daemon>, held: OwnershipRecord) {
-    loop {
-        let decision = ask(&daemon, &held).await.map(|(_, answer)| answer.decision());
-        let next = match decision {
-            Some(Decision::Committed) => Some((Phase::Returned, held.epoch + 2)),
-            Some(Decision::Aborted | Decision::Superseded) => Some((Phase::Aborted, held.epoch + 1)),
-            _ => None,
-        };
-        if let Some((phase, epoch)) = next {
-            let record = OwnershipRecord { phase: phase as i32, epoch, ..held.clone() };
-            match daemon.store.append_ownership(record).await {
-                Ok(_) => return,
-                Err(error) => tracing::warn!(uid = %held.vm_uid, %error, "settling an arrival; trying again"),
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(ASK) => {}
-            () = daemon.shutdown.cancelled() => return,
-        }
+/// A destination that lost a copy with its daemon: it may have promised Ready, so that only the source knows.
+async fn settle_destination(daemon: Arc<Daemon>, held: OwnershipRecord, over: CancellationToken) {
+    let uid = held.vm_uid.clone();
+    if let Some((outcome, _)) = settle::destination(Arc::clone(&daemon), held).await {
+        tracing::info!(%uid, ?outcome, "an arrival that a restart cut off is settled");
     }
+    daemon.migrations.settling().remove(&uid);
+    over.cancel();
 }

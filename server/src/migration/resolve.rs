@@ -1,4 +1,4 @@
-//! Answers "what became of this migration?" from the journal, at either end.
+//! Answers "what became of this migration?" at either end: by the living machine, else from the journal.
 
 use vpmu_proto::api::migration::State;
 use vpmu_proto::peer::resolve_response::Decision;
@@ -9,7 +9,7 @@ use vpmu_proto::store::ownership_record::Phase;
 use crate::daemon::Daemon;
 use crate::status::ApiError;
 
-/// Answers from what is durable; another store gives no answer.
+/// Answers by what is durable or, as Ready, promised; another store gives no answer.
 pub fn resolve(daemon: &Daemon, request: &ResolveRequest) -> Result<ResolveResponse, ApiError> {
     if request.store_id != daemon.host.host_id {
         return Err(ApiError::precondition(
@@ -23,6 +23,12 @@ pub fn resolve(daemon: &Daemon, request: &ResolveRequest) -> Result<ResolveRespo
         ));
     }
     let held = daemon.store.ownership(&request.vm_uid);
+    if let Some(living) = daemon.migrations.answers.get(&request.migration_id) {
+        let (decision, epoch, state_digest) =
+            super::answer::encode(living, held.as_ref().map_or(0, |h| h.epoch));
+        let host_id = daemon.host.host_id.clone();
+        return Ok(ResolveResponse { decision: decision as i32, epoch, state_digest, host_id });
+    }
     let ended = daemon
         .store
         .get_migration(&request.vm_uid, &request.migration_id)
@@ -51,16 +57,16 @@ fn decide(held: Option<&OwnershipRecord>, migration: &str, source: bool, ended: 
         };
     }
     match held.phase() {
-        Phase::Open | Phase::Quiesced | Phase::Committing | Phase::Incoming | Phase::Uncertain => {
+        // Without a living machine there is no copy that could be ready.
+        Phase::Open | Phase::Quiesced | Phase::Committing | Phase::Incoming | Phase::Ready => {
             Decision::Undecided
         }
         Phase::Owned if source => Decision::Aborted,
         Phase::HandedOver | Phase::Released | Phase::Entered | Phase::Owned => Decision::Committed,
-        Phase::Ready => Decision::Ready,
         Phase::Returned => Decision::Returned,
         Phase::Aborted => Decision::Aborted,
         Phase::Superseded | Phase::Deleted => Decision::Superseded,
-        Phase::Unspecified => Decision::Unknown,
+        Phase::Uncertain | Phase::Unspecified => Decision::Unknown,
     }
 }
 
@@ -77,7 +83,7 @@ mod tests {
         };
         assert_eq!(decide(Some(&held(Phase::Owned)), "m", true, None), Decision::Aborted);
         assert_eq!(decide(Some(&held(Phase::Owned)), "m", false, None), Decision::Committed);
-        assert_eq!(decide(Some(&held(Phase::Ready)), "m", false, None), Decision::Ready);
+        assert_eq!(decide(Some(&held(Phase::Ready)), "m", false, None), Decision::Undecided);
         assert_eq!(decide(None, "m", false, None), Decision::Unknown);
         assert_eq!(
             decide(Some(&held(Phase::Open)), "other", true, Some(State::Cancelled)),

@@ -13,9 +13,11 @@ use vpmu_proto::peer::Requirements;
 use vpmu_proto::store::MigrationRecord;
 
 use super::check::refuse;
-use super::source::Source;
+use super::source::{Source, Work};
 use crate::config::Address;
 use crate::daemon::Daemon;
+use crate::handover::Handover;
+use crate::handover::source::Source as Machine;
 use crate::names::MigrationName;
 use crate::ops::Seed;
 use crate::peer::Peer;
@@ -118,6 +120,18 @@ pub async fn begin(
     let operation = running.id();
     let (progress, receiver) = watch::channel(migration);
     daemon.migrations.outgoing().insert(id, receiver);
+    let machine = Machine::new(Handover {
+        vm_uid: handle.uid.clone(),
+        migration_id: id.to_string(),
+        epoch: lease.ownership.epoch,
+        host: daemon.host.host_id.clone(),
+        peer_host: checked.destination_host.clone(),
+        peer_address: checked.peer.address.to_string(),
+        peer_store: checked.destination_host,
+        incarnation: lease.ownership.incarnation,
+        run: !lease.paused,
+    });
+    let voice = daemon.migrations.answers.voice(&id.to_string(), machine.answer());
     let source = Source {
         daemon: Arc::clone(daemon),
         handle: handle.clone(),
@@ -125,7 +139,6 @@ pub async fn begin(
         lease,
         peer: checked.peer,
         requirements: checked.requirements,
-        destination_host: checked.destination_host,
         id,
         spec,
         accepted,
@@ -133,6 +146,7 @@ pub async fn begin(
         committed,
         progress,
         running,
+        work: Work::new(machine, voice),
     };
     daemon.tasks.spawn(source.run());
     Ok(operation)

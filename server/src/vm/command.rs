@@ -158,4 +158,6 @@ pub struct Arrival {
     pub images: Vec<PmuImage>,
     /// It stays paused.
     pub paused: bool,
+    /// It is owned here, but its worker cannot run it: why.
+    pub lost: Option<ApiError>,
 }

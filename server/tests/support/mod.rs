@@ -68,6 +68,28 @@ impl Host {
         (self.child, self.ready) = (child, ready);
     }
 
+    /// Waits until the process has stopped itself at its `--hold-at` point, and kills it there.
+    pub async fn kill_at_hold(&mut self) {
+        let stat = format!("/proc/{}/stat", self.child.id().expect("running"));
+        let begin = Instant::now();
+        loop {
+            let text = std::fs::read_to_string(&stat).expect("a process of ours");
+            // The state follows the name, which is in parentheses.
+            if text.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T')) {
+                break;
+            }
+            assert!(begin.elapsed() < DEADLINE, "the hold point is not reached: {text}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        self.kill().await;
+    }
+
+    /// Starts it again with other options.
+    pub async fn restart_with(&mut self, options: &[&str]) {
+        self.options = options.iter().map(ToString::to_string).collect();
+        self.restart().await;
+    }
+
     /// SIGTERM; returns the exit code.
     pub async fn terminate(&mut self) -> i32 {
         let pid =

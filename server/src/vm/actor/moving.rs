@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use tokio_util::sync::CancellationToken;
+use vpmu_proto::api::VirtualMachine;
 use vpmu_proto::api::virtual_machine::{DesiredState, State};
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
@@ -47,7 +48,10 @@ impl Actor {
                     self.show(State::Running);
                     return Ok(());
                 }
-                self.retire_worker("stop").await;
+                // One whose ownership is not known is not ended either: its copy may be the last.
+                if error.reason() != "OWNERSHIP_UNCERTAIN" {
+                    self.retire_worker("stop").await;
+                }
                 // The daemon's end is no fault of the machine.
                 let ended = matches!(error.reason(), "HOST_RESTARTED" | "SHUTTING_DOWN");
                 let (state, reason) =
@@ -95,7 +99,7 @@ impl Actor {
 
     /// The machine runs here already (or is paused); this makes the records follow.
     pub(super) async fn adopt(&mut self, arrival: Arrival) -> Result<(), ApiError> {
-        let Arrival { record, worker, ownership, images, paused } = arrival;
+        let Arrival { record, worker, ownership, images, paused, lost } = arrival;
         self.ownership = ownership;
         self.born = true;
         self.before_incoming = None;
@@ -109,6 +113,11 @@ impl Actor {
         let pmu = self.store_pmu(images, worker.cores(), "migrate-in").await;
         let state = if paused { State::Paused } else { State::Running };
         let desired = if paused { DesiredState::Paused } else { DesiredState::Running };
+        if let Some(error) = lost {
+            self.retire_worker("stop").await;
+            let edit = |vm: &mut VirtualMachine| vm.set_desired_state(desired);
+            return self.change(State::Failed, error.reason(), error.message(), Kind::Updated, edit).await;
+        }
         self.change(state, "", "", Kind::Updated, |vm| vm.set_desired_state(desired)).await?;
         self.follow_worker(&worker).await?;
         pmu

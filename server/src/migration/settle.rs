@@ -1,0 +1,225 @@
+//! What a restart interrupted is brought to its end by the same machines, without a worker: in thread isolation that
+//! died with its daemon. With nothing to wait for but the other host, one effect is done after the other.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use vpmu_proto::api::virtual_machine::DesiredState;
+use vpmu_proto::peer::SourceMessage;
+use vpmu_proto::peer::destination_message::Message as FromDestination;
+use vpmu_proto::peer::source_message::{Go, Message as FromSource, Open};
+use vpmu_proto::store::OwnershipRecord;
+
+use super::answer::ask;
+use super::record::{Backoff, Written, write};
+use crate::daemon::Daemon;
+use crate::handover::recovery::Worker;
+use crate::handover::{Digest, Handover, PeerAnswer, destination, source};
+use crate::peer::Peer;
+
+/// Between two questions to the other host.
+const ASK: Duration = Duration::from_secs(1);
+/// Bound on the answer to a late Go.
+const GO: Duration = Duration::from_secs(20);
+
+/// What both sides need.
+struct Settler {
+    daemon: Arc<Daemon>,
+    held: OwnershipRecord,
+    backoff: Backoff,
+    asked: bool,
+}
+
+/// What became of a record, without the phase.
+enum Saved {
+    Yes,
+    Failed,
+    Refused,
+}
+
+impl Settler {
+    async fn save(&mut self, record: OwnershipRecord) -> Saved {
+        match write(&self.daemon.store, record).await {
+            Written::Durable(record) => {
+                self.held = record;
+                self.backoff.reset();
+                Saved::Yes
+            }
+            Written::InDoubt(error) => {
+                tracing::error!(uid = %self.held.vm_uid, %error, "settling a migration: not durable yet");
+                self.backoff.pause(&self.daemon.shutdown).await;
+                Saved::Failed
+            }
+            Written::Refused(error) => {
+                tracing::error!(uid = %self.held.vm_uid, %error, "settling a migration: a record was refused");
+                self.backoff.pause(&self.daemon.shutdown).await;
+                Saved::Refused
+            }
+        }
+    }
+
+    /// Asks at once the first time, then with pauses.
+    async fn ask(&mut self, handover: &Handover) -> PeerAnswer {
+        let pause = if std::mem::replace(&mut self.asked, true) { ASK } else { Duration::ZERO };
+        tokio::select! {
+            answer = async { tokio::time::sleep(pause).await; ask(handover).await } => answer,
+            () = self.daemon.shutdown.cancelled() => PeerAnswer::Unreachable,
+        }
+    }
+}
+
+/// Goes on as the source; none if the daemon ends before it is over.
+pub(super) async fn source(
+    daemon: Arc<Daemon>,
+    held: OwnershipRecord,
+) -> Option<(source::Outcome, OwnershipRecord)> {
+    use source::{Effect, Event};
+    let handover = Handover::of(&held, &daemon.host.host_id, false);
+    let (mut machine, first) = source::Source::recovered(handover, &held, Worker::Dead)?;
+    let voice = daemon.migrations.answers.voice(&held.migration_id, machine.answer());
+    let mut settler = Settler { daemon, held, backoff: Backoff::new(), asked: false };
+    let (mut effects, mut events) = (first, VecDeque::new());
+    loop {
+        for effect in effects {
+            match effect {
+                Effect::Persist(record) => {
+                    let phase = record.phase();
+                    events.push_back(match settler.save(record).await {
+                        Saved::Yes => Event::Persisted(phase),
+                        Saved::Failed => Event::PersistFailed,
+                        Saved::Refused => Event::PersistRefused,
+                    });
+                }
+                Effect::AskPeer => {
+                    events.push_back(Event::PeerAnswered(settler.ask(&machine.handover).await));
+                }
+                Effect::SendGo { epoch, digest } => {
+                    events.push_back(go(&settler.daemon, &machine.handover, epoch, digest).await);
+                }
+                // The worker died with its daemon; so did what it had not stored.
+                Effect::SealWorker { .. } | Effect::EndWorker | Effect::Grant { .. } => {
+                    events.push_back(Event::WorkerDied);
+                }
+                Effect::PersistPmu => events.push_back(Event::PmuPersisted),
+                // Without a stream: a destination that waits asks. The others begin a migration, or answer a user
+                // who cannot reach this one.
+                Effect::SendAbort { .. }
+                | Effect::SendReleased { .. }
+                | Effect::CancelCopy
+                | Effect::Prepare
+                | Effect::StartCopy
+                | Effect::FinishCopy { .. }
+                | Effect::RefuseCancel => {}
+                Effect::Done(outcome) => return Some((outcome, settler.held)),
+            }
+        }
+        if settler.daemon.shutdown.is_cancelled() {
+            return None;
+        }
+        let event = next(&settler.daemon, &mut events).await?;
+        effects = machine.apply(event);
+        voice.say(machine.answer());
+        if event == Event::PersistRefused && effects.is_empty() {
+            events.push_back(Event::PersistFailed);
+        }
+    }
+}
+
+/// Goes on as the destination; none if the daemon ends before it is over.
+pub(super) async fn destination(
+    daemon: Arc<Daemon>,
+    held: OwnershipRecord,
+) -> Option<(destination::Outcome, OwnershipRecord)> {
+    use destination::{Effect, Event};
+    let handover = Handover::of(&held, &daemon.host.host_id, false);
+    let (mut machine, first) = destination::Destination::recovered(handover, &held, Worker::Dead)?;
+    let voice = daemon.migrations.answers.voice(&held.migration_id, machine.answer());
+    let mut settler = Settler { daemon, held, backoff: Backoff::new(), asked: false };
+    let (mut effects, mut events) = (first, VecDeque::new());
+    loop {
+        for effect in effects {
+            match effect {
+                Effect::Persist(record) => {
+                    let phase = record.phase();
+                    events.push_back(match settler.save(record).await {
+                        Saved::Yes => Event::Persisted(phase),
+                        Saved::Failed => Event::PersistFailed,
+                        Saved::Refused => Event::PersistRefused,
+                    });
+                }
+                Effect::AskSource => {
+                    events.push_back(Event::SourceAnswered(settler.ask(&machine.handover).await));
+                }
+                Effect::SealWorker { .. } | Effect::EndWorker | Effect::Grant { .. } => {
+                    events.push_back(Event::WorkerDied);
+                }
+                // Without a stream: the source asks. Two begin an arrival, which this one has behind it.
+                Effect::SendEntered { .. } => events.push_back(Event::SourceLost),
+                Effect::SendReturned { .. }
+                | Effect::SendFailed
+                | Effect::SendAborted { .. }
+                | Effect::StartWorker
+                | Effect::SendReady { .. } => {}
+                Effect::Done(outcome) => return Some((outcome, settler.held)),
+            }
+        }
+        if settler.daemon.shutdown.is_cancelled() {
+            return None;
+        }
+        let event = next(&settler.daemon, &mut events).await?;
+        effects = machine.apply(event);
+        voice.say(machine.answer());
+        if event == Event::PersistRefused && effects.is_empty() {
+            events.push_back(Event::PersistFailed);
+        }
+    }
+}
+
+/// The next event; with none left there is nothing to do but to wait for the daemon's end.
+async fn next<E>(daemon: &Daemon, events: &mut VecDeque<E>) -> Option<E> {
+    if let Some(event) = events.pop_front() {
+        return Some(event);
+    }
+    daemon.shutdown.cancelled().await;
+    None
+}
+
+/// Sends Go on a new stream and waits for the answer.
+async fn go(daemon: &Daemon, handover: &Handover, epoch: u64, digest: Digest) -> source::Event {
+    let vm = daemon.registry.by_uid(&handover.vm_uid).map(|h| h.view().vm.clone());
+    let keep_paused = vm.as_ref().is_some_and(|vm| vm.desired_state() == DesiredState::Paused);
+    let message = |epoch, message| SourceMessage {
+        migration_id: handover.migration_id.clone(),
+        vm_uid: handover.vm_uid.clone(),
+        epoch,
+        message: Some(message),
+    };
+    let open = message(handover.epoch, FromSource::Open(Open {}));
+    let order = message(epoch, FromSource::Go(Go { state_digest: digest.to_vec(), vm, keep_paused }));
+    let answered = async {
+        let peer = Peer::connect(&handover.peer_address.parse().ok()?).await.ok()?;
+        let (to, outbox) = mpsc::channel(2);
+        to.try_send(open).ok()?;
+        to.try_send(order).ok()?;
+        let mut from = peer.handover(outbox).await.ok()?;
+        while let Ok(Some(m)) = from.message().await {
+            match m.message {
+                Some(FromDestination::Entered(_)) if m.epoch == epoch => {
+                    return Some(source::Event::EnteredReceived);
+                }
+                Some(FromDestination::Returned(_)) if m.epoch == epoch + 1 => {
+                    return Some(source::Event::ReturnedReceived);
+                }
+                _ => {}
+            }
+        }
+        None
+    };
+    let answered = tokio::select! {
+        answered = tokio::time::timeout(GO, answered) => answered.ok().flatten(),
+        () = daemon.shutdown.cancelled() => None,
+    };
+    answered.unwrap_or(source::Event::PeerLost)
+}

@@ -1,0 +1,312 @@
+//! What the source's machine orders, done.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use vpmu_proto::api::migration::State as Shown;
+use vpmu_proto::peer::destination_message::Message as FromDestination;
+use vpmu_proto::peer::source_message::{self, Go, Message as FromSource};
+use vpmu_proto::peer::{PrepareRequest, SourceMessage};
+use vpmu_proto::store::OwnershipRecord;
+use vpmu_proto::store::ownership_record::Phase;
+use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutRequest, worker_status};
+
+use super::answer::ask;
+use super::record::{Written, write};
+use super::source::{Bound, Conversation, Job, Source, micros};
+use super::{hold, source_end};
+use crate::handover::source::{Effect, Event};
+use crate::handover::step::HandoverStep;
+use crate::handover::{self, Digest};
+use crate::peer::{Peer, VERSION};
+use crate::status::ApiError;
+
+/// Goal if none is given.
+const MAX_BLACKOUT: Duration = Duration::from_millis(300);
+/// Bound on pre-copy if none is given.
+const MAX_DURATION: Duration = Duration::from_secs(600);
+/// The worker gives up by itself; this is for a worker that does not.
+const GRACE: Duration = Duration::from_secs(10);
+/// Bound on the stop: final pages, state, receipt.
+const FINISH: Duration = Duration::from_secs(60);
+/// Bound on the destination's Ready once the source has sent everything.
+const READY: Duration = Duration::from_secs(30);
+/// How long the destination's clean-up after an abort is waited for.
+const ABORTED: Duration = Duration::from_secs(3);
+/// Before each question to a destination that went away.
+const RETRY: Duration = Duration::from_millis(500);
+/// Messages on the way to the destination.
+const OUTBOX: usize = 8;
+/// A worker that refuses this many grants is ended.
+const GRANTS: u32 = 3;
+
+impl Source {
+    pub(super) async fn execute(&mut self, effect: Effect) {
+        // The PMU state is stored later: see below.
+        let step = HandoverStep::of_source(&effect).filter(|s| *s != HandoverStep::SourcePersistPmu);
+        hold::at(self.daemon.hold_at, false, step);
+        match effect {
+            Effect::Persist(record) => self.persist(record).await,
+            Effect::Prepare => self.prepare(),
+            Effect::StartCopy => self.start_copy(),
+            Effect::FinishCopy { epoch } => self.finish_copy(epoch),
+            // It is stored once the machine runs there: in the blackout its flush would compete with the two
+            // decisions for the disk. The release waits for it.
+            Effect::PersistPmu => self.work.pmu_due = true,
+            Effect::SendGo { epoch, digest } => self.send_go(epoch, digest).await,
+            Effect::SendAbort { epoch, .. } => self.send_abort(epoch).await,
+            Effect::SendReleased { epoch } => self.send_released(epoch).await,
+            Effect::AskPeer => self.ask_peer(),
+            Effect::Grant { epoch, run } => self.grant(epoch, run).await,
+            Effect::CancelCopy => self.cancel_copy().await,
+            Effect::SealWorker { epoch } => self.seal(epoch).await,
+            Effect::EndWorker => {
+                self.show(Shown::Committed, "runs on the destination; releasing");
+                self.work.source_cores = self.lease.worker.cores().to_vec();
+                self.lease.worker.end().await;
+                self.work.events.push_back(Event::WorkerDied);
+            }
+            // The API refuses by the `committed` flag.
+            Effect::RefuseCancel | Effect::Done(_) => {}
+        }
+        hold::at(self.daemon.hold_at, true, step);
+    }
+
+    async fn persist(&mut self, record: OwnershipRecord) {
+        let (phase, epoch) = (record.phase(), record.epoch);
+        let deciding = *self.work.deciding.get_or_insert_with(Instant::now);
+        match write(&self.daemon.store, record).await {
+            Written::Durable(record) => {
+                if phase == Phase::HandedOver {
+                    self.work.decide_us = micros(deciding.elapsed());
+                }
+                self.work.deciding = None;
+                self.work.backoff.reset();
+                self.ownership = record;
+                self.work.events.push_back(Event::Persisted(phase));
+            }
+            Written::InDoubt(error) => {
+                tracing::error!(vm = %self.handle.name, ?phase, epoch, %error, "a decision is not durable yet; trying again");
+                self.show(Shown::InDoubt, "the decision could not be written to the journal; trying again");
+                self.retry(Event::PersistFailed).await;
+            }
+            Written::Refused(error) => {
+                tracing::error!(vm = %self.handle.name, ?phase, epoch, %error, "an ownership record was refused");
+                self.fail(Event::PersistRefused, error);
+            }
+        }
+    }
+
+    fn prepare(&mut self) {
+        let epoch = self.work.machine.handover.epoch;
+        let request = PrepareRequest {
+            version: VERSION,
+            migration_id: self.id.to_string(),
+            source_host: self.daemon.host.host_id.clone(),
+            source_address: self.daemon.peer_address.clone(),
+            epoch,
+            requirements: Some(std::mem::take(&mut self.requirements)),
+            attempt: 1,
+        };
+        let open = self.message(epoch, FromSource::Open(source_message::Open {}));
+        let (peer, store) = (self.peer.clone(), self.work.machine.handover.peer_store.clone());
+        self.work.jobs.push(Box::pin(async move {
+            let prepared = async {
+                let prepared = peer.prepare(request).await?;
+                if prepared.store_id != store {
+                    return Err(ApiError::unavailable(
+                        "DESTINATION_CHANGED",
+                        "another host answers at the destination's address now; check it and try again",
+                    ));
+                }
+                Ok((prepared, open_stream(&peer, open).await?))
+            };
+            Job::Prepared(prepared.await)
+        }));
+    }
+
+    fn start_copy(&mut self) {
+        self.show(Shown::Precopy, "copying memory while the machine runs");
+        let prepared = self.work.prepared.take().unwrap_or_default();
+        let bound = duration(self.spec.max_duration, MAX_DURATION);
+        let request = MigrateOutRequest {
+            fence: None,
+            migration_id: self.id.to_string(),
+            attempt: 1,
+            data_address: prepared.data_address,
+            token: prepared.token,
+            connections: self.spec.connections.max(1),
+            max_blackout_us: micros(duration(self.spec.max_blackout, MAX_BLACKOUT)),
+            max_bandwidth: self.spec.max_bandwidth,
+            max_duration_ms: micros(bound) / 1000,
+        };
+        self.bound(
+            bound + GRACE,
+            ApiError::unavailable(
+                "MAX_DURATION",
+                "pre-copy took longer than max_duration; raise it, or max_blackout",
+            ),
+        );
+        self.work.copies = true;
+        let worker = self.lease.worker.clone();
+        self.work.jobs.push(Box::pin(async move { Job::Copying(worker.migrate_out(request).await) }));
+    }
+
+    fn finish_copy(&mut self, epoch: u64) {
+        self.show(Shown::Stopped, "vCPUs are stopped, the rest is on its way");
+        let (worker, id) = (self.lease.worker.clone(), self.id.to_string());
+        self.work
+            .jobs
+            .push(Box::pin(async move { Job::Finished(worker.finish_migration(&id, epoch, FINISH).await) }));
+    }
+
+    /// The worker has stopped, is sealed and has sent everything.
+    pub(super) fn sealed(&mut self, finish: FinishMigrationResponse) {
+        let Some(digest) = handover::digest(&finish.state_digest) else {
+            return self.fail(Event::CopyFailed, source_end::mismatch());
+        };
+        self.work.finish = Some(finish);
+        let text = format!("the destination was not ready within {} s", READY.as_secs());
+        self.bound(READY, ApiError::unavailable("DESTINATION_TIMEOUT", text));
+        self.work.events.push_back(Event::Sealed(digest));
+    }
+
+    fn bound(&mut self, after: Duration, why: ApiError) {
+        // One too far away to be told is none.
+        self.work.bound = tokio::time::Instant::now().checked_add(after).map(|at| Bound { at, why });
+    }
+
+    async fn send_go(&mut self, epoch: u64, digest: Digest) {
+        if self.work.talk.is_none() {
+            let open = self.message(epoch.saturating_sub(1), FromSource::Open(source_message::Open {}));
+            let talk = match Peer::connect(&self.peer.address).await {
+                Ok(peer) => open_stream(&peer, open).await,
+                Err(error) => Err(error),
+            };
+            match talk {
+                Ok(talk) => self.work.talk = Some(talk),
+                Err(error) => return self.peer_lost(error.message()),
+            }
+        }
+        let go = Go {
+            state_digest: digest.to_vec(),
+            vm: Some(self.lease.record.vm.clone().unwrap_or_default()),
+            keep_paused: self.lease.paused,
+        };
+        let go = self.message(epoch, FromSource::Go(go));
+        let sent = match &self.work.talk {
+            Some(talk) => talk.to.send(go).await.is_ok(),
+            None => false,
+        };
+        if !sent {
+            self.peer_lost("it closed the stream");
+        }
+    }
+
+    /// Tells the destination and gives it a moment to clean up; one that does not hear it asks for itself.
+    async fn send_abort(&mut self, epoch: u64) {
+        let reason = self.work.why.as_ref().map_or_else(String::new, |why| why.reason().to_owned());
+        let abort = self.message(epoch, FromSource::Abort(source_message::Abort { reason }));
+        let Some(talk) = &mut self.work.talk else { return };
+        if talk.to.try_send(abort).is_err() {
+            return;
+        }
+        let answered = async {
+            while let Ok(Some(message)) = talk.from.message().await {
+                if matches!(message.message, Some(FromDestination::Aborted(_) | FromDestination::Failed(_))) {
+                    return;
+                }
+            }
+        };
+        let _ = tokio::time::timeout(ABORTED, answered).await;
+    }
+
+    fn ask_peer(&mut self) {
+        if self.work.asking {
+            return;
+        }
+        self.work.asking = true;
+        self.show(Shown::Committed, "the destination does not answer; asking again until it does");
+        let handover = self.work.machine.handover.clone();
+        self.work.jobs.push(Box::pin(async move {
+            tokio::time::sleep(RETRY).await;
+            Job::Answered(ask(&handover).await)
+        }));
+    }
+
+    async fn grant(&mut self, epoch: u64, run: bool) {
+        // A finish that waits for the destination would keep the worker from hearing the grant.
+        self.cancel_copy().await;
+        let Err(error) = self.lease.worker.grant(epoch, run).await else {
+            self.work.events.push_back(Event::Granted);
+            return;
+        };
+        tracing::error!(vm = %self.handle.name, epoch, %error, "the worker does not run on");
+        self.work.failed_grants += 1;
+        let status = self.lease.worker.status().await;
+        if status.is_ok_and(|s| s.state() == worker_status::State::Ended) {
+            // The guest has ended by itself: nothing of it can run any more.
+        } else if self.work.failed_grants < GRANTS {
+            return self.retry(Event::GrantFailed).await;
+        } else {
+            // In thread isolation the end of its threads is the proof.
+            self.lease.worker.end().await;
+        }
+        self.work.lost.get_or_insert(error);
+        self.work.events.push_back(Event::WorkerDied);
+    }
+
+    /// Ends dirty tracking and the data sockets.
+    async fn cancel_copy(&mut self) {
+        if std::mem::take(&mut self.work.copies) {
+            let _ = self.lease.worker.cancel_migration(&self.id.to_string()).await;
+        }
+    }
+
+    async fn seal(&mut self, epoch: u64) {
+        self.cancel_copy().await;
+        if let Err(error) = self.lease.worker.seal(&self.id.to_string(), epoch).await {
+            tracing::error!(vm = %self.handle.name, epoch, %error, "the worker cannot be sealed and is ended");
+            self.lease.worker.end().await;
+            self.work.events.push_back(Event::WorkerDied);
+        } else {
+            self.work.events.push_back(Event::WorkerSealed);
+        }
+    }
+
+    /// PMU state at the stop: durable before the release.
+    pub(super) async fn store_pmu(&mut self) {
+        self.work.pmu_due = false;
+        let step = Some(HandoverStep::SourcePersistPmu);
+        let images = self.work.finish.as_ref().map(|f| f.pmu.clone()).unwrap_or_default();
+        let records = crate::pmu_view::records(
+            &self.handle.uid,
+            images,
+            self.lease.worker.cores(),
+            self.work.machine.handover.epoch,
+            "migrate-out",
+            self.daemon.host.pmu_mode,
+        );
+        hold::at(self.daemon.hold_at, false, step);
+        if let Err(error) = self.daemon.store.put_pmu(&records).await {
+            tracing::error!(vm = %self.handle.name, %error, "PMU state at the stop could not be stored; trying again");
+            self.retry(Event::PmuFailed).await;
+        } else {
+            self.work.backoff.reset();
+            self.work.events.push_back(Event::PmuPersisted);
+            hold::at(self.daemon.hold_at, true, step);
+        }
+    }
+}
+
+/// Opens the stream of a migration.
+pub(super) async fn open_stream(peer: &Peer, open: SourceMessage) -> Result<Conversation, ApiError> {
+    let (to, outbox) = mpsc::channel(OUTBOX);
+    to.try_send(open).map_err(|_| ApiError::internal("OUTBOX", "a new stream takes no message"))?;
+    let from = peer.handover(outbox).await?;
+    Ok(Conversation { to, from })
+}
+
+fn duration(given: Option<prost_types::Duration>, default: Duration) -> Duration {
+    given.and_then(|d| Duration::try_from(d).ok()).unwrap_or(default)
+}
