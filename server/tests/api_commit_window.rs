@@ -179,3 +179,24 @@ async fn both_killed_in_the_window_leave_no_copy_and_say_so() {
     a.start_vm("vm").await;
     assert_eq!(running([&a, &b]).await, 1);
 }
+
+/// The source dies before its decision and the destination after it: in doubt until the destination itself says that
+/// its copy is gone, and LOST then.
+#[tokio::test]
+async fn without_a_decision_it_is_in_doubt_until_the_destination_answers_and_lost_if_its_copy_died() {
+    let (Pair { _dir, mut a, mut b }, _) = begin(Some("before:source-persist-handed-over"), None).await;
+    a.kill_at_hold().await;
+    b.kill().await;
+    a.restart_with(&PLAIN).await;
+    let vm = a.get("vm").await;
+    assert_eq!((vm.observed_state(), vm.reason.as_str()), (State::MigratingOut, "IN_DOUBT"));
+    let start = StartVirtualMachineRequest { name: name("vm"), request_id: String::new() };
+    let refused = a.vms().await.start_virtual_machine(start).await;
+    expect_error(refused, Code::FailedPrecondition, "ILLEGAL_TRANSITION");
+    b.restart().await;
+    let vm = a.until("vm", "lost", is(State::Failed)).await;
+    assert_eq!((vm.reason.as_str(), vm.epoch), ("LOST", 2));
+    assert!(b.list().await.is_empty());
+    assert_eq!(running([&a, &b]).await, 0);
+    a.start_vm("vm").await;
+}

@@ -261,6 +261,8 @@ impl Incoming {
 
     /// The end: what did not stay is forgotten here, then the source is told.
     pub(super) async fn over(&mut self, outcome: Outcome) {
+        let why = self.work.why.as_ref().map(ToString::to_string);
+        tracing::info!(vm = %self.handle.name, migration = %self.id, ?outcome, why, "an arrival ended");
         if matches!(outcome, Outcome::Dropped | Outcome::Returned | Outcome::Superseded) {
             if let Some(worker) = self.worker.take() {
                 worker.end().await;
@@ -274,7 +276,6 @@ impl Incoming {
         while let Some((epoch, message)) = self.work.farewell.pop_front() {
             let returned = matches!(message, FromDestination::Returned(_));
             let step = returned.then_some(HandoverStep::DestinationSendReturned);
-            tracing::info!(vm = %self.handle.name, ?outcome, why = ?self.work.why, "an arrival ended");
             self.send(epoch, message).await;
             hold::at(self.daemon.hold_at, true, step);
         }

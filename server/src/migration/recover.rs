@@ -100,7 +100,9 @@ async fn recover_one(
         (Action::ResumeDestination, record) if held.phase() != Phase::Entered => {
             let over = CancellationToken::new();
             daemon.migrations.settling().insert(held.vm_uid.clone(), over.clone());
-            discard(daemon, record).await?;
+            if let Err(error) = discard(daemon, record).await {
+                tracing::error!(uid = %held.vm_uid, %error, "the record of a lost copy could not be removed");
+            }
             return Ok(Some(Later::Destination(held, over)));
         }
         (Action::Rest, Some(record)) if held.phase() == Phase::Released => moved(daemon, record, held)?,
@@ -280,6 +282,10 @@ async fn settled(
             match &stayed {
                 None => {
                     migration.set_state(MigrationState::Succeeded);
+                    "it runs on the destination".clone_into(&mut migration.phase);
+                    // What the end of the last daemon had written.
+                    migration.reason.clear();
+                    migration.message.clear();
                     migration.end_time = Some(crate::ops::now());
                 }
                 Some(why) => fail(migration, why.reason(), why.message()),

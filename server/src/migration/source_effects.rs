@@ -91,6 +91,7 @@ impl Source {
                 self.retry(Event::PersistFailed).await;
             }
             Written::Refused(error) => {
+                self.work.deciding = None;
                 tracing::error!(vm = %self.handle.name, ?phase, epoch, %error, "an ownership record was refused");
                 self.fail(Event::PersistRefused, error);
             }
