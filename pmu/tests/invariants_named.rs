@@ -317,3 +317,102 @@ fn i18_a_denied_selector_is_never_enabled_in_hardware_and_reads_back() {
         assert_eq!(core.guest_rdmsr(&mut g, host.counter_msr(0)), Ok(GuestAccess::Value(0)), "{host}");
     }
 }
+
+/// A guest whose DEBUGCTL freezes on a PMI: v4 sets CTR_Frz, before v4 the guest's control is cleared; what its handler
+/// writes to the frozen counter stays, and clearing the freeze lets it count on.
+#[test]
+fn i07_freeze_on_pmi_in_both_generations() {
+    for (text, frozen) in [("intel:v4:4+3:48", true), ("intel:v3:4+3:48", false)] {
+        let host: Shape = text.parse().expect("shape");
+        let mut core = Core::new(Rig::new(host), host);
+        let mut g = GuestPmu::new(
+            GuestId(1),
+            host.guest(1, 0).expect("one"),
+            Policy::Strict,
+            EventFilter::allow_all(),
+        );
+        g.set_freeze_on_pmi(true);
+        let write = |core: &mut Core<Rig>, g: &mut GuestPmu, msr, value| {
+            assert_eq!(core.guest_wrmsr(g, msr, value), Ok(GuestAccess::Done), "{text} {msr:#x}");
+        };
+        write(&mut core, &mut g, 0x186, 0x53_00C0);
+        write(&mut core, &mut g, 0x4C1, host.gp_mask() - 99);
+        write(&mut core, &mut g, 0x38F, 1);
+        core.load(&mut g).expect("load");
+        core.resume(&mut g).expect("resume");
+        core.hardware_mut().model.feed(&EVENTS, CpuMode::Guest);
+        core.pause(&mut g).expect("pause");
+        assert!(g.judge_pmi(false));
+        assert!(!g.any_live(), "{text}: frozen");
+        let status = core.guest_rdmsr(&mut g, 0x38E).expect("read");
+        let control = core.guest_rdmsr(&mut g, 0x38F).expect("read");
+        let want_status = if frozen { 1 | 3 << 58 } else { 1 };
+        assert_eq!(
+            (status, control),
+            (GuestAccess::Value(want_status), GuestAccess::Value(u64::from(frozen))),
+            "{text}"
+        );
+        // The handler: a new period, status cleared, control on again.
+        write(&mut core, &mut g, 0x4C1, 5000);
+        core.resume(&mut g).expect("resume");
+        core.hardware_mut().model.feed(&EVENTS, CpuMode::Guest);
+        core.pause(&mut g).expect("pause");
+        assert_eq!(core.guest_rdmsr(&mut g, 0xC1), Ok(GuestAccess::Value(5000)), "{text}: still frozen");
+        write(&mut core, &mut g, 0x390, if frozen { 1 | 3 << 58 } else { 1 });
+        write(&mut core, &mut g, 0x38F, 1);
+        assert!(!g.in_service());
+        core.resume(&mut g).expect("resume");
+        core.hardware_mut().model.feed(&EVENTS, CpuMode::Guest);
+        core.put(&mut g).expect("put");
+        assert_eq!(g.image().get(0xC1), Some(6000), "{text}");
+    }
+}
+
+/// A release of an idle guest beside a resident one takes nothing from the resident.
+#[test]
+fn i04_a_release_reads_the_resident_first() {
+    for (host, cycles) in shapes() {
+        let mut world = World::new(host, &[(1, 0, Policy::Lazy), (1, 0, Policy::Lazy)], &[], None);
+        program(&mut world, 0, &host, cycles);
+        for op in [Op::Load(0), Op::Resume(0), Op::Count(EVENTS), Op::Put(0), Op::Load(1), Op::Release(1)] {
+            world.step(op).unwrap_or_else(|e| panic!("{host}: {e}"));
+        }
+        world.step(Op::Read(0, host.counter_msr(0))).unwrap_or_else(|e| panic!("{host}: {e}"));
+        assert_eq!(world.trace(0), [Some(977)], "{host}");
+    }
+}
+
+/// After an access fails under a running guest, the next one that succeeds lets it count on.
+#[test]
+fn i10_a_running_guest_counts_on_after_a_failed_trap() {
+    for (host, cycles) in shapes() {
+        for write in [false, true] {
+            let mut core = Core::new(Rig::new(host), host);
+            let mut g = GuestPmu::new(
+                GuestId(1),
+                host.guest(1, 0).expect("one"),
+                Policy::Strict,
+                EventFilter::allow_all(),
+            );
+            core.guest_wrmsr(&mut g, host.selector_msr(0), cycles).expect("write");
+            core.load(&mut g).expect("load");
+            core.resume(&mut g).expect("resume");
+            core.hardware_mut().model.feed(&EVENTS, CpuMode::Guest);
+            let access = |core: &mut Core<Rig>, g: &mut GuestPmu| {
+                if write {
+                    core.guest_wrmsr(g, host.counter_msr(0), 900).map(|_| ())
+                } else {
+                    core.guest_rdmsr(g, host.counter_msr(0))
+                        .map(|value| assert_eq!(value, GuestAccess::Value(900)))
+                }
+            };
+            let next = core.hardware().count;
+            core.hardware_mut().fail_at = Some(next);
+            access(&mut core, &mut g).expect_err("the injected failure");
+            access(&mut core, &mut g).expect("retry");
+            core.hardware_mut().model.feed(&EVENTS, CpuMode::Guest);
+            core.put(&mut g).expect("put");
+            assert_eq!(g.image().get(host.counter_msr(0)), Some(1800), "{host} write={write}");
+        }
+    }
+}

@@ -147,8 +147,14 @@ impl Engine {
                 if core.is_busy() {
                     return Err("refused while a guest is loaded".to_string().into());
                 }
-                // Whoever gives the core to the host reads the resident guest first.
-                core.evict_resident()?;
+                if core.hardware().model.raw(msr).is_none() {
+                    return Err(format!("this core has no register {msr}").into());
+                }
+                // Whoever gives the core to the host reads the resident guest first; host_set is no access.
+                core.hardware_mut().aside = true;
+                let evicted = core.evict_resident();
+                core.hardware_mut().aside = false;
+                evicted?;
                 core.hardware_mut()
                     .model
                     .host_set(msr, value)
@@ -247,16 +253,26 @@ fn guest_shape(guest: &Guest, host: &Shape) -> Result<(Shape, Policy), String> {
         Some("lazy") => Policy::Lazy,
         Some(other) => return Err(format!("policy is {other:?}, must be strict or lazy")),
     };
+    // What is not given is the host's, as far as the guest's version has it.
+    let version = guest.version.unwrap_or(host.version);
+    let (max_gp, max_fixed) = match (host.vendor, version) {
+        (Vendor::Amd, 0) => (4, 0),
+        (Vendor::Amd, _) | (Vendor::Intel, 1) => (64, 0),
+        (Vendor::Intel, 0) => (0, 0),
+        (Vendor::Intel, _) => (64, 64),
+    };
+    let gp = guest.gp.unwrap_or_else(|| host.gp_count().min(max_gp));
+    let fixed = guest.fixed.unwrap_or_else(|| host.fixed_count().min(max_fixed));
     let subset = host
         .guest(
-            guest.gp_bitmap.map_or_else(|| guest.gp.unwrap_or_else(|| host.gp_count()), |_| 0),
-            guest.fixed_bitmap.map_or_else(|| guest.fixed.unwrap_or_else(|| host.fixed_count()), |_| 0),
+            if guest.gp_bitmap.is_some() { 0 } else { gp },
+            if guest.fixed_bitmap.is_some() { 0 } else { fixed },
         )
         .map_err(|e| e.to_string())?;
     let mut shape = Shape {
         gp: guest.gp_bitmap.unwrap_or(subset.gp),
         fixed: guest.fixed_bitmap.unwrap_or(subset.fixed),
-        version: guest.version.unwrap_or(host.version),
+        version,
         gp_width: guest.gp_width.unwrap_or(host.gp_width),
         fixed_width: guest.fixed_width.unwrap_or(host.fixed_width),
         ..subset

@@ -45,8 +45,6 @@ fn main() -> io::Result<()> {
         let text = String::from_utf8_lossy(&line);
         let answer = if line.is_empty() {
             engine::Answer::error(format!("a line longer than {MAX_LINE} bytes"))
-        } else if text.trim().is_empty() {
-            continue;
         } else {
             engine.line(&text)
         };

@@ -13,11 +13,13 @@ pub(crate) struct Recorder {
     pub(crate) fail_in: Option<u64>,
     /// An access failed since this was last cleared; later ones are not recorded.
     pub(crate) failed: bool,
+    /// The host's own doing: not recorded, and no access of it fails.
+    pub(crate) aside: bool,
 }
 
 impl Recorder {
     pub(crate) fn new(model: ModelPmu) -> Self {
-        Self { model, accesses: Vec::new(), fail_in: None, failed: false }
+        Self { model, accesses: Vec::new(), fail_in: None, failed: false, aside: false }
     }
 
     fn record(
@@ -26,6 +28,9 @@ impl Recorder {
         register: u32,
         access: impl FnOnce(&mut ModelPmu) -> Result<u64, HwError>,
     ) -> Result<u64, HwError> {
+        if self.aside {
+            return access(&mut self.model);
+        }
         let fails = match &mut self.fail_in {
             Some(1) => {
                 self.fail_in = None;

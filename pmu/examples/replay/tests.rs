@@ -158,6 +158,46 @@ fn a_failed_access_is_the_last_one_and_a_retry_repeats() {
 }
 
 #[test]
+fn a_pmi_that_the_guest_has_cleared_already_is_not_in_service() {
+    let count = |n: u64| json!({"op":"count","events":{"instructions":n}});
+    let out = run(&[
+        host(),
+        guest("a", "strict"),
+        wr("a", 0x186, INSTRUCTIONS | 1 << 20),
+        wr("a", 0x4C1, (1 << 48) - 100),
+        wr("a", 0x38F, 1),
+        json!({"op":"load","id":"a"}),
+        count(150),
+        wr("a", 0x390, 1),
+        wr("a", 0x4C1, (1 << 48) - 100),
+        count(150),
+        json!({"op":"put","id":"a"}),
+    ]);
+    assert_eq!((&out[7]["pmi"], &out[10]["pmi"]), (&json!(1), &json!(1)));
+}
+
+#[test]
+fn a_guest_narrower_than_its_host_sees_every_wrap() {
+    let count = |n: u64| json!({"op":"count","events":{"instructions":n}});
+    let out = run(&[
+        host(),
+        json!({"op":"guest","id":"a","gp":1,"fixed":0,"gp_width":32,"fixed_width":32}),
+        wr("a", 0x186, INSTRUCTIONS),
+        wr("a", 0x38F, 1),
+        wr("a", 0x4C1, 0xFFFF_FFFF),
+        json!({"op":"load","id":"a"}),
+        count(1),
+        rd("a", 0x38E),
+        wr("a", 0x390, 1),
+        count(1 << 32),
+        rd("a", 0x38E),
+        json!({"op":"put","id":"a"}),
+        rd("a", 0x38E),
+    ]);
+    assert_eq!((&out[7]["value"], &out[10]["value"], &out[12]["value"]), (&json!(1), &json!(1), &json!(1)));
+}
+
+#[test]
 fn bad_lines_are_answered_and_the_stream_goes_on() {
     let mut engine = Engine::default();
     for line in [

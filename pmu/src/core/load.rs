@@ -70,7 +70,10 @@ impl<H: Hardware> Core<H> {
 
     /// After a failed access left the hardware unknown under a loaded guest: reads what ran, cleans, writes again.
     pub(super) fn reload(&mut self, g: &mut GuestPmu) -> Result<(), SwitchError> {
-        self.collect(g)?;
+        let entered = self.entered;
+        let collected = self.collect(g);
+        self.entered = entered;
+        collected?;
         self.guarded(
             |_| true,
             |core| {

@@ -302,8 +302,16 @@ impl<H: Hardware> Core<H> {
         self.wrapped = 0;
     }
 
-    /// Takes counters that were read, and overflow bits, over into the guest's image.
-    fn publish(&self, g: &mut GuestPmu, which: Ran, status: u64) {
+    /// Some counter of the guest is narrower than the hardware's.
+    fn is_narrow(&self, g: &GuestPmu) -> bool {
+        self.gp_pad(g) | self.fixed_pad(g) != 0
+    }
+
+    /// Takes counters that were read, and overflow bits, over into the image of the loaded guest.
+    fn publish(&mut self, g: &mut GuestPmu, which: Ran, status: u64) {
+        if self.is_narrow(g) {
+            self.owe(which);
+        }
         for i in bits(which.gp) {
             g.regs.gp[i as usize] = self.known.gp[i as usize] & g.shape.gp_mask();
         }
@@ -390,7 +398,6 @@ impl<H: Hardware> Core<H> {
                     self.clean = false;
                 }
                 let quiesced = self.quiesce_after_failure();
-                self.entered = false;
                 Err(SwitchError::Access { index, kind, register, source, quiesced })
             }
             Err(other) => Err(other),
@@ -402,10 +409,15 @@ impl<H: Hardware> Core<H> {
         if self.host.has_global() {
             self.hw.wrmsr(self.host.control_msr(), 0)?;
         } else {
+            // All of them, whatever becomes of one: each that is cleared counts no longer.
+            let mut first = Ok(());
             for i in bits(self.host.gp) {
-                self.hw.wrmsr(self.host.selector_msr(i), 0)?;
-                self.known.sel[i as usize] = 0;
+                match self.hw.wrmsr(self.host.selector_msr(i), 0) {
+                    Ok(()) => self.known.sel[i as usize] = 0,
+                    Err(error) => first = first.and(Err(error)),
+                }
             }
+            first?;
         }
         self.control = Some(0);
         Ok(())

@@ -54,6 +54,10 @@ impl<H: Hardware> Core<H> {
         } else {
             return Ok(());
         }
+        if self.resident.is_some() {
+            // An idle lazy guest was loaded beside somebody whose counters are still in the hardware.
+            self.guarded(|_| false, Self::evict)?;
+        }
         self.guarded(|_| true, Self::scrub)
     }
 

@@ -22,13 +22,28 @@ impl<H: Hardware> Core<H> {
         self.guarded(|_| true, |core| core.open(g))
     }
 
+    /// Lets a guest that is between `resume` and `pause` count on, also after a failed access stopped it.
+    pub(super) fn reenter(&mut self, g: &mut GuestPmu) -> Result<(), SwitchError> {
+        if !self.entered || !g.live.any() || (self.clean && self.control == Some(g.live.control)) {
+            return Ok(());
+        }
+        if !self.clean {
+            self.reload(g)?;
+        }
+        self.guarded(|_| true, |core| core.open(g))
+    }
+
     pub(super) fn open(&mut self, g: &GuestPmu) -> Result<(), SwitchError> {
         let owed = std::mem::take(&mut self.owed);
-        for i in bits(owed.gp & g.live.gp) {
-            self.write_gp(i, self.hw_gp(g, i))?;
+        for i in bits(owed.gp & g.live.gp & !self.ran.gp) {
+            if self.known.gp[i as usize] != self.hw_gp(g, i) {
+                self.write_gp(i, self.hw_gp(g, i))?;
+            }
         }
-        for i in bits(owed.fixed & g.live.fixed) {
-            self.write_fixed(i, self.hw_fixed(g, i))?;
+        for i in bits(owed.fixed & g.live.fixed & !self.ran.fixed) {
+            if self.known.fixed[i as usize] != self.hw_fixed(g, i) {
+                self.write_fixed(i, self.hw_fixed(g, i))?;
+            }
         }
         if self.host.has_global() {
             if self.control != Some(g.live.control) {
@@ -71,13 +86,7 @@ impl<H: Hardware> Core<H> {
         if self.host.has_global() {
             let status = self.take_status()? & g.shape.counter_bits();
             g.note_overflow(status);
-            // A counter narrower than the hardware's has lost the ones above its width with the wrap.
-            let narrow = g.shape.gp_width < self.host.gp_width || g.shape.fixed_width < self.host.fixed_width;
-            if narrow && status != 0 {
-                let wrapped = Ran { gp: status & 0xFFFF_FFFF, fixed: status >> 32 & 0xFFFF };
-                self.read_while_paused(g, wrapped)?;
-                self.owe(wrapped);
-            }
+            self.read_wrapped_if_narrow(g, status)?;
         } else {
             // No status register: a wrap of an armed counter shows in its value only.
             let armed = Ran { gp: self.ran.gp & g.live.armed, fixed: 0 };
@@ -88,6 +97,19 @@ impl<H: Hardware> Core<H> {
         }
         self.status_fresh = true;
         Ok(())
+    }
+
+    /// A counter narrower than the hardware's lost the ones above its width with the wrap: it is read, so that the next
+    /// resume puts them back and the next wrap is one for the hardware too.
+    pub(super) fn read_wrapped_if_narrow(
+        &mut self,
+        g: &mut GuestPmu,
+        status: u64,
+    ) -> Result<(), SwitchError> {
+        if status == 0 || !self.is_narrow(g) {
+            return Ok(());
+        }
+        self.read_while_paused(g, Ran { gp: status & 0xFFFF_FFFF, fixed: status >> 32 & 0xFFFF })
     }
 
     /// K := 0, only if it is not known to be 0; without a global control the live selectors := 0.

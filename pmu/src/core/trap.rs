@@ -43,6 +43,9 @@ impl<H: Hardware> Core<H> {
             Read::Fixed(i) => self.guarded(|_| false, |core| core.current_fixed(g, i))?,
             Read::Status => self.guarded(|_| false, |core| core.current_status(g))?,
         };
+        if self.entered && self.is_loaded(g) {
+            self.reenter(g)?;
+        }
         Ok(GuestAccess::Value(value))
     }
 
@@ -122,7 +125,7 @@ impl<H: Hardware> Core<H> {
         self.ran.gp &= !which.gp;
         self.ran.fixed &= !which.fixed;
         self.publish(g, which, status);
-        Ok(())
+        self.read_wrapped_if_narrow(g, status)
     }
 
     /// The guest writes a PMU MSR.
@@ -140,6 +143,8 @@ impl<H: Hardware> Core<H> {
         };
         if self.is_loaded(g) {
             self.guarded(|_| true, |core| core.write_loaded(g, write))?;
+            // An idle guest that had entered starts to count at once if this write made something live.
+            self.reenter(g)?;
         } else {
             if self.is_resident(g) && self.resident_owns(g, write) {
                 self.guarded(|_| false, Self::read_resident)?;
@@ -153,7 +158,7 @@ impl<H: Hardware> Core<H> {
     /// Whether a write of a resident guest touches a value that the hardware still owns.
     fn resident_owns(&self, g: &GuestPmu, write: Write) -> bool {
         let ran = self.attached_ran(g);
-        let touched = Self::touched(g, write, &Self::live_after(g, write));
+        let touched = self.touched(g, write, &Self::live_after(g, write));
         let status = match write {
             Write::StatusReset(v) => v & (ran.gp | ran.fixed << 32) != 0,
             _ => false,
@@ -162,7 +167,7 @@ impl<H: Hardware> Core<H> {
     }
 
     fn write_loaded(&mut self, g: &mut GuestPmu, write: Write) -> Result<(), SwitchError> {
-        let touched = Self::touched(g, write, &Self::live_after(g, write));
+        let touched = self.touched(g, write, &Self::live_after(g, write));
         let reset = match write {
             Write::StatusReset(v) => v & g.live.control,
             _ => 0,
@@ -173,8 +178,12 @@ impl<H: Hardware> Core<H> {
         }
         self.close(g)?;
         // A PMI that the pause saw may have frozen the counters.
-        let touched = Self::touched(g, write, &Self::live_after(g, write));
+        let touched = self.touched(g, write, &Self::live_after(g, write));
         self.read_while_paused(g, touched.before)?;
+        if reset != 0 && self.is_narrow(g) {
+            // A wrap that this clears unseen would take the ones above the width with it.
+            self.read_while_paused(g, Ran { gp: reset & 0xFFFF_FFFF, fixed: reset >> 32 & 0xFFFF })?;
+        }
         if reset != 0 && !self.status_fresh && self.host.has_global() {
             // The guest's RESET clears the image's bits and the hardware's.
             self.wrmsr(self.host.status_reset_msr(), reset)?;
@@ -190,10 +199,6 @@ impl<H: Hardware> Core<H> {
             self.write_differences(g, false)?;
         } else {
             self.write_selector_differences(g)?;
-        }
-        // An idle guest that had entered starts to count at once if this write made something live.
-        if g.live.any() && self.entered {
-            self.open(g)?;
         }
         Ok(())
     }
@@ -241,9 +246,10 @@ impl<H: Hardware> Core<H> {
                 }
                 g.note_overflow(overflow);
                 core.owe(which);
-                if g.live.any() && core.entered { core.open(g) } else { Ok(()) }
+                Ok(())
             },
-        )
+        )?;
+        self.reenter(g)
     }
 
     fn write_touched(&mut self, g: &GuestPmu, which: Ran) -> Result<(), SwitchError> {
@@ -275,12 +281,20 @@ impl<H: Hardware> Core<H> {
         Live::derive(&g.shape, &regs, &g.filter)
     }
 
-    fn touched(g: &GuestPmu, write: Write, after: &Live) -> Touched {
+    fn touched(&self, g: &GuestPmu, write: Write, after: &Live) -> Touched {
         let before = &g.live;
         let mut t = Touched::default();
+        // A counter that a PMI froze is not live, but the hardware owns its value until it is read.
+        let ran = self.attached_ran(g);
         match write {
-            Write::Gp(i, _) => t.before.gp = before.gp & 1 << i,
-            Write::Fixed(i, _) => t.before.fixed = before.fixed & 1 << i,
+            Write::Gp(i, _) => {
+                t.before.gp = (before.gp | ran.gp) & 1 << i;
+                t.after.gp = before.gp & 1 << i;
+            }
+            Write::Fixed(i, _) => {
+                t.before.fixed = (before.fixed | ran.fixed) & 1 << i;
+                t.after.fixed = before.fixed & 1 << i;
+            }
             _ => {
                 for i in 0..MAX_GP {
                     let bit = 1 << i;
@@ -297,10 +311,8 @@ impl<H: Hardware> Core<H> {
                         t.after.fixed |= after.fixed & bit;
                     }
                 }
-                return t;
             }
         }
-        t.after = t.before;
         t
     }
 

@@ -222,8 +222,9 @@ impl GuestPmu {
         if !std::mem::take(&mut self.pmi_raised) || lvtpc_masked || self.in_service {
             return false;
         }
-        // Without an overflow status the guest has nothing to clear, so nothing could end the service.
-        self.in_service = self.shape.has_global();
+        // The service ends when the guest clears its last enabled bit. It may have done so already, and without an
+        // overflow status there is nothing to clear.
+        self.in_service = self.shape.has_global() && self.regs.status & self.live.pmi_enabled != 0;
         self.pmis += 1;
         true
     }

@@ -24,6 +24,10 @@ pub(crate) struct Reference {
     registers: BTreeMap<Name, u64>,
     /// An armed status bit went from 0 to 1 since this was last taken.
     pub(crate) interrupt: bool,
+    /// A PMI was delivered, and the guest has not cleared its last enabled status bit since.
+    pub(crate) in_service: bool,
+    /// PMIs that were judged.
+    pub(crate) judged: u64,
     /// Wraps of each counter, by status bit.
     pub(crate) wraps: BTreeMap<u32, u64>,
     denied: Vec<u64>,
@@ -35,7 +39,15 @@ impl Reference {
         if shape.version >= 2 {
             registers.insert(Name::Control, shape.gp);
         }
-        Self { shape, registers, interrupt: false, wraps: BTreeMap::new(), denied: denied.to_vec() }
+        Self {
+            shape,
+            registers,
+            interrupt: false,
+            in_service: false,
+            judged: 0,
+            wraps: BTreeMap::new(),
+            denied: denied.to_vec(),
+        }
     }
 
     fn get(&self, name: Name) -> u64 {
@@ -64,6 +76,32 @@ impl Reference {
         }
         let frz = if self.shape.version >= 4 { 0b11 << 58 } else { 0 };
         self.all_counters() | frz | 0b11 << 62
+    }
+
+    /// Status bits whose PMI enable is set.
+    fn enabled_status(&self) -> u64 {
+        let mut enabled = 0;
+        for i in 0..16 {
+            enabled |= (self.get(Name::Select(i)) >> 20 & 1) << i;
+            if i < 8 {
+                enabled |= (self.get(Name::FixedControl) >> (4 * i + 3) & 1) << (32 + i);
+            }
+        }
+        self.get(Name::Status) & enabled
+    }
+
+    /// Whether a pause that saw an armed bit rise delivers a PMI.
+    pub(crate) fn judge(&mut self, raised: bool, masked: bool) -> bool {
+        self.judged += u64::from(raised);
+        if !raised || masked || self.in_service {
+            return false;
+        }
+        self.in_service = self.enabled_status() != 0;
+        true
+    }
+
+    fn cleared(&mut self) {
+        self.in_service &= self.enabled_status() != 0;
     }
 
     /// `None` is #GP.
@@ -118,6 +156,7 @@ impl Reference {
                     }
                     let status = self.get(Name::Status) & !value;
                     self.registers.insert(Name::Status, status);
+                    self.cleared();
                 }
                 0x391 if self.shape.version >= 4 => {
                     if value & !self.port_bits() != 0 {
@@ -156,6 +195,7 @@ impl Reference {
             0xC000_0302 if v2 => {
                 let status = self.get(Name::Status) & !(value & self.all_counters());
                 self.registers.insert(Name::Status, status);
+                self.cleared();
             }
             0xC000_0303 if v2 => {
                 let status = self.get(Name::Status) | value & self.all_counters();
