@@ -221,11 +221,11 @@ impl ServeConfig {
             PmuMode::Auto | PmuMode::Model => Ok(()),
             PmuMode::Msr => Err(ConfigError::PmuMode {
                 mode: "msr",
-                why: "the switcher's back end on /dev/cpu/N/msr is not there yet".to_owned(),
+                why: "vCPU threads do not drive the msr device yet; `vpmud host check --pmu msr` says what it will need".to_owned(),
             }),
             PmuMode::Kvm => Err(ConfigError::PmuMode {
                 mode: "kvm",
-                why: "the back end on the host kernel's vPMU is not there yet".to_owned(),
+                why: "vCPU threads do not use the kernel's vPMU yet; `vpmud host check --pmu kvm` says what it will need".to_owned(),
             }),
         }
     }

@@ -178,6 +178,13 @@ impl Machine {
     /// Enters the guest on every vCPU; returns CLOCK_MONOTONIC nanoseconds of the first entry.
     pub async fn run(&self) -> Result<u64, WorkerError> {
         let entered = self.ask("running the vCPUs", |v| v.ask(Request::Run)).await?;
+        if self.end().is_some() {
+            // The guest ended on one vCPU before another had entered, which the end's pause came too early for.
+            self.ask("pausing the vCPUs of a guest that has ended", |v| {
+                v.ask(|reply| Request::Pause(Some(reply)))
+            })
+            .await?;
+        }
         Ok(entered.into_iter().min().unwrap_or(0))
     }
 

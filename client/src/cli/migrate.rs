@@ -49,7 +49,7 @@ pub(crate) struct MigrateArgs {
     /// Data connections, 1 to 16.
     #[arg(long, default_value_t = 1, value_name = "N")]
     connections: u32,
-    /// What happens to PMU state that does not fit the destination.
+    /// What happens to PMU state that does not fit the destination; hosts take "require" only so far.
     #[arg(long, value_enum, default_value = "require")]
     pmu_restore: PmuRestore,
     /// Memory may go over the wire without TLS.
@@ -66,7 +66,7 @@ enum Mode {
     Auto,
     /// Iterative copy while it runs.
     Precopy,
-    /// Same host: memory is handed over, not copied.
+    /// Same host: memory is handed over, not copied; hosts refuse it so far.
     Local,
 }
 

@@ -45,6 +45,8 @@ impl<H: Hardware> Core<H> {
     }
 
     /// A guest's shape never changes, so this is asked once for a guest that keeps coming.
+    #[cold]
+    #[inline(never)]
     fn check_fit(&mut self, g: &GuestPmu) -> Result<(), SwitchError> {
         let (guest, host) = (&g.shape, &self.host);
         let fits = guest.counter_bits() == 0
@@ -69,6 +71,8 @@ impl<H: Hardware> Core<H> {
     }
 
     /// After a failed access left the hardware unknown under a loaded guest: reads what ran, cleans, writes again.
+    #[cold]
+    #[inline(never)]
     pub(super) fn reload(&mut self, g: &mut GuestPmu) -> Result<(), SwitchError> {
         let entered = self.entered;
         let collected = self.collect(g);
@@ -104,6 +108,8 @@ impl<H: Hardware> Core<H> {
 
     /// K = 0; every selector, fixed control and counter of the host's shape := 0; status read and reset. FIXED_CTR3 is
     /// among the counters, and its write resets PERF_METRICS (reference section 1.5).
+    #[cold]
+    #[inline(never)]
     fn start_clean(&mut self) -> Result<(), SwitchError> {
         if self.host.has_global() {
             self.write_control(0)?;

@@ -325,6 +325,8 @@ impl<H: Hardware> Core<H> {
 
     // ---- accesses ----
 
+    #[cold]
+    #[inline(never)]
     fn failed(&self, kind: AccessKind, register: u32, source: HwError) -> SwitchError {
         SwitchError::Access { index: self.accesses - 1, kind, register, source, quiesced: Ok(()) }
     }
@@ -404,6 +406,8 @@ impl<H: Hardware> Core<H> {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     fn quiesce_after_failure(&mut self) -> Result<(), HwError> {
         self.control = None;
         if self.host.has_global() {

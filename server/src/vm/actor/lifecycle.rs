@@ -232,7 +232,16 @@ impl Actor {
     pub(super) async fn pause(&mut self) -> Result<VirtualMachine, ApiError> {
         self.admit(Action::Pause)?;
         let worker = self.worker.clone().ok_or_else(|| self.refuse(Action::Pause))?;
-        let images = worker.pause().await?;
+        let images = match worker.pause().await {
+            Ok(images) => images,
+            Err(error) => {
+                // Some vCPUs may be out of the guest. The record says RUNNING, so they go on.
+                if let Err(again) = worker.run().await {
+                    tracing::error!(vm = %self.vm.name, %again, "a machine that could not be paused does not go on");
+                }
+                return Err(error);
+            }
+        };
         let stored = self.store_pmu(images, worker.cores(), "pause").await;
         let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Paused);
         self.change(State::Paused, "", "", Kind::Updated, edit).await?;
