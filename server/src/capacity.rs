@@ -70,6 +70,15 @@ impl Capacity {
     }
 }
 
+impl Capacity {
+    /// Counts in what a machine that runs already holds; nothing is refused.
+    pub fn adopt(self: &Arc<Self>, memory_bytes: u64, cores: Vec<u32>) -> Grant {
+        let mut granted = self.granted.lock().unwrap_or_else(PoisonError::into_inner);
+        *granted = granted.saturating_add(memory_bytes);
+        Grant { capacity: Arc::clone(self), memory_bytes, cores }
+    }
+}
+
 impl Drop for Grant {
     fn drop(&mut self) {
         let mut granted = self.capacity.granted.lock().unwrap_or_else(PoisonError::into_inner);

@@ -21,6 +21,9 @@ enum Command {
     Serve(ServeArgs),
     /// Shows the whole path in front of you: two hosts, a machine, its counters, a live migration, a host that dies.
     Demo(crate::demo::DemoArgs),
+    /// One machine in a process of its own; started by `serve --isolation process`.
+    #[command(hide = true)]
+    Worker(vcpu_worker::process::Args),
     /// Looks at this host.
     #[command(subcommand)]
     Host(HostCommand),
@@ -101,6 +104,13 @@ pub fn main() -> ExitCode {
     match cli.command {
         Command::Serve(args) => serve(args.into()),
         Command::Demo(args) => crate::demo::main(&args),
+        Command::Worker(args) => match vcpu_worker::process::main(&args) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("vpmud worker: {error}");
+                ExitCode::FAILURE
+            }
+        },
         Command::Host(HostCommand::Check(args)) => crate::host_check::main(&args),
     }
 }

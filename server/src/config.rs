@@ -40,11 +40,6 @@ pub enum ConfigError {
     /// No address at all.
     #[error("no --listen: give at least one, e.g. --listen unix:/run/vpmud/vpmud.sock")]
     NoListener,
-    /// Process isolation.
-    #[error(
-        "--isolation process is not there yet: workers as child processes come later; use --isolation thread"
-    )]
-    ProcessIsolation,
     /// A PMU mode that cannot work here.
     #[error("--pmu {mode} cannot be used: {why}; use --pmu model (or auto), which counts in a software PMU")]
     PmuMode {
@@ -84,7 +79,6 @@ impl ConfigError {
             Self::PathTooLong(..) => "SOCKET_PATH_TOO_LONG",
             Self::NotLoopback(_) => "TLS_REQUIRED",
             Self::NoListener => "NO_LISTENER",
-            Self::ProcessIsolation => "PROCESS_ISOLATION_UNAVAILABLE",
             Self::PmuMode { .. } => "PMU_MODE_UNAVAILABLE",
             Self::ModelPmu { .. } => "BAD_MODEL_PMU",
             Self::Cores { .. } => "BAD_CORES",
@@ -213,9 +207,6 @@ impl ServeConfig {
         }
         for address in self.listen.iter().chain(&self.peer_listen) {
             address.check_listener()?;
-        }
-        if self.isolation == Isolation::Process {
-            return Err(ConfigError::ProcessIsolation);
         }
         match self.pmu {
             PmuMode::Auto | PmuMode::Model => Ok(()),

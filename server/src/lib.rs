@@ -5,6 +5,7 @@
 //! [`migration`] under the rules of the handover (epochs, grants, seal, journal).
 #![forbid(unsafe_code)]
 
+pub mod adopt;
 pub mod api;
 pub mod capacity;
 pub mod cli;
@@ -28,3 +29,4 @@ pub mod store;
 pub mod validate;
 pub mod vm;
 pub mod worker_link;
+pub mod worker_process;

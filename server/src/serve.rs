@@ -142,6 +142,14 @@ async fn serve(
         store_id: store.store_id().to_owned(),
         term: store.term(),
         shutdown: end_workers.clone(),
+        processes: Arc::new(crate::worker_process::Processes {
+            run_dir: std::path::absolute(config.state_dir.join("run"))
+                .map_err(io("cannot find the state directory"))?,
+            cores: host.cores.clone(),
+            model_pmu: host.pmu_name.clone(),
+            enabled: config.isolation == crate::config::Isolation::Process,
+            stop_vms: config.stop_vms,
+        }),
     };
     let daemon = Arc::new(Daemon {
         ops: Ops::open(store.clone()).await.map_err(ServeError::Recovery)?,
@@ -166,7 +174,9 @@ async fn serve(
         hold_at: config.hold_at,
         store,
     });
+    let survivors = crate::adopt::before_recovery(&daemon).await.map_err(ServeError::Recovery)?;
     crate::migration::recover::recover(&daemon).await.map_err(ServeError::Recovery)?;
+    crate::adopt::after_recovery(&daemon, survivors).await;
 
     let health = health(&daemon).await;
     let mut servers = tokio::task::JoinSet::new();

@@ -1,8 +1,8 @@
 //! The control plane's end of one worker: a `vpmu.worker.v1` client, the fence that every command carries, and the
 //! resources that the worker holds.
 //!
-//! In thread isolation the worker is served in this process over an in-memory channel; nothing here relies on that
-//! but [`WorkerLink::launch`]. Every call has a deadline, so that no worker can hang an actor.
+//! In thread isolation the worker is served in this process over an in-memory channel, in process isolation by a process
+//! of its own over a Unix socket; nothing here relies on which but what starts, adopts and ends it. Every call has a deadline, so that no worker can hang an actor.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,11 +18,14 @@ use vpmu_proto::worker::*;
 
 use crate::capacity::Grant;
 use crate::status::ApiError;
+use crate::worker_process::{Processes, WorkerProcess};
 
 /// Deadline of an ordinary command.
 const COMMAND: Duration = Duration::from_secs(15);
 /// Deadline of building a machine: it may allocate and load much.
 const BUILD: Duration = Duration::from_secs(120);
+/// How long a process whose connection broke may take to end.
+const GONE: Duration = Duration::from_secs(2);
 /// Most console history that is kept of an ended machine, in bytes.
 const CONSOLE_KEPT: usize = 1 << 20;
 
@@ -41,8 +44,10 @@ pub struct WorkerFactory {
     pub store_id: String,
     /// Term of this daemon.
     pub term: u64,
-    /// Ends workers with the daemon.
+    /// Ends workers in this process with the daemon.
     pub shutdown: CancellationToken,
+    /// Workers in processes of their own.
+    pub processes: Arc<Processes>,
 }
 
 /// What a new worker is told.
@@ -65,13 +70,28 @@ pub struct WorkerLink {
     inner: Arc<Inner>,
 }
 
+/// A worker as who watches it holds it.
+pub struct WeakWorker(std::sync::Weak<Inner>);
+
+impl WeakWorker {
+    /// What to make of its event stream's end.
+    pub async fn death(&self, detail: &str) -> WorkerEvent {
+        match self.0.upgrade() {
+            Some(inner) => WorkerLink { inner }.death(detail).await,
+            None => crate::vm::actor::worker_died(detail),
+        }
+    }
+}
+
 struct Inner {
     client: WorkerServiceClient<Channel>,
     fence: Fence,
     seq: AtomicU64,
     cores: Vec<u32>,
     grant: Mutex<Option<Grant>>,
-    process: tokio::sync::Mutex<Option<vcpu_worker::channel::InProcessWorker>>,
+    thread: tokio::sync::Mutex<Option<vcpu_worker::channel::InProcessWorker>>,
+    process: Option<WorkerProcess>,
+    outlives: bool,
 }
 
 /// Console output of an ended machine.
@@ -90,12 +110,19 @@ impl WorkerLink {
         grant: Grant,
         launch: Launch<'_>,
     ) -> Result<(Self, CreateVmResponse), ApiError> {
-        let options = vcpu_worker::service::WorkerOptions::new(
-            Arc::clone(&factory.cores),
-            factory.shutdown.child_token(),
-        );
-        let (channel, process) = vcpu_worker::channel::in_process(options)
-            .map_err(|e| ApiError::internal("WORKER_START_FAILED", format!("cannot start a worker: {e}")))?;
+        let failed = |e| ApiError::internal("WORKER_START_FAILED", format!("cannot start a worker: {e}"));
+        let (channel, thread, process) = if factory.processes.enabled {
+            let started = factory.processes.start(launch.vm_uid, launch.vm_name).await;
+            let (channel, process) = started.map_err(failed)?;
+            (channel, None, Some(process))
+        } else {
+            let options = vcpu_worker::service::WorkerOptions::new(
+                Arc::clone(&factory.cores),
+                factory.shutdown.child_token(),
+            );
+            let (channel, worker) = vcpu_worker::channel::in_process(options).map_err(failed)?;
+            (channel, Some(worker), None)
+        };
         let fence =
             Fence { vm_uid: launch.vm_uid.to_owned(), incarnation: launch.incarnation, term: factory.term };
         let cores = grant.cores.clone();
@@ -106,7 +133,9 @@ impl WorkerLink {
                 seq: AtomicU64::new(0),
                 cores: cores.clone(),
                 grant: Mutex::new(Some(grant)),
-                process: tokio::sync::Mutex::new(Some(process)),
+                thread: tokio::sync::Mutex::new(thread),
+                process,
+                outlives: !factory.processes.stop_vms,
             }),
         };
         let built = async {
@@ -137,6 +166,89 @@ impl WorkerLink {
                 Err(error)
             }
         }
+    }
+
+    /// Takes over a process that a former daemon of the same store started. One that does not obey is ended if it is
+    /// `dispensable`, and left alone otherwise.
+    pub async fn adopt(
+        factory: &WorkerFactory,
+        process: WorkerProcess,
+        vm_uid: &str,
+        incarnation: u64,
+        grant: impl FnOnce(Vec<u32>) -> Grant,
+        dispensable: impl FnOnce(&ApiError) -> bool,
+    ) -> Result<(Self, WorkerStatus), ApiError> {
+        let fence = Fence { vm_uid: vm_uid.to_owned(), incarnation, term: factory.term };
+        let client = WorkerServiceClient::new(process.connect()).max_decoding_message_size(16 << 20);
+        let attach = AttachRequest {
+            store_id: factory.store_id.clone(),
+            vm_uid: vm_uid.to_owned(),
+            incarnation,
+            term: factory.term,
+        };
+        let attached = call(COMMAND, client.clone().attach(attach)).await;
+        let status = match attached {
+            Ok(answer) => answer.status.unwrap_or_default(),
+            Err(error) => {
+                if dispensable(&error) {
+                    process.end().await;
+                }
+                process.keep();
+                return Err(error);
+            }
+        };
+        let cores: Vec<u32> = status.vcpus.iter().map(|v| v.core).collect();
+        let inner = Inner {
+            client,
+            fence,
+            seq: AtomicU64::new(0),
+            cores: cores.clone(),
+            grant: Mutex::new(Some(grant(cores))),
+            thread: tokio::sync::Mutex::new(None),
+            process: Some(process),
+            outlives: !factory.processes.stop_vms,
+        };
+        Ok((Self { inner: Arc::new(inner) }, status))
+    }
+
+    /// Process id in process isolation, else 0.
+    pub fn pid(&self) -> u32 {
+        self.inner.process.as_ref().map_or(0, WorkerProcess::pid)
+    }
+
+    /// Whether its machine goes on when the daemon ends.
+    pub fn outlives_daemon(&self) -> bool {
+        self.inner.process.is_some() && self.inner.outlives
+    }
+
+    /// The daemon ends: the worker goes on without it.
+    pub fn keep(&self) {
+        if let Some(process) = &self.inner.process {
+            process.keep();
+        }
+    }
+
+    /// Whether its process has ended; false in thread isolation.
+    pub async fn is_dead(&self) -> bool {
+        let Some(process) = &self.inner.process else { return false };
+        tokio::time::timeout(GONE, process.exited()).await.is_ok()
+    }
+
+    /// What to make of a worker whose event stream broke: how its guest had ended, or that it died.
+    pub async fn death(&self, detail: &str) -> WorkerEvent {
+        let mut event = crate::vm::actor::worker_died(detail);
+        if let Some(process) = &self.inner.process
+            && self.is_dead().await
+        {
+            event = crate::vm::actor::worker_died(&format!("its process {} ended: {detail}", process.pid()));
+            event.end = process.guest_end().or(event.end);
+        }
+        event
+    }
+
+    /// Does not keep it.
+    pub fn downgrade(&self) -> WeakWorker {
+        WeakWorker(Arc::downgrade(&self.inner))
     }
 
     fn client(&self) -> WorkerServiceClient<Channel> {
@@ -278,8 +390,11 @@ impl WorkerLink {
 
     /// Ends the worker without asking it anything; its threads are joined.
     pub async fn end(&self) {
-        if let Some(process) = self.inner.process.lock().await.take() {
-            process.join().await;
+        if let Some(thread) = self.inner.thread.lock().await.take() {
+            thread.join().await;
+        }
+        if let Some(process) = &self.inner.process {
+            process.end().await;
         }
         drop(self.inner.grant.lock().unwrap_or_else(PoisonError::into_inner).take());
     }

@@ -146,8 +146,7 @@ async fn every_bad_request_is_a_typed_error_and_changes_nothing() {
 #[tokio::test]
 async fn wrong_options_are_refused_with_a_reason() {
     let dir = tempfile::tempdir().expect("tempdir");
-    let refused: [(&[&str], i32, &str); 7] = [
-        (&["--isolation", "process"], 1, "PROCESS_ISOLATION_UNAVAILABLE"),
+    let refused: [(&[&str], i32, &str); 6] = [
         (&["--pmu", "msr"], 1, "PMU_MODE_UNAVAILABLE"),
         (&["--pmu", "kvm"], 1, "PMU_MODE_UNAVAILABLE"),
         (&["--model-pmu", "intel:v9:99"], 1, "BAD_MODEL_PMU"),

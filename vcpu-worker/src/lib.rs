@@ -2,7 +2,7 @@
 //! the data plane that moves it to another host; commanded over `vpmu.worker.v1`.
 //!
 //! Map, from the outside in:
-//! - [`channel`] and the binary serve [`service`], which fences commands ([`grant`]) and holds one [`machine`];
+//! - [`channel`] and [`process`] serve [`service`], which fences commands ([`grant`]) and holds one [`machine`];
 //! - a machine is [`memory`], a [`hypervisor`] VM, [`devices`] with a [`console`], and [`vcpu`] threads on [`cores`];
 //! - [`kvm_pmu`] saves and restores KVM's own vPMU (PMU mode `kvm`);
 //! - [`boot`] and [`probe`] fill the memory; [`migrate`] drives the [`dataplane`].
@@ -27,6 +27,7 @@ pub mod memory;
 pub mod migrate;
 pub mod pmu_glue;
 pub mod probe;
+pub mod process;
 pub mod service;
 mod sys;
 #[doc(hidden)]

@@ -105,6 +105,23 @@ impl Worker {
         self.inner.shutdown.clone()
     }
 
+    /// Whether it holds no virtual machine.
+    pub fn is_empty(&self) -> bool {
+        self.inner.held().machine.is_none()
+    }
+
+    /// How the guest ended, once it has; none if the worker ends first.
+    pub async fn guest_end(&self) -> Option<proto::GuestEnd> {
+        use tokio_stream::StreamExt as _;
+        let mut events = events::watch(&self.inner);
+        while let Some(Ok(event)) = events.next().await {
+            if event.end.is_some() {
+                return event.end;
+            }
+        }
+        None
+    }
+
     /// Ends everything that the worker holds, and waits for its threads. May be called more than once.
     pub async fn close(&self) -> Result<Vec<proto::PmuImage>, WorkerError> {
         // A migration that is being finished holds the lock until the destination answers.

@@ -7,10 +7,11 @@
 //! * a right to run is journalled before the worker is told (grant), and taken from the worker before it is journalled;
 //! * readers never wait for the actor: they use the published snapshot.
 //!
-//! What it does is in [`lifecycle`] (users), [`moving`] (migrations) and the table of `transitions`.
+//! What it does is in [`lifecycle`] (users), [`moving`] (migrations), [`reattach`] (workers that outlived a daemon) and the table of `transitions`.
 
 mod lifecycle;
 mod moving;
+mod reattach;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -144,6 +145,10 @@ impl Actor {
                 let result = self.drop_incoming(ownership).await;
                 let _ = reply.send(result);
             }
+            Command::Reattach { survivor, reply } => {
+                let result = self.reattach(*survivor).await;
+                let _ = reply.send(result);
+            }
             // The migration's driver sees the daemon's end by itself and reports back first.
             Command::End { reply } if self.migration.is_some() => {
                 self.deferred.push_back(Command::End { reply });
@@ -244,6 +249,7 @@ impl Actor {
         self.vm.epoch = self.ownership.epoch;
         self.vm.incarnation = self.ownership.incarnation;
         self.vm.vcpu_cores = self.worker.as_ref().map(|w| w.cores().to_vec()).unwrap_or_default();
+        self.vm.worker_pid = self.worker.as_ref().map_or(0, WorkerLink::pid);
         self.vm.update_time = Some(crate::ops::now());
         self.vm.etag = uuid::Uuid::new_v4().simple().to_string();
         let stored = self.daemon.store.put_vm(&self.record()).await;
@@ -276,6 +282,7 @@ impl Actor {
     /// Forwards the worker's events to the mailbox.
     async fn follow_worker(&self, worker: &WorkerLink) -> Result<(), ApiError> {
         let mut stream = worker.watch_events().await?;
+        let worker = worker.downgrade();
         let to_self = self.to_self.clone();
         let incarnation = self.ownership.incarnation;
         let shutdown = self.daemon.shutdown.clone();
@@ -287,8 +294,8 @@ impl Actor {
                 };
                 let (event, last) = match event {
                     Ok(Some(event)) => (event, false),
-                    Ok(None) => (worker_died("the worker closed its event stream"), true),
-                    Err(status) => (worker_died(status.message()), true),
+                    Ok(None) => (worker.death("the worker closed its event stream").await, true),
+                    Err(status) => (worker.death(status.message()).await, true),
                 };
                 let Some(sender) = to_self.upgrade() else { return };
                 if sender.send(Command::Worker { incarnation, event }).await.is_err() || last {
@@ -312,13 +319,11 @@ impl Actor {
             return;
         }
         let end = event.end.unwrap_or_default();
-        let (state, reason) = match end.kind() {
-            guest_end::Kind::Shutdown => (State::Stopped, "GUEST_SHUTDOWN"),
-            guest_end::Kind::Reset => (State::Stopped, "GUEST_RESET"),
-            guest_end::Kind::TripleFault => (State::Failed, "GUEST_TRIPLE_FAULT"),
-            guest_end::Kind::InternalError => (State::Failed, "HYPERVISOR_INTERNAL_ERROR"),
-            guest_end::Kind::WorkerError | guest_end::Kind::Unspecified => (State::Failed, "WORKER_FAILED"),
+        let dead = match &self.worker {
+            Some(worker) => worker.is_dead().await,
+            None => true,
         };
+        let (state, reason) = ended_state(&end, dead);
         let message = format!("vCPU {}: {}", end.vcpu, crate::status::clip(&end.detail, 512));
         tracing::info!(vm = %self.name, reason, %message, "the guest ended");
         self.retire_worker("stop").await;
@@ -340,11 +345,15 @@ impl Actor {
         }
     }
 
-    /// The daemon ends, and in thread isolation the machine with it.
+    /// The daemon ends, and in thread isolation the machine with it; in process isolation it goes on unless told otherwise.
     async fn end(&mut self) {
-        if self.worker.is_some() && matches!(self.state(), State::Running | State::Paused) {
+        let stays = self.worker.clone().filter(WorkerLink::outlives_daemon);
+        if let Some(worker) = stays {
+            self.checkpoint().await;
+            worker.keep();
+        } else if self.worker.is_some() && matches!(self.state(), State::Running | State::Paused) {
             self.retire_worker("stop").await;
-            let message = "vpmud was ended and the machine with it (thread isolation); start it again";
+            let message = "vpmud was ended and the machine with it; start it again";
             let stored = self.change(State::Stopped, "HOST_RESTARTED", message, Kind::Updated, |_| {}).await;
             if let Err(error) = stored {
                 tracing::error!(vm = %self.name, %error, "the stop could not be stored");
@@ -356,7 +365,19 @@ impl Actor {
     }
 }
 
-fn worker_died(detail: &str) -> WorkerEvent {
+/// What a guest's end makes of its machine. `dead`: the worker's process has ended too.
+fn ended_state(end: &GuestEnd, dead: bool) -> (State, &'static str) {
+    match end.kind() {
+        guest_end::Kind::Shutdown => (State::Stopped, "GUEST_SHUTDOWN"),
+        guest_end::Kind::Reset => (State::Stopped, "GUEST_RESET"),
+        guest_end::Kind::TripleFault => (State::Failed, "GUEST_TRIPLE_FAULT"),
+        guest_end::Kind::InternalError => (State::Failed, "HYPERVISOR_INTERNAL_ERROR"),
+        guest_end::Kind::WorkerError | guest_end::Kind::Unspecified if dead => (State::Failed, "WORKER_DIED"),
+        guest_end::Kind::WorkerError | guest_end::Kind::Unspecified => (State::Failed, "WORKER_FAILED"),
+    }
+}
+
+pub(crate) fn worker_died(detail: &str) -> WorkerEvent {
     WorkerEvent {
         state: worker_status::State::Ended as i32,
         end: Some(GuestEnd {

@@ -109,6 +109,13 @@ pub enum Command {
         /// Gone.
         reply: Reply<()>,
     },
+    /// Its worker outlived the last daemon, or did not.
+    Reattach {
+        /// What was found.
+        survivor: Box<crate::adopt::Survivor>,
+        /// Shown as what it is.
+        reply: Reply<()>,
+    },
     /// The daemon ends.
     End {
         /// The machine has stopped and its state is durable.

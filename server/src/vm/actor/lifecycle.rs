@@ -161,6 +161,11 @@ impl Actor {
         let Some(running) = self.begin(seed, reply).await else { return };
         self.show(State::Stopping);
         self.retire_worker("stop").await;
+        if let Err(error) = self.end_unheld().await {
+            self.show(State::Failed);
+            running.finish(Err(error)).await;
+            return;
+        }
         let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Stopped);
         let stored = self.change(State::Stopped, "", "", Kind::Updated, edit).await;
         running.finish(stored.map(|()| pack("VirtualMachine", &self.vm))).await;
@@ -216,10 +221,21 @@ impl Actor {
     }
 
     async fn do_delete(&mut self) -> Result<(), ApiError> {
+        self.end_unheld().await?;
         let gone = OwnershipRecord { phase: Phase::Deleted as i32, ..self.ownership.clone() };
         self.ownership = self.daemon.store.append_ownership(gone).await?;
         self.daemon.store.delete_vm(&self.vm.uid).await?;
         Ok(())
+    }
+
+    /// Ends a process that outlived a daemon and refused the next one.
+    async fn end_unheld(&self) -> Result<(), ApiError> {
+        self.daemon.workers.processes.end_unheld(&self.vm.uid).await.map_err(|e| {
+            ApiError::internal(
+                "WORKER_UNKNOWN",
+                format!("whether a worker of {} lives cannot be told: {e}", self.name),
+            )
+        })
     }
 
     /// Leaves the registry; the actor ends.

@@ -1,0 +1,168 @@
+//! What a daemon does at its start about worker processes that outlived the last one (handover.md section 3).
+//!
+//! Recovery from the journal takes every worker for dead. So, before it: a worker that it would be wrong about is
+//! brought into a state in which nothing depends on it. After it: every worker of a machine that is owned here is given to the machine's actor.
+//!
+//! | journal | live worker | before recovery | after recovery |
+//! |---|---|---|---|
+//! | Owned, Entered | any | attached; one that refuses stays, its machine is Failed | the actor adopts it, or seals it and says why not |
+//! | Open, Quiesced | whole | Owned(e+1) is journalled: Resolve (a) | adopted under a grant of e+1 |
+//! | Committing, HandedOver, Incoming, Ready | any | ended | as in thread isolation |
+//! | Deleted, Released and all else, none | any | ended | – |
+//!
+//! Invariant: when recovery begins, each machine has at most one live worker and it has this daemon's term.
+
+use std::sync::Arc;
+
+use vpmu_proto::store::OwnershipRecord;
+use vpmu_proto::store::ownership_record::Phase;
+use vpmu_proto::worker::{GuestEnd, WorkerStatus, worker_status};
+
+use crate::capacity::Grant;
+use crate::daemon::Daemon;
+use crate::status::ApiError;
+use crate::vm::command::Command;
+use crate::worker_link::WorkerLink;
+use crate::worker_process::{Found, WorkerProcess};
+
+/// What became of a worker while no daemon looked.
+pub enum Survivor {
+    /// It lives and obeys this daemon.
+    Live {
+        /// The way to it.
+        worker: WorkerLink,
+        /// What it says of itself.
+        status: Box<WorkerStatus>,
+    },
+    /// It died.
+    Dead {
+        /// How its guest had ended before, if it had.
+        end: Option<GuestEnd>,
+    },
+    /// It lives and cannot be used, or had to be ended: why.
+    Refused(ApiError),
+}
+
+/// Looks for workers and settles what recovery must not meet.
+pub async fn before_recovery(daemon: &Arc<Daemon>) -> Result<Vec<(String, Survivor)>, ApiError> {
+    let processes = &daemon.workers.processes;
+    let uids = processes.uids().map_err(|e| {
+        ApiError::internal("RUNTIME_DIR", format!("{}: {e}; make it readable", processes.run_dir.display()))
+    })?;
+    let mut survivors = Vec::new();
+    for uid in uids {
+        match processes.find(&uid) {
+            Ok(Found::Live(process)) => {
+                let pid = process.pid();
+                if let Some(survivor) = settle(daemon, &uid, process).await {
+                    survivors.push((uid, survivor));
+                } else {
+                    tracing::info!(%uid, pid, "the worker of a machine that is not here any more was ended");
+                }
+            }
+            Ok(Found::Dead(end)) => {
+                processes.clear(&uid);
+                survivors.push((uid, Survivor::Dead { end }));
+            }
+            Ok(Found::Nothing) => processes.clear(&uid),
+            // Unreachable is not dead: nothing is started beside it.
+            Err(error) => {
+                return Err(ApiError::internal(
+                    "WORKER_UNKNOWN",
+                    format!("whether the worker of machine {uid} lives cannot be told: {error}"),
+                ));
+            }
+        }
+    }
+    Ok(survivors)
+}
+
+/// None if it was ended and nobody needs to know.
+async fn settle(daemon: &Arc<Daemon>, uid: &str, process: WorkerProcess) -> Option<Survivor> {
+    let held = daemon.store.ownership(uid).unwrap_or_default();
+    let wanted = matches!(held.phase(), Phase::Owned | Phase::Entered | Phase::Open | Phase::Quiesced);
+    if !wanted {
+        process.end().await;
+        return None;
+    }
+    let pid = process.pid();
+    let (worker, status) = match attach(daemon, &held, process).await {
+        Ok(attached) => attached,
+        Err(error) => {
+            tracing::error!(%uid, pid, %error, "a worker that outlived the last vpmud cannot be attached");
+            return Some(Survivor::Refused(error));
+        }
+    };
+    if matches!(held.phase(), Phase::Open | Phase::Quiesced)
+        && let Err(error) = abort(daemon, held, &worker, &status).await
+    {
+        tracing::error!(%uid, pid, %error, "a worker in an open migration was ended");
+        worker.end().await;
+        return Some(Survivor::Refused(error));
+    }
+    Some(Survivor::Live { worker, status: Box::new(status) })
+}
+
+async fn attach(
+    daemon: &Arc<Daemon>,
+    held: &OwnershipRecord,
+    process: WorkerProcess,
+) -> Result<(WorkerLink, WorkerStatus), ApiError> {
+    let record = daemon.store.get_vm(&held.vm_uid).and_then(|r| r.vm);
+    let Some(spec) = record.and_then(|vm| vm.spec) else {
+        process.keep();
+        return Err(ApiError::internal("OWNERSHIP_UNCERTAIN", "the store knows nothing of this machine"));
+    };
+    let grant = |cores: Vec<u32>| -> Grant { daemon.capacity.adopt(spec.memory_bytes, cores) };
+    // Unreachable is not dead: such a worker stays until its machine is started, stopped or deleted. But recovery may
+    // give a machine in an open migration away, and a worker of a former incarnation was on its way out.
+    let open = matches!(held.phase(), Phase::Open | Phase::Quiesced);
+    let dispensable = |error: &ApiError| open || error.reason() == "OTHER_INCARNATION";
+    WorkerLink::adopt(&daemon.workers, process, &held.vm_uid, held.incarnation, grant, dispensable).await
+}
+
+/// The source alone decides until it has committed: it keeps the machine, durably, before anything is asked.
+async fn abort(
+    daemon: &Arc<Daemon>,
+    held: OwnershipRecord,
+    worker: &WorkerLink,
+    status: &WorkerStatus,
+) -> Result<(), ApiError> {
+    use worker_status::State as S;
+    if !matches!(status.state(), S::Running | S::Paused | S::Sealed | S::Ended) {
+        return Err(ApiError::internal(
+            "WORKER_NOT_WHOLE",
+            format!("the worker is {}, which no machine that leaves is", status.state().as_str_name()),
+        ));
+    }
+    let id = held.migration_id.clone();
+    let next = OwnershipRecord {
+        epoch: held.epoch.saturating_add(1),
+        owner_host: daemon.host.host_id.clone(),
+        phase: Phase::Owned as i32,
+        digest: Vec::new(),
+        ..held
+    };
+    daemon.store.append_ownership(next).await?;
+    if let Err(error) = worker.cancel_migration(&id).await {
+        tracing::info!(migration = %id, %error, "the copy had ended already");
+    }
+    Ok(())
+}
+
+/// Gives what was found to the machines' actors.
+pub async fn after_recovery(daemon: &Arc<Daemon>, survivors: Vec<(String, Survivor)>) {
+    for (uid, survivor) in survivors {
+        let Some(handle) = daemon.registry.by_uid(&uid) else {
+            if let Survivor::Live { worker, .. } = survivor {
+                tracing::warn!(%uid, "a worker without a machine is ended");
+                worker.end().await;
+            }
+            continue;
+        };
+        let survivor = Box::new(survivor);
+        if let Err(error) = handle.ask(|reply| Command::Reattach { survivor, reply }).await {
+            tracing::error!(%uid, %error, "a machine that outlived the last daemon");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! A worker that outlived the last daemon comes back to its machine: the rows "Owned" and "Entered" of handover.md
+//! section 3.
+
+use vpmu_proto::api::VirtualMachine;
+use vpmu_proto::api::virtual_machine::{DesiredState, State};
+use vpmu_proto::api::watch_virtual_machines_response::Kind;
+use vpmu_proto::store::ownership_record::Phase;
+use vpmu_proto::worker::{WorkerEvent, WorkerStatus, worker_status};
+
+use super::{Actor, ended_state, worker_died};
+use crate::adopt::Survivor;
+use crate::status::ApiError;
+use crate::worker_link::WorkerLink;
+
+/// What the table says about a live worker of a machine that is owned here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Row {
+    /// It goes on as it is.
+    Adopt,
+    /// It needs the right of this epoch first; then it runs if asked.
+    Grant { run: bool },
+    /// Its guest has ended.
+    Ended,
+    /// It knows more than the journal: it must not run.
+    Uncertain,
+    /// It holds no machine that could run.
+    Useless,
+}
+
+fn row(epoch: u64, status: &WorkerStatus, wants_to_run: bool) -> Row {
+    use worker_status::State as S;
+    let above = status.granted_epoch > epoch || status.sealed_epoch >= epoch;
+    match status.state() {
+        S::Running | S::Paused | S::Sealed | S::Ready if above => Row::Uncertain,
+        S::Running | S::Paused if status.granted_epoch == epoch => Row::Adopt,
+        S::Running => Row::Grant { run: true },
+        S::Paused | S::Sealed | S::Ready => Row::Grant { run: wants_to_run },
+        S::Ended => Row::Ended,
+        S::Empty | S::Incoming | S::Unspecified => Row::Useless,
+    }
+}
+
+impl Actor {
+    pub(super) async fn reattach(&mut self, survivor: Survivor) -> Result<(), ApiError> {
+        let owned = matches!(self.ownership.phase(), Phase::Owned | Phase::Entered);
+        // Recovery shows a machine that had run, or may have, as ended with the last daemon.
+        let had_run = self.vm.reason == "HOST_RESTARTED";
+        match survivor {
+            Survivor::Live { worker, status } if owned => self.take_back(worker, *status).await,
+            Survivor::Live { worker, .. } => {
+                worker.end().await;
+                Ok(())
+            }
+            Survivor::Dead { end } if owned && had_run => {
+                let end =
+                    end.or_else(|| worker_died("it died while no vpmud watched it").end).unwrap_or_default();
+                let (state, reason) = ended_state(&end, true);
+                let message = format!("vCPU {}: {}", end.vcpu, crate::status::clip(&end.detail, 512));
+                self.change(state, reason, &message, Kind::Updated, |_| {}).await
+            }
+            Survivor::Refused(error) if owned && had_run => {
+                self.change(State::Failed, error.reason(), error.message(), Kind::Updated, |_| {}).await
+            }
+            Survivor::Dead { .. } | Survivor::Refused(_) => Ok(()),
+        }
+    }
+
+    async fn take_back(&mut self, worker: WorkerLink, status: WorkerStatus) -> Result<(), ApiError> {
+        let epoch = self.ownership.epoch;
+        let wants_to_run = self.vm.desired_state() != DesiredState::Paused;
+        let row = row(epoch, &status, wants_to_run);
+        tracing::info!(vm = %self.name, pid = worker.pid(), state = status.state().as_str_name(), ?row, "a worker outlived vpmud");
+        self.worker = Some(worker.clone());
+        let running = match row {
+            Row::Adopt => status.state() == worker_status::State::Running,
+            Row::Grant { run } => match worker.grant(epoch, run).await {
+                Ok(_) => run,
+                Err(error) => return self.give_up(&error).await,
+            },
+            Row::Ended => {
+                let incarnation = self.ownership.incarnation;
+                let event = WorkerEvent { state: status.state, end: status.end };
+                self.worker_event(incarnation, event).await;
+                return Ok(());
+            }
+            Row::Uncertain => {
+                // Its copy may be the newest there is: it is kept, and cannot run.
+                let highest = epoch.max(status.granted_epoch).max(status.sealed_epoch);
+                worker.seal("", highest).await?;
+                let message = format!(
+                    "the worker was granted or sealed at epoch {highest} and the journal knows {epoch}: records were lost"
+                );
+                return self
+                    .change(State::Failed, "OWNERSHIP_UNCERTAIN", &message, Kind::Updated, |_| {})
+                    .await;
+            }
+            Row::Useless => {
+                let message = format!("the worker that outlived vpmud is {}", status.state().as_str_name());
+                return self.give_up(&ApiError::internal("WORKER_NOT_WHOLE", message)).await;
+            }
+        };
+        let (state, desired) = if running {
+            (State::Running, DesiredState::Running)
+        } else {
+            (State::Paused, DesiredState::Paused)
+        };
+        let edit = |vm: &mut VirtualMachine| vm.set_desired_state(desired);
+        self.change(state, "", "", Kind::Updated, edit).await?;
+        match self.follow_worker(&worker).await {
+            Ok(()) => Ok(()),
+            Err(error) => self.give_up(&error).await,
+        }
+    }
+
+    async fn give_up(&mut self, error: &ApiError) -> Result<(), ApiError> {
+        if let Some(worker) = self.worker.take() {
+            worker.end().await;
+        }
+        self.change(State::Failed, error.reason(), error.message(), Kind::Updated, |_| {}).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use worker_status::State as S;
+
+    fn status(state: S, granted_epoch: u64, sealed_epoch: u64) -> WorkerStatus {
+        WorkerStatus { state: state.into(), granted_epoch, sealed_epoch, ..WorkerStatus::default() }
+    }
+
+    #[test]
+    fn the_rows_of_the_table() {
+        assert_eq!(row(3, &status(S::Running, 3, 0), true), Row::Adopt);
+        assert_eq!(row(3, &status(S::Paused, 3, 2), false), Row::Adopt);
+        assert_eq!(row(3, &status(S::Running, 2, 0), true), Row::Grant { run: true });
+        assert_eq!(row(3, &status(S::Sealed, 0, 2), false), Row::Grant { run: false });
+        assert_eq!(row(3, &status(S::Ready, 0, 0), true), Row::Grant { run: true });
+        assert_eq!(row(3, &status(S::Running, 4, 0), true), Row::Uncertain);
+        assert_eq!(row(3, &status(S::Sealed, 0, 3), true), Row::Uncertain);
+        assert_eq!(row(3, &status(S::Ended, 3, 0), true), Row::Ended);
+        assert_eq!(row(3, &status(S::Empty, 0, 0), true), Row::Useless);
+        assert_eq!(row(3, &status(S::Incoming, 0, 0), true), Row::Useless);
+    }
+}

@@ -1,0 +1,350 @@
+//! One worker as a process: its runtime directory, its start, its end, and the proof that it has ended.
+//!
+//! Invariants: signals go through a pidfd, never to a number that may have been given to another process; a directory
+//! is used for a new worker only after the process that its pid file names is proven dead; a worker that is neither
+//! kept ([`WorkerProcess::keep`]) nor ended is killed when the last holder drops it. It is waited for through its pidfd, so
+//! that an adopted worker, which is no child of this process, is watched in the same way.
+
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+use vcpu_worker::process::Identity;
+use vpmu_proto::worker::GuestEnd;
+
+use crate::config::MAX_SOCKET_PATH;
+
+/// How long a new worker may take until it listens.
+const START: Duration = Duration::from_secs(20);
+/// How often a starting worker is looked at.
+const LOOK: Duration = Duration::from_millis(2);
+/// How long a worker may take to end in order.
+const TERM: Duration = Duration::from_secs(10);
+/// How long the kernel may take to end one that was killed.
+const KILL: Duration = Duration::from_secs(10);
+
+/// How worker processes are made on this host.
+#[derive(Debug)]
+pub struct Processes {
+    /// Runtime directories, one a machine's uid.
+    pub run_dir: PathBuf,
+    /// Host cores that vCPUs may use.
+    pub cores: Vec<u32>,
+    /// The modelled host PMU.
+    pub model_pmu: String,
+    /// New workers are processes; those that exist are looked after in any case.
+    pub enabled: bool,
+    /// They end with the daemon.
+    pub stop_vms: bool,
+}
+
+/// What a runtime directory of an earlier run shows.
+pub enum Found {
+    /// A process that lives.
+    Live(WorkerProcess),
+    /// It has died; how its guest had ended before, if it had.
+    Dead(Option<GuestEnd>),
+    /// Nothing that says anything: no worker had started there, or the machine was booted since.
+    Nothing,
+}
+
+/// A worker's process.
+pub struct WorkerProcess {
+    pid: u32,
+    pidfd: AsyncFd<OwnedFd>,
+    /// None if it was adopted.
+    child: Mutex<Option<Child>>,
+    dir: PathBuf,
+    socket: PathBuf,
+    settled: AtomicBool,
+    ending: tokio::sync::Mutex<()>,
+}
+
+impl Processes {
+    /// Uids that have a runtime directory.
+    pub fn uids(&self) -> io::Result<Vec<String>> {
+        match std::fs::read_dir(&self.run_dir) {
+            Ok(entries) => entries.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Looks at a runtime directory. Must be called on a runtime.
+    pub fn find(&self, uid: &str) -> io::Result<Found> {
+        let dir = self.run_dir.join(uid);
+        let Some(identity) = Identity::read(&dir) else { return Ok(Found::Nothing) };
+        if Identity::of(std::process::id())?.boot_id != identity.boot_id {
+            return Ok(Found::Nothing);
+        }
+        let end = || Found::Dead(vcpu_worker::process::exit_record(&dir));
+        let Some(pid) = identity.pid.try_into().ok().and_then(Pid::from_raw) else { return Ok(end()) };
+        // Opened first: what is read afterwards is about the process that it holds, or that process is gone.
+        let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            Err(rustix::io::Errno::SRCH) => return Ok(end()),
+            Err(error) => return Err(error.into()),
+        };
+        if Identity::of(identity.pid).ok().as_ref() != Some(&identity) {
+            return Ok(end());
+        }
+        let socket = socket_of(&dir);
+        let process = WorkerProcess::new(identity.pid, pidfd, None, dir, socket)?;
+        Ok(Found::Live(process))
+    }
+
+    /// Removes what a dead worker left.
+    pub fn clear(&self, uid: &str) {
+        clear(&self.run_dir.join(uid));
+    }
+
+    /// Ends a worker that nobody holds, if there is one.
+    pub async fn end_unheld(&self, uid: &str) -> io::Result<()> {
+        if let Found::Live(old) = self.find(uid)? {
+            tracing::warn!(uid, pid = old.pid, "a worker that nobody holds is ended");
+            old.end().await;
+        }
+        self.clear(uid);
+        Ok(())
+    }
+
+    /// Starts a worker for a machine that has none, and connects to it.
+    pub async fn start(&self, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
+        self.end_unheld(uid).await?;
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.run_dir)?;
+        let dir = self.run_dir.join(uid);
+        DirBuilder::new().mode(0o700).create(&dir)?;
+        let socket = match choose_socket(&dir) {
+            Ok(socket) => socket,
+            Err(error) => {
+                clear(&dir);
+                return Err(error);
+            }
+        };
+        let process = match self.spawn(&dir, &socket, name) {
+            Ok(process) => process,
+            Err(error) => {
+                clear(&dir);
+                return Err(error);
+            }
+        };
+        let connected = async {
+            loop {
+                if UnixStream::connect(&process.socket).await.is_ok() {
+                    return Ok(());
+                }
+                tokio::select! {
+                    () = process.exited() => return Err(io::Error::other(process.last_words())),
+                    () = tokio::time::sleep(LOOK) => {}
+                }
+            }
+        };
+        let connected = match tokio::time::timeout(START, connected).await {
+            Ok(connected) => connected,
+            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the worker process does not listen")),
+        };
+        if let Err(error) = connected {
+            process.end().await;
+            return Err(error);
+        }
+        Ok((process.connect(), process))
+    }
+
+    fn spawn(&self, dir: &Path, socket: &Path, name: &str) -> io::Result<WorkerProcess> {
+        let log = File::create(dir.join("log"))?;
+        let cores: Vec<_> = self.cores.iter().map(ToString::to_string).collect();
+        // The running image itself, also when the file has been replaced by an upgrade.
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .arg0("vpmud")
+            .arg("worker")
+            .arg("--socket")
+            .arg(socket)
+            .arg("--runtime-dir")
+            .arg(dir)
+            .arg(format!("--name={name}"))
+            .args(["--cores", &cores.join(","), "--model-pmu", &self.model_pmu])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        let mut child = command.spawn()?;
+        let pidfd = child.id().try_into().ok().and_then(Pid::from_raw).ok_or(rustix::io::Errno::SRCH);
+        match pidfd.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())) {
+            Ok(pidfd) => {
+                WorkerProcess::new(child.id(), pidfd, Some(child), dir.to_owned(), socket.to_owned())
+            }
+            Err(error) => {
+                // A child that is not waited for keeps its number: this cannot hit another.
+                drop(child.kill());
+                drop(child.wait());
+                Err(error.into())
+            }
+        }
+    }
+}
+
+impl WorkerProcess {
+    fn new(
+        pid: u32,
+        pidfd: OwnedFd,
+        child: Option<Child>,
+        dir: PathBuf,
+        socket: PathBuf,
+    ) -> io::Result<Self> {
+        // Sound here: the descriptor is owned, never swapped, and closed only after it was taken out of the poller.
+        #[expect(deprecated, reason = "its successor is unsafe, and an OwnedFd keeps its promise")]
+        let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE)?;
+        let (child, settled, ending) =
+            (Mutex::new(child), AtomicBool::new(false), tokio::sync::Mutex::default());
+        Ok(Self { pid, pidfd, child, dir, socket, settled, ending })
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// A connection, made when it is first used.
+    pub fn connect(&self) -> Channel {
+        let socket: Arc<Path> = Arc::from(self.socket.as_path());
+        let connect = tower::service_fn(move |_: Uri| {
+            let socket = Arc::clone(&socket);
+            async move { UnixStream::connect(&*socket).await.map(TokioIo::new) }
+        });
+        // The address is never looked up: the connector ignores it.
+        Endpoint::from_static("http://worker.invalid").connect_with_connector_lazy(connect)
+    }
+
+    /// Returns once the process has ended.
+    pub async fn exited(&self) {
+        // A pidfd is readable from the end of its process on. One that cannot be polled proves nothing.
+        if let Err(error) = self.pidfd.readable().await {
+            tracing::error!(pid = self.pid, %error, "a worker's process cannot be watched");
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// How its guest ended, if it had before the process did.
+    pub fn guest_end(&self) -> Option<GuestEnd> {
+        vcpu_worker::process::exit_record(&self.dir)
+    }
+
+    /// It lives on when this is dropped.
+    pub fn keep(&self) {
+        self.settled.store(true, Ordering::Release);
+    }
+
+    /// Ends the process, in order if it lets itself, and removes its runtime directory.
+    pub async fn end(&self) {
+        let _ending = self.ending.lock().await;
+        if self.settled.load(Ordering::Acquire) {
+            // The directory may be another worker's by now.
+            return;
+        }
+        self.signal(Signal::TERM);
+        if tokio::time::timeout(TERM, self.exited()).await.is_err() {
+            tracing::warn!(pid = self.pid, "a worker does not end: SIGKILL");
+            self.signal(Signal::KILL);
+            if tokio::time::timeout(KILL, self.exited()).await.is_err() {
+                // The directory stays: it is what shows that this one may still live.
+                tracing::error!(pid = self.pid, "the kernel does not end a worker");
+                return;
+            }
+        }
+        self.settled.store(true, Ordering::Release);
+        self.reap();
+        clear(&self.dir);
+    }
+
+    fn signal(&self, signal: Signal) {
+        match pidfd_send_signal(self.pidfd.get_ref(), signal) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => tracing::error!(pid = self.pid, ?signal, %error, "a worker cannot be signalled"),
+        }
+    }
+
+    /// The process has ended: this does not wait.
+    fn reap(&self) {
+        if let Some(mut child) = self.child.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            drop(child.wait());
+        }
+    }
+
+    fn last_words(&self) -> String {
+        let log = std::fs::read(self.dir.join("log")).unwrap_or_default();
+        let tail = log.get(log.len().saturating_sub(512)..).unwrap_or_default();
+        format!(
+            "the worker process ended at its start: {}",
+            crate::status::clip(&String::from_utf8_lossy(tail), 512)
+        )
+    }
+}
+
+impl Drop for WorkerProcess {
+    fn drop(&mut self) {
+        if self.settled.load(Ordering::Acquire) {
+            return;
+        }
+        self.signal(Signal::KILL);
+        if let Some(mut child) = self.child.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // Takes as long as the kernel needs to free a VM. The directory tells the next start that it is dead.
+            drop(std::thread::Builder::new().name("reap".to_owned()).spawn(move || child.wait()));
+        }
+    }
+}
+
+/// Where the worker of a directory listens.
+fn socket_of(dir: &Path) -> PathBuf {
+    let named = std::fs::read_to_string(dir.join("socket")).ok().filter(|s| s.len() <= MAX_SOCKET_PATH);
+    named.map_or_else(|| dir.join("worker.sock"), PathBuf::from)
+}
+
+/// A path that the kernel takes: in the directory, or, recorded there, in a directory of its own under the temporary one.
+fn choose_socket(dir: &Path) -> io::Result<PathBuf> {
+    let socket = dir.join("worker.sock");
+    if socket.as_os_str().len() <= MAX_SOCKET_PATH {
+        return Ok(socket);
+    }
+    let short =
+        std::env::temp_dir().join(format!("vpmud-{}", &uuid::Uuid::new_v4().simple().to_string()[..16]));
+    let socket = short.join("s");
+    if socket.as_os_str().len() > MAX_SOCKET_PATH {
+        return Err(io::Error::other(format!(
+            "{} is too long for a socket; set TMPDIR to a shorter path",
+            socket.display()
+        )));
+    }
+    let text =
+        socket.to_str().ok_or_else(|| io::Error::other("the temporary directory's path is not UTF-8"))?;
+    std::fs::write(dir.join("socket"), text)?;
+    // Fails if it exists: nobody else's directory is used.
+    DirBuilder::new().mode(0o700).create(&short)?;
+    Ok(socket)
+}
+
+fn clear(dir: &Path) {
+    let socket = socket_of(dir);
+    if !socket.starts_with(dir) {
+        drop(std::fs::remove_file(&socket));
+        // Only if it is empty.
+        drop(socket.parent().map(std::fs::remove_dir));
+    }
+    match std::fs::remove_dir_all(dir) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => tracing::warn!(dir = %dir.display(), %error, "a runtime directory cannot be removed"),
+    }
+}

@@ -1,0 +1,402 @@
+//! Workers as processes: they outlive their daemon and are found again, and one that dies takes only its own machine
+//! along. On KVM where it is, else simulated.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use support::*;
+use vcpu_worker::process::Identity;
+use vpmu_proto::api::virtual_machine::{DesiredState, State};
+use vpmu_proto::api::*;
+
+const OPTIONS: [&str; 2] = ["--isolation", "process"];
+
+/// Ends every worker that a test leaves, also when it panics. Made before the host, so that it is dropped after it.
+struct Workers {
+    dir: PathBuf,
+}
+
+impl Workers {
+    fn of(dir: &Path) -> Self {
+        Self { dir: dir.join("state/run") }
+    }
+
+    fn alive(&self) -> Vec<Identity> {
+        let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        entries.filter_map(|e| Identity::read(&e.path())).filter(lives).collect()
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        for left in self.alive() {
+            let _ = kill_process(pid(left.pid), Signal::KILL);
+        }
+    }
+}
+
+fn pid(pid: u32) -> Pid {
+    Pid::from_raw(pid.cast_signed()).expect("a pid")
+}
+
+/// Whether that very process lives.
+fn lives(identity: &Identity) -> bool {
+    Identity::of(identity.pid).is_ok_and(|now| now == *identity)
+}
+
+fn identity(vm: &VirtualMachine) -> Identity {
+    assert_ne!(vm.worker_pid, 0, "{vm:?}");
+    Identity::of(vm.worker_pid).expect("the worker lives")
+}
+
+async fn until_gone(identity: &Identity) {
+    let begin = Instant::now();
+    while lives(identity) {
+        assert!(begin.elapsed() < DEADLINE, "{identity:?} does not end");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn console(host: &Host, id: &str) -> Vec<u8> {
+    let request =
+        AttachConsoleRequest { name: name(id), history_only: true, ..AttachConsoleRequest::default() };
+    let mut stream =
+        host.vms().await.attach_console(tokio_stream::once(request)).await.expect("attaches").into_inner();
+    let mut out = Vec::new();
+    while let Some(piece) = stream.message().await.expect("reads") {
+        out.extend(piece.data);
+    }
+    out
+}
+
+async fn until_console(host: &Host, id: &str) -> Vec<u8> {
+    let begin = Instant::now();
+    loop {
+        let out = console(host, id).await;
+        if !out.is_empty() {
+            return out;
+        }
+        assert!(begin.elapsed() < DEADLINE, "{id} prints nothing");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn delete_vm(host: &Host, id: &str) {
+    let request = DeleteVirtualMachineRequest { name: name(id), ..DeleteVirtualMachineRequest::default() };
+    let operation = host.vms().await.delete_virtual_machine(request).await.expect("accepted").into_inner();
+    host.finish(operation).await.expect("deleted");
+}
+
+/// Heartbeats, PMIs and the values of the counters that take no overflow.
+fn figures(pmu: &Pmu) -> Vec<u64> {
+    let report = pmu.probe.iter().flat_map(|p| &p.vcpus).flat_map(|v| [v.heartbeats, v.loops]);
+    let counters = pmu.vcpus.iter().flat_map(|v| &v.counters).filter(|c| c.live && !c.pmi_enabled);
+    report.chain(counters.map(|c| c.value)).collect()
+}
+
+/// Waits until everything has grown beyond `before`.
+async fn until_beyond(host: &Host, id: &str, before: &Pmu) -> Pmu {
+    let (begin, old) = (Instant::now(), figures(before));
+    assert!(!old.is_empty());
+    loop {
+        let now = host.live_pmu(id).await;
+        let new = figures(&now);
+        assert_eq!(new.len(), old.len(), "{now:?}");
+        assert!(new.iter().zip(&old).all(|(n, o)| n >= o), "something went back: {old:?}, then {new:?}");
+        if new.iter().zip(&old).all(|(n, o)| n > o) {
+            return now;
+        }
+        assert!(begin.elapsed() < DEADLINE, "it does not go on: {old:?}, then {new:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_machine_outlives_its_daemon() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let workers = Workers::of(dir.path());
+    let mut host = Host::start(dir.path(), &OPTIONS).await;
+    host.create("a", probe_spec(2, 32)).await;
+    let vm = host.start_vm("a").await;
+    let worker = identity(&vm);
+    let comm = std::fs::read_to_string(format!("/proc/{}/comm", worker.pid)).expect("its name");
+    assert_eq!(comm.trim(), "vm-a");
+    let command = std::fs::read(format!("/proc/{}/cmdline", worker.pid)).expect("its command line");
+    assert!(command.starts_with(b"vpmud\0worker\0"), "{:?}", String::from_utf8_lossy(&command));
+    assert_ne!(worker.pid, host.child.id().expect("running"));
+    let status = std::fs::read_to_string(format!("/proc/{}/status", worker.pid)).expect("its status");
+    assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+
+    host.until_counting("a").await;
+    let printed = until_console(&host, "a").await;
+    let before = host.live_pmu("a").await;
+    host.kill().await;
+    assert!(lives(&worker), "it outlives the daemon");
+    host.restart().await;
+    let after = host.get("a").await;
+    assert_eq!((after.observed_state(), after.worker_pid), (State::Running, worker.pid), "{after:?}");
+    assert_eq!((&after.uid, after.epoch, after.incarnation), (&vm.uid, vm.epoch, vm.incarnation));
+    assert_eq!(after.vcpu_cores, vm.vcpu_cores);
+    let now = until_beyond(&host, "a", &before).await;
+    assert!(now.probe.expect("a report").vcpus.iter().all(|v| v.faults == 0), "the guest saw a fault");
+    assert!(console(&host, "a").await.starts_with(&printed), "the console's history is whole");
+
+    // A pause stays one, and the new daemon's commands are obeyed.
+    let paused = PauseVirtualMachineRequest { name: name("a") };
+    host.vms().await.pause_virtual_machine(paused).await.expect("paused");
+    host.kill().await;
+    host.restart().await;
+    let after = host.get("a").await;
+    assert_eq!((after.observed_state(), after.desired_state()), (State::Paused, DesiredState::Paused));
+    assert_eq!(after.worker_pid, worker.pid);
+    let before = host.live_pmu("a").await;
+    let resumed = ResumeVirtualMachineRequest { name: name("a") };
+    host.vms().await.resume_virtual_machine(resumed).await.expect("resumed");
+    until_beyond(&host, "a", &before).await;
+
+    let stopped = host.stop_vm("a").await;
+    assert_eq!((stopped.observed_state(), stopped.worker_pid), (State::Stopped, 0));
+    until_gone(&worker).await;
+    assert!(workers.alive().is_empty());
+    assert_eq!(std::fs::read_dir(&workers.dir).expect("there").count(), 0, "no runtime directory is left");
+    assert_eq!(host.terminate().await, 0);
+}
+
+#[tokio::test]
+async fn a_worker_that_dies_fails_only_its_machine() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let workers = Workers::of(dir.path());
+    let mut host = Host::start(dir.path(), &OPTIONS).await;
+    for id in ["a", "b"] {
+        host.create(id, probe_spec(1, 16)).await;
+    }
+    let (a, b) = (identity(&host.start_vm("a").await), identity(&host.start_vm("b").await));
+    let before = host.until_counting("b").await;
+    kill_process(pid(a.pid), Signal::KILL).expect("SIGKILL");
+    let failed = host.until("a", "FAILED", is(State::Failed)).await;
+    assert_eq!((failed.reason.as_str(), failed.worker_pid), ("WORKER_DIED", 0), "{failed:?}");
+    assert_eq!(failed.desired_state(), DesiredState::Running, "what the user wants stays");
+    assert_eq!(identity(&host.get("b").await), b);
+    until_beyond(&host, "b", &before).await;
+
+    let again = host.start_vm("a").await;
+    assert_eq!((again.observed_state(), again.incarnation), (State::Running, 2));
+    let again = identity(&again);
+    assert_ne!(again, a);
+    delete_vm(&host, "a").await;
+    until_gone(&again).await;
+
+    // One that dies while no daemon looks.
+    host.kill().await;
+    kill_process(pid(b.pid), Signal::KILL).expect("SIGKILL");
+    until_gone(&b).await;
+    host.restart().await;
+    let failed = host.get("b").await;
+    assert_eq!((failed.observed_state(), failed.reason.as_str()), (State::Failed, "WORKER_DIED"));
+    assert!(workers.alive().is_empty());
+    assert_eq!(host.list().await.len(), 1);
+    assert_eq!(host.terminate().await, 0);
+}
+
+#[tokio::test]
+async fn sigterm_leaves_machines_running_unless_told_otherwise() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let workers = Workers::of(dir.path());
+    let mut host = Host::start(dir.path(), &OPTIONS).await;
+    host.create("a", probe_spec(1, 16)).await;
+    let worker = identity(&host.start_vm("a").await);
+    let before = host.until_counting("a").await;
+    assert_eq!(host.terminate().await, 0);
+    assert!(lives(&worker), "it outlives the daemon");
+
+    host.restart_with(&["--isolation", "process", "--stop-vms"]).await;
+    let after = host.get("a").await;
+    assert_eq!((after.observed_state(), after.worker_pid), (State::Running, worker.pid), "{after:?}");
+    until_beyond(&host, "a", &before).await;
+    assert_eq!(host.terminate().await, 0);
+    until_gone(&worker).await;
+    assert!(workers.alive().is_empty());
+
+    host.restart_with(&OPTIONS).await;
+    let stopped = host.get("a").await;
+    assert_eq!((stopped.observed_state(), stopped.worker_pid), (State::Stopped, 0));
+    assert_eq!(host.terminate().await, 0);
+}
+
+#[tokio::test]
+async fn a_worker_migrates_to_a_worker() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (here, there) = (dir.path().join("a"), dir.path().join("b"));
+    let workers = [Workers::of(&here), Workers::of(&there)];
+    let (a, mut b) = (Host::start(&here, &OPTIONS).await, Host::start(&there, &OPTIONS).await);
+    a.create("vm", probe_spec(1, 32)).await;
+    let left = identity(&a.start_vm("vm").await);
+    let before = a.until_counting("vm").await;
+    let request = CreateMigrationRequest {
+        parent: name("vm"),
+        spec: Some(MigrationSpec { destination: b.peer(), ..MigrationSpec::default() }),
+        ..CreateMigrationRequest::default()
+    };
+    let operation = a.migrations().await.create_migration(request).await.expect("accepted").into_inner();
+    let migration: Migration = unpack(&a.finish(operation).await.expect("migrated"));
+    assert_eq!(migration.state(), migration::State::Succeeded);
+    until_gone(&left).await;
+    let arrived = identity(&b.get("vm").await);
+    let now = until_beyond(&b, "vm", &before).await;
+
+    // What has arrived outlives its daemon too.
+    b.kill().await;
+    b.restart().await;
+    let after = b.get("vm").await;
+    assert_eq!((after.observed_state(), after.worker_pid), (State::Running, arrived.pid), "{after:?}");
+    until_beyond(&b, "vm", &now).await;
+    delete_vm(&b, "vm").await;
+    until_gone(&arrived).await;
+    assert!(workers.iter().all(|w| w.alive().is_empty()));
+}
+
+#[tokio::test]
+async fn a_socket_path_that_is_too_long_is_replaced() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let deep = dir.path().join("d".repeat(40));
+    let workers = Workers::of(&deep);
+    assert!(workers.dir.as_os_str().len() + 50 > 107, "long enough");
+    let mut host = Host::start(&deep, &OPTIONS).await;
+    host.create("a", probe_spec(1, 16)).await;
+    let vm = host.start_vm("a").await;
+    let worker = identity(&vm);
+    let recorded = std::fs::read_to_string(workers.dir.join(&vm.uid).join("socket")).expect("recorded");
+    host.kill().await;
+    host.restart().await;
+    assert_eq!(host.get("a").await.worker_pid, worker.pid);
+    delete_vm(&host, "a").await;
+    until_gone(&worker).await;
+    assert!(
+        !Path::new(&recorded).exists() && !Path::new(&recorded).parent().expect("in a directory").exists()
+    );
+    assert_eq!(host.terminate().await, 0);
+}
+
+/// Waits for a byte on the serial port, then switches the machine off (port 0x604).
+const OFF_AT_INPUT: &[u8] = &[
+    0x66, 0xba, 0xfd, 0x03, // wait: mov dx, 0x3fd
+    0xec, // in al, dx
+    0xa8, 0x01, // test al, 1
+    0x74, 0xf7, // jz wait
+    0x66, 0xba, 0x04, 0x06, // mov dx, 0x604
+    0xb8, 0x00, 0x20, 0x00, 0x00, // mov eax, 0x2000
+    0x66, 0xef, // out dx, ax
+    0xeb, 0xfe, // jmp self
+];
+
+#[tokio::test]
+async fn a_guest_that_shut_down_unseen_is_stopped() {
+    if !have_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("tempdir");
+    let workers = Workers::of(dir.path());
+    let kernel = dir.path().join("off.flat");
+    std::fs::write(&kernel, OFF_AT_INPUT).expect("written");
+    let mut host = Host::start(dir.path(), &OPTIONS).await;
+    let mut machines = Vec::new();
+    for id in ["seen", "dead"] {
+        let boot = KernelBoot { path: kernel.display().to_string(), ..KernelBoot::default() };
+        let spec =
+            VirtualMachineSpec { boot: Some(virtual_machine_spec::Boot::Kernel(boot)), ..probe_spec(1, 16) };
+        host.create(id, spec).await;
+        let vm = host.start_vm(id).await;
+        machines.push((identity(&vm), vm));
+    }
+    host.kill().await;
+    for (_, vm) in &machines {
+        // What a command that the dead daemon left in the socket would do.
+        let socket = workers.dir.join(&vm.uid).join("worker.sock");
+        let channel = tonic::transport::Endpoint::from_static("http://worker.invalid")
+            .connect_with_connector(tower::service_fn(move |_: tonic::transport::Uri| {
+                let socket = socket.clone();
+                async move { tokio::net::UnixStream::connect(socket).await.map(hyper_util::rt::TokioIo::new) }
+            }))
+            .await
+            .expect("connects");
+        let mut client = vpmu_proto::worker::worker_service_client::WorkerServiceClient::new(channel);
+        let fence = vpmu_proto::worker::Fence { vm_uid: vm.uid.clone(), incarnation: 1, term: 1 };
+        let input = vpmu_proto::worker::WriteConsoleRequest { fence: Some(fence), data: b"x".to_vec() };
+        client.write_console(input).await.expect("taken");
+        let (exit, begin) = (workers.dir.join(&vm.uid).join("exit"), Instant::now());
+        while !exit.exists() {
+            assert!(begin.elapsed() < DEADLINE, "the end is not written down");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    let dead = &machines[1].0;
+    kill_process(pid(dead.pid), Signal::KILL).expect("SIGKILL");
+    until_gone(dead).await;
+
+    host.restart().await;
+    for id in ["seen", "dead"] {
+        let vm = host.until(id, "STOPPED", is(State::Stopped)).await;
+        assert_eq!((vm.reason.as_str(), vm.worker_pid), ("GUEST_SHUTDOWN", 0), "{id}: {vm:?}");
+    }
+    assert!(workers.alive().is_empty());
+    assert_eq!(host.terminate().await, 0);
+}
+
+/// A daemon that dies in a migration leaves its worker: the table of handover.md, section 3, where the worker lives.
+#[tokio::test]
+async fn a_daemon_that_dies_in_a_migration_finds_its_worker() {
+    // Who dies where, and whether the source keeps the machine.
+    let cells = [
+        (true, "after:source-start-copy", true),
+        (true, "after:source-persist-quiesced", true),
+        (true, "before:source-persist-handed-over", true),
+        (true, "after:source-persist-handed-over", false),
+        (false, "after:destination-persist-entered", false),
+    ];
+    for (source, point, stays) in cells {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (here, there) = (dir.path().join("a"), dir.path().join("b"));
+        let workers = [Workers::of(&here), Workers::of(&there)];
+        let held = ["--isolation", "process", "--hold-at", point];
+        let mut a = Host::start(&here, if source { &held } else { &OPTIONS }).await;
+        let mut b = Host::start(&there, if source { &OPTIONS } else { &held }).await;
+        a.create("vm", probe_spec(1, 16)).await;
+        let vm = a.start_vm("vm").await;
+        let worker = identity(&vm);
+        let before = a.until_counting("vm").await;
+        let request = CreateMigrationRequest {
+            parent: name("vm"),
+            spec: Some(MigrationSpec { destination: b.peer(), ..MigrationSpec::default() }),
+            ..CreateMigrationRequest::default()
+        };
+        a.migrations().await.create_migration(request).await.expect("accepted");
+        let victim = if source { &mut a } else { &mut b };
+        victim.kill_at_hold().await;
+        victim.restart_with(&OPTIONS).await;
+        let (keeper, other) = if stays { (&a, &b) } else { (&b, &a) };
+        let begin = Instant::now();
+        let found = loop {
+            let found = keeper.list().await;
+            if let Some(vm) = found.iter().find(|vm| vm.observed_state() == State::Running) {
+                break vm.clone();
+            }
+            assert!(begin.elapsed() < DEADLINE, "{point}: it does not run: {found:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        assert!(found.epoch > vm.epoch, "{point}: every decision burns an epoch: {found:?}");
+        assert_eq!(stays, identity(&found) == worker, "{point}: {found:?}");
+        until_beyond(keeper, "vm", &before).await;
+        // Nothing runs on the other host, and what is left there ends.
+        assert!(other.list().await.iter().all(|vm| vm.observed_state() != State::Running), "{point}");
+        let begin = Instant::now();
+        while workers.iter().map(|w| w.alive().len()).sum::<usize>() != 1 {
+            assert!(begin.elapsed() < DEADLINE, "{point}: two workers");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        delete_vm(keeper, "vm").await;
+        assert!(workers.iter().all(|w| w.alive().is_empty()), "{point}");
+    }
+}

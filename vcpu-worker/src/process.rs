@@ -1,0 +1,253 @@
+//! A worker in a process of its own (isolation = process): what it does at its start and its end, and the files of its
+//! runtime directory, which a later daemon reads.
+//!
+//! | file | written | holds |
+//! |---|---|---|
+//! | `worker.sock` | by the worker | where it listens, mode 0600; `socket` names a shorter path if this one is too long |
+//! | `pid` | by the worker, before it listens | process id, start time (field 22 of /proc/PID/stat), boot id |
+//! | `exit` | by the worker, when the guest ends | how, as a `GuestEnd`: a guest that shut down unseen is Stopped, not Failed |
+//! | `log` | standard error | at most [`LOG_BYTES`] of warnings |
+//!
+//! Invariants: `pid` and `exit` are replaced whole; a worker that no daemon gives a VM within [`UNCLAIMED`] ends by
+//! itself; it leads a session of its own and has no parent-death signal, so that it outlives its daemon.
+
+use std::ffi::CString;
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use prost::Message as _;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use vpmu_proto::worker::GuestEnd;
+use vpmu_proto::worker::worker_service_server::WorkerServiceServer;
+
+use crate::channel::MAX_MESSAGE;
+use crate::cores::HostCores;
+use crate::service::{Worker, WorkerOptions};
+
+/// Bytes of log that a worker writes at most.
+pub const LOG_BYTES: u64 = 1 << 20;
+/// How long a worker waits for a daemon to give it a VM.
+const UNCLAIMED: Duration = Duration::from_secs(120);
+/// Largest file that is read from a runtime directory.
+const MAX_FILE: u64 = 64 * 1024;
+
+/// Runs one virtual machine and serves vpmu.worker.v1 on a Unix socket.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// Where to listen; made with mode 0600, must not exist.
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// Where to leave the process id and how the guest ended, for a later daemon.
+    #[arg(long)]
+    pub runtime_dir: Option<PathBuf>,
+    /// Shown as the process's name.
+    #[arg(long, default_value = "")]
+    pub name: String,
+    /// Host cores that vCPUs may be pinned to, e.g. 0,1.
+    #[arg(long, value_delimiter = ',', required = true)]
+    pub cores: Vec<u32>,
+    /// The model of the host's PMU.
+    #[arg(long, default_value = "intel:v5:8+4:48")]
+    pub model_pmu: String,
+}
+
+/// Who a runtime directory belongs to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Process id.
+    pub pid: u32,
+    /// Clock ticks after boot at which it started: tells it from a later process of the same id.
+    pub start_time: u64,
+    /// Boot that both belong to.
+    pub boot_id: String,
+}
+
+impl Identity {
+    /// Of a process that lives now.
+    ///
+    /// # Errors
+    /// If there is none, or /proc cannot be read.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        // The name is in parentheses and may hold anything; the state, field 3, follows the last one (proc(5)).
+        let fields: Vec<&str> =
+            stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().collect()).unwrap_or_default();
+        if matches!(fields.first(), Some(&("Z" | "X"))) {
+            return Err(io::Error::new(io::ErrorKind::NotFound, format!("process {pid} has ended")));
+        }
+        let start_time = fields.get(19).and_then(|field| field.parse().ok());
+        let start_time =
+            start_time.ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not understood")))?;
+        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+        Ok(Self { pid, start_time, boot_id })
+    }
+
+    /// As a runtime directory tells; none if no worker has started there.
+    pub fn read(dir: &Path) -> Option<Self> {
+        let text = String::from_utf8(read_bounded(&dir.join("pid"))?).ok()?;
+        let mut words = text.split_whitespace();
+        Some(Self {
+            pid: words.next()?.parse().ok().filter(|pid| *pid > 0)?,
+            start_time: words.next()?.parse().ok()?,
+            boot_id: words.next()?.to_owned(),
+        })
+    }
+
+    fn write(&self, dir: &Path) -> io::Result<()> {
+        replace(&dir.join("pid"), format!("{} {} {}\n", self.pid, self.start_time, self.boot_id).as_bytes())
+    }
+}
+
+/// How the guest ended, if its worker wrote it down.
+pub fn exit_record(dir: &Path) -> Option<GuestEnd> {
+    GuestEnd::decode(read_bounded(&dir.join("exit"))?.as_slice()).ok()
+}
+
+fn read_bounded(path: &Path) -> Option<Vec<u8>> {
+    let known = std::fs::metadata(path).ok()?;
+    if known.len() > MAX_FILE { None } else { std::fs::read(path).ok() }
+}
+
+/// Replaces a file whole: a reader sees the old bytes or the new ones.
+fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let fresh = path.with_extension("new");
+    let mut file = std::fs::File::create(&fresh)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    std::fs::rename(&fresh, path)
+}
+
+/// The whole life of a worker's process.
+///
+/// # Errors
+/// With what was tried and why it failed.
+pub fn main(args: &Args) -> io::Result<()> {
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_ansi(false)
+        .with_writer(bounded_stderr)
+        .init();
+    // Fails for a process that leads a group already, as one started from a shell does.
+    if let Err(error) = rustix::process::setsid() {
+        tracing::debug!(%error, "no session of its own");
+    }
+    rustix::thread::set_no_new_privs(true)?;
+    if let Ok(name) = CString::new(format!("vm-{}", args.name)) {
+        // Cut to 15 bytes by the kernel; only shown.
+        rustix::thread::set_name(&name)?;
+    }
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(serve(args))
+}
+
+async fn serve(args: &Args) -> io::Result<()> {
+    let shape = args.model_pmu.parse().map_err(|e| failed("--model-pmu", &args.model_pmu, &e))?;
+    let cores = Arc::new(HostCores::new(shape, &args.cores));
+    let shutdown = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let shown = args.socket.display().to_string();
+    if let Some(dir) = &args.runtime_dir {
+        Identity::of(std::process::id())?
+            .write(dir)
+            .map_err(|e| failed("writing the pid file in", &dir.display().to_string(), &e))?;
+    }
+    let listener = UnixListener::bind(&args.socket).map_err(|e| failed("listening on", &shown, &e))?;
+    std::fs::set_permissions(&args.socket, std::fs::Permissions::from_mode(0o600))?;
+    let worker = Worker::new(WorkerOptions::new(cores, shutdown.clone()));
+    tokio::spawn({
+        let (shutdown, worker) = (shutdown.clone(), worker.clone());
+        async move {
+            let unclaimed = async {
+                tokio::time::sleep(UNCLAIMED).await;
+                if !worker.is_empty() {
+                    std::future::pending::<()>().await;
+                }
+            };
+            tokio::select! {
+                _ = terminate.recv() => {}
+                () = unclaimed => tracing::warn!("no daemon gave this worker a machine: ending"),
+            }
+            shutdown.cancel();
+        }
+    });
+    if let Some(dir) = args.runtime_dir.clone() {
+        let worker = worker.clone();
+        tokio::spawn(async move {
+            let Some(end) = worker.guest_end().await else { return };
+            let written =
+                tokio::task::spawn_blocking(move || replace(&dir.join("exit"), &end.encode_to_vec())).await;
+            if let Err(error) = written.map_err(io::Error::other).and_then(std::convert::identity) {
+                tracing::error!(%error, "how the guest ended cannot be written down");
+            }
+        });
+    }
+    let service = WorkerServiceServer::new(worker.clone())
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE);
+    let ended = worker.ended();
+    let served = tonic::transport::Server::builder()
+        .add_service(service)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), ended.cancelled_owned())
+        .await;
+    let closed = worker.close().await;
+    std::fs::remove_file(&args.socket).map_err(|e| failed("removing", &shown, &e))?;
+    served.map_err(|e| failed("serving", &shown, &e))?;
+    closed.map(drop).map_err(|e| failed("ending the VM of", &shown, &e))
+}
+
+fn failed(what: &str, which: &str, why: &dyn std::fmt::Display) -> io::Error {
+    io::Error::other(format!("{what} {which}: {why}"))
+}
+
+/// Standard error until [`LOG_BYTES`] are written, nothing afterwards: it is a file that nobody rotates.
+fn bounded_stderr() -> impl Write {
+    static WRITTEN: AtomicU64 = AtomicU64::new(0);
+    struct Bounded;
+    impl Write for Bounded {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            if WRITTEN.fetch_add(bytes.len() as u64, Ordering::Relaxed) < LOG_BYTES {
+                // Nobody can be told that the log is full or gone.
+                drop(io::stderr().write_all(bytes));
+            }
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    Bounded
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_is_read_back_and_damage_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = Identity::of(std::process::id()).unwrap();
+        assert_eq!(Identity::read(dir.path()), None);
+        own.write(dir.path()).unwrap();
+        assert_eq!(Identity::read(dir.path()), Some(own.clone()));
+        for damaged in ["", "0 1 x", "12", "a b c", "-1 2 3"] {
+            std::fs::write(dir.path().join("pid"), damaged).unwrap();
+            assert_eq!(Identity::read(dir.path()), None, "{damaged:?}");
+        }
+    }
+
+    #[test]
+    fn an_exit_record_is_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(exit_record(dir.path()), None);
+        let end = GuestEnd { kind: 1, vcpu: 1, detail: "port 0x604".to_owned() };
+        replace(&dir.path().join("exit"), &end.encode_to_vec()).unwrap();
+        assert_eq!(exit_record(dir.path()), Some(end));
+    }
+}
