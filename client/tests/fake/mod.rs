@@ -229,7 +229,8 @@ impl VirtualMachinesService for Script {
             message
                 .map(|message| AttachConsoleResponse { offset: 6, data: message.data.to_ascii_uppercase() })
         });
-        Ok(Response::new(Box::pin(hello.chain(echo))))
+        // The host never ends the stream by itself: a client that sees its end has lost the host.
+        Ok(Response::new(Box::pin(hello.chain(echo).chain(tokio_stream::pending()))))
     }
 }
 
