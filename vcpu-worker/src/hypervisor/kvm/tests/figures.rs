@@ -24,7 +24,7 @@ fn each(count: usize, mut call: impl FnMut()) -> f64 {
 }
 
 #[test]
-#[ignore = "prints figures"]
+#[ignore = "prints figures: cargo test --release -p vcpu-worker --lib -- --ignored --nocapture figures"]
 fn figures() {
     if !require_kvm() {
         return;
@@ -88,7 +88,7 @@ fn figures() {
 
 /// Where the time of making a VM goes.
 #[test]
-#[ignore = "prints figures"]
+#[ignore = "prints figures: cargo test --release -p vcpu-worker --lib -- --ignored --nocapture figures"]
 fn creation_step_by_step() {
     if !require_kvm() {
         return;
