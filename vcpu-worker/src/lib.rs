@@ -4,6 +4,7 @@
 //! Map, from the outside in:
 //! - [`channel`] and [`process`] serve [`service`], which fences commands ([`grant`]) and holds one [`machine`];
 //! - a machine is [`memory`], a [`hypervisor`] VM, [`devices`] with a [`console`], and [`vcpu`] threads on [`cores`];
+//! - [`lazy`] lets a guest run before its memory is there (userfaultfd);
 //! - [`kvm_pmu`] saves and restores KVM's own vPMU (PMU mode `kvm`);
 //! - [`boot`] and [`probe`] fill the memory; [`migrate`] drives the [`dataplane`].
 //!
@@ -22,6 +23,7 @@ pub mod grant;
 pub mod host;
 pub mod hypervisor;
 pub mod kvm_pmu;
+pub mod lazy;
 pub mod machine;
 pub mod memory;
 pub mod migrate;

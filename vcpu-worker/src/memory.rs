@@ -305,6 +305,11 @@ impl GuestMemory {
         io::recv(&self.inner.mapping, fd, ranges)
     }
 
+    /// Where the memfd begins in this process, for userfaultfd.
+    pub(crate) fn address(&self) -> u64 {
+        self.inner.mapping.address()
+    }
+
     /// Address in this process of a region, for KVM's memory slots.
     pub(crate) fn host_address(&self, region: &Region) -> u64 {
         self.inner.mapping.address() + region.offset

@@ -6,12 +6,14 @@
 //! - [`set_pmu_event_filter`].
 //! - [`run_page`]: the shared page of a vCPU. kvm-ioctls hands out `&mut kvm_run`, which the kick's signal handler
 //!   would alias.
+//! - Page faults answered by this process: [`uffd`].
 //!
 //! Sizes are asserted against kvm-bindings at compile time.
 #![allow(unsafe_code)]
 
 pub(crate) mod kick;
 pub(crate) mod run_page;
+pub(crate) mod uffd;
 
 use std::os::fd::AsRawFd;
 

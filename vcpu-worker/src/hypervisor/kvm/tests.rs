@@ -2,6 +2,7 @@
 
 mod figures;
 mod guest;
+mod lazy;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -70,6 +70,25 @@ std::arch::global_asm!(
         jmp 2b
     vpmu_guest_dirty_end:
 
+    .globl vpmu_guest_touch, vpmu_guest_touch_end
+    /* Ring 3. [rsi] loads, each from the page of [rsi+8] whose number is next in the table at [rsi+16]: the word at 8 is
+       mixed into rax and stored at 16. Then a store of rax to [rbx]. rdi counts. */
+    vpmu_guest_touch:
+        mov rcx, [rsi]
+        mov r11, [rsi + 8]
+        mov r12, [rsi + 16]
+    2:  mov rdx, [r12 + rdi*8]
+        shl rdx, 12
+        rol rax, 7
+        xor rax, [r11 + rdx + 8]
+        mov [r11 + rdx + 16], rax
+        inc rdi
+        cmp rdi, rcx
+        jne 2b
+        mov [rbx], rax
+    3:  jmp 3b
+    vpmu_guest_touch_end:
+
     .globl vpmu_guest_spin, vpmu_guest_spin_end
     vpmu_guest_spin:
     2:  inc rax
@@ -178,6 +197,7 @@ macro_rules! guests {
 guests! {
     lcg: vpmu_guest_lcg, vpmu_guest_lcg_end;
     dirty: vpmu_guest_dirty, vpmu_guest_dirty_end;
+    touch: vpmu_guest_touch, vpmu_guest_touch_end;
     spin: vpmu_guest_spin, vpmu_guest_spin_end;
     doorbell: vpmu_guest_doorbell, vpmu_guest_doorbell_end;
     msr: vpmu_guest_msr, vpmu_guest_msr_end;
