@@ -260,6 +260,15 @@ pub fn migration(spec: Option<MigrationSpec>) -> Result<(MigrationSpec, Address)
             ));
         }
     }
+    if spec.require_tls && (spec.allow_plaintext || matches!(destination, Address::Unix(_))) {
+        return Err(ApiError::invalid(
+            "spec.require_tls",
+            "true",
+            "TLS_CONFLICT",
+            "does not go with allow_plaintext, nor with a Unix socket, which is not encrypted",
+            "leave one of them out, or name a TCP peer listener",
+        ));
+    }
     match migration_spec::Mode::try_from(spec.mode) {
         Ok(migration_spec::Mode::Local) => {
             return Err(ApiError::invalid(
@@ -335,6 +344,15 @@ mod tests {
         assert!(migration(Some(good.clone())).is_ok());
         assert_eq!(migration(None).expect_err("refused").reason(), "FIELD_REQUIRED");
         let many = MigrationSpec { connections: 17, ..good.clone() };
+        let both = MigrationSpec {
+            destination: "tcp:127.0.0.1:7171".to_owned(),
+            require_tls: true,
+            allow_plaintext: true,
+            ..good.clone()
+        };
+        assert_eq!(migration(Some(both)).expect_err("refused").reason(), "TLS_CONFLICT");
+        let unix = MigrationSpec { require_tls: true, ..good.clone() };
+        assert_eq!(migration(Some(unix)).expect_err("refused").reason(), "TLS_CONFLICT");
         assert_eq!(migration(Some(many)).expect_err("refused").reason(), "CONNECTIONS_OUT_OF_RANGE");
         let long =
             MigrationSpec { max_blackout: Some(prost_types::Duration { seconds: -1, nanos: 0 }), ..good };

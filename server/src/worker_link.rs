@@ -342,6 +342,16 @@ impl WorkerLink {
         call(COMMAND, self.client().watch_events(WatchEventsRequest { fence: self.fence() })).await
     }
 
+    /// Source: makes a certificate for a migration. Empty where the worker is of a version that cannot.
+    pub async fn prepare_outgoing(&self, migration_id: &str) -> Result<Vec<u8>, ApiError> {
+        let request = PrepareOutgoingRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
+        match call(COMMAND, self.client().prepare_outgoing(request)).await {
+            Ok(answer) => Ok(answer.certificate_sha256),
+            Err(error) if error.code() == tonic::Code::Unimplemented => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Source: begins copying.
     pub async fn migrate_out(
         &self,
@@ -369,10 +379,13 @@ impl WorkerLink {
         call(COMMAND, self.client().cancel_migration(request)).await.map(drop)
     }
 
-    /// Destination: opens the data listener and returns its real address.
-    pub async fn prepare_incoming(&self, mut request: PrepareIncomingRequest) -> Result<String, ApiError> {
+    /// Destination: opens the data listener; answers its real address and certificate.
+    pub async fn prepare_incoming(
+        &self,
+        mut request: PrepareIncomingRequest,
+    ) -> Result<PrepareIncomingResponse, ApiError> {
         request.fence = self.fence();
-        Ok(call(COMMAND, self.client().prepare_incoming(request)).await?.data_address)
+        call(COMMAND, self.client().prepare_incoming(request)).await
     }
 
     /// Destination: progress until ready.

@@ -54,7 +54,7 @@ fn uuid(text: &str) -> Option<[u8; 16]> {
 }
 
 /// A data-plane error of one migration.
-fn failed(id: &str, error: &DataplaneError) -> WorkerError {
+pub fn failed(id: &str, error: &DataplaneError) -> WorkerError {
     match error {
         DataplaneError::Cancelled => WorkerError::Cancelled { what: "the migration" },
         DataplaneError::Address { value, problem } => WorkerError::invalid("address", value, problem.clone()),

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use vpmu_proto::worker::{self as proto, WorkerEvent, WorkerStatus, worker_status::State};
 
 use crate::cores::HostCores;
+use crate::dataplane::Identity;
 use crate::error::WorkerError;
 use crate::grant::{Grant, Rights, RunRight};
 use crate::host::boottime_ns;
@@ -80,6 +81,8 @@ struct Held {
     machine: Option<Arc<Machine>>,
     outgoing: Option<Arc<OutgoingMigration>>,
     incoming: Option<Arc<IncomingMigration>>,
+    /// Certificate of the migration that is about to begin here.
+    identity: Option<(String, Arc<Identity>)>,
 }
 
 impl Worker {

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use dataplane_support::*;
 use vcpu_worker::bitmap::PageBitmap;
 use vcpu_worker::dataplane::frame::ErrorCode;
-use vcpu_worker::dataplane::{CancelFlag, DataAddress, DataplaneError, Incoming, Outgoing, Timeouts};
+use vcpu_worker::dataplane::{
+    CancelFlag, ConnectOptions, DataAddress, DataplaneError, Incoming, Outgoing, Timeouts,
+};
 use vcpu_worker::memory::GuestMemory;
 
 /// Long before any time-out of the data plane.
@@ -79,18 +81,8 @@ fn connect_to(
     memory: &GuestMemory,
     cancel: &CancelFlag,
 ) -> Outgoing {
-    let deadline = Duration::from_secs(30);
-    Outgoing::connect_with(
-        address,
-        &session(),
-        connections,
-        memory.clone(),
-        0,
-        cancel.clone(),
-        deadline,
-        PATIENT,
-    )
-    .expect("connect")
+    Outgoing::open(address, &session(), memory.clone(), cancel.clone(), options(connections))
+        .expect("connect")
 }
 
 fn cut_mid_way(connections: u16, live: bool) {
@@ -242,8 +234,8 @@ fn silent_peers_time_out() {
     let deaf = bind();
     let connect = |incoming: &Incoming| {
         let address = incoming.local_address().expect("address");
-        let deadline = Duration::from_secs(2);
-        Outgoing::connect_with(&address, &session(), 1, memory.clone(), 0, CancelFlag::new(), deadline, short)
+        let brief = ConnectOptions { deadline: Duration::from_secs(2), timeouts: short, ..options(1) };
+        Outgoing::open(&address, &session(), memory.clone(), CancelFlag::new(), brief)
     };
     assert_eq!(connect(&deaf).expect_err("deaf").reason(), "DATA_TIMEOUT");
     // Introduced, then silent.

@@ -29,7 +29,15 @@ async fn begin(
     destination.create(hypervisor, probe_spec(2, 64), true).await;
     assert_eq!(destination.state().await, State::Paused);
     let dir = tempfile::tempdir().expect("tempdir");
-    let listen = listen.map_or_else(|| format!("unix:{}/data", dir.path().display()), str::to_owned);
+    // "tls:" stands for TCP with TLS.
+    let mut certificate = Vec::new();
+    if listen.is_some_and(|l| l.starts_with("tls:")) {
+        let request = PrepareOutgoingRequest { fence: source.fence(), migration_id: ID.to_owned() };
+        let prepared = source.client.prepare_outgoing(request).await.expect("a certificate").into_inner();
+        certificate = prepared.certificate_sha256;
+    }
+    let listen = listen.map(|l| l.replace("tls:", "tcp:"));
+    let listen = listen.map_or_else(|| format!("unix:{}/data", dir.path().display()), |l| l);
     let request = PrepareIncomingRequest {
         fence: destination.fence(),
         migration_id: ID.to_owned(),
@@ -38,9 +46,9 @@ async fn begin(
         listen,
         connections: 2,
         memory_bytes: 64 << 20,
+        peer_certificate_sha256: certificate,
     };
-    let data_address =
-        destination.client.prepare_incoming(request).await.expect("prepare").into_inner().data_address;
+    let prepared = destination.client.prepare_incoming(request).await.expect("prepare").into_inner();
     assert_eq!(destination.state().await, State::Incoming);
     let watch = WatchIncomingRequest { fence: destination.fence(), migration_id: ID.to_owned() };
     let arriving = destination.client.watch_incoming(watch).await.expect("watch").into_inner();
@@ -48,12 +56,13 @@ async fn begin(
         fence: source.fence(),
         migration_id: ID.to_owned(),
         attempt,
-        data_address,
+        data_address: prepared.data_address,
         token: TOKEN.to_vec(),
         connections: 2,
         max_blackout_us: 50_000,
         max_bandwidth: 0,
         max_duration_ms: 0,
+        peer_certificate_sha256: prepared.certificate_sha256,
     };
     let out = source.client.migrate_out(request).await.expect("migrate out").into_inner();
     Pair { source, destination, _dir: dir, out, arriving }
@@ -99,12 +108,36 @@ async fn a_running_probe_moves() {
         println!("on {hypervisor}");
         moves(hypervisor, None).await;
         moves(hypervisor, Some("tcp:127.0.0.1:0")).await;
+        moves(hypervisor, Some("tls:127.0.0.1:0")).await;
+        tls_needs_what_was_prepared(hypervisor).await;
         cancelled_and_again(hypervisor).await;
         paused_stays_paused(hypervisor).await;
         there_and_back(hypervisor).await;
         the_destination_goes_away(hypervisor).await;
         assert_eq!(worker_threads(), Vec::<String>::new(), "{hypervisor}: threads are left");
     }
+}
+
+/// TLS is begun only with the certificate that was made for this very migration.
+async fn tls_needs_what_was_prepared(hypervisor: &str) {
+    let mut source = started(hypervisor).await;
+    let other = "0b1e0b1e-0000-4000-8000-000000000002";
+    let request = PrepareOutgoingRequest { fence: source.fence(), migration_id: other.to_owned() };
+    source.client.prepare_outgoing(request).await.expect("a certificate");
+    let request = MigrateOutRequest {
+        fence: source.fence(),
+        migration_id: ID.to_owned(),
+        attempt: 1,
+        data_address: "tcp:127.0.0.1:9".to_owned(),
+        token: TOKEN.to_vec(),
+        connections: 1,
+        peer_certificate_sha256: vec![1; 32],
+        ..MigrateOutRequest::default()
+    };
+    let bad = MigrateOutRequest { peer_certificate_sha256: vec![1; 31], ..request.clone() };
+    refused(source.client.migrate_out(request).await, Code::FailedPrecondition, "ILLEGAL_STATE");
+    refused(source.client.migrate_out(bad).await, Code::InvalidArgument, "INVALID_FIELD");
+    assert_eq!(source.state().await, State::Running);
 }
 
 async fn moves(hypervisor: &str, listen: Option<&str>) {

@@ -31,6 +31,7 @@ async fn it_runs_and_moves() {
             listen: format!("unix:{}/data", dir.path().display()),
             connections: 1,
             memory_bytes: 32 << 20,
+            ..Default::default()
         };
         let data_address =
             destination.client.prepare_incoming(request).await.expect("prepare").into_inner().data_address;
@@ -46,6 +47,7 @@ async fn it_runs_and_moves() {
             max_blackout_us: 50_000,
             max_bandwidth: 0,
             max_duration_ms: 0,
+            ..Default::default()
         };
         let mut out = source.client.migrate_out(request).await.expect("migrate out").into_inner();
         while !out.message().await.expect("progress").expect("open").converged {}

@@ -52,9 +52,12 @@ pub(crate) struct MigrateArgs {
     /// What happens to PMU state that does not fit the destination; hosts take "require" only so far.
     #[arg(long, value_enum, default_value = "require")]
     pmu_restore: PmuRestore,
-    /// Memory may go over the wire without TLS.
-    #[arg(long)]
+    /// Memory may go over the wire without TLS; without this, TCP to another host uses TLS.
+    #[arg(long, conflicts_with = "tls")]
     plaintext: bool,
+    /// TLS for memory on loopback too.
+    #[arg(long)]
+    tls: bool,
     /// Only check what is in the way.
     #[arg(long)]
     check: bool,
@@ -134,6 +137,7 @@ fn spec(args: &MigrateArgs) -> Result<MigrationSpec, Failure> {
         mode: mode.into(),
         pmu_restore: pmu_restore.into(),
         allow_plaintext: args.plaintext,
+        require_tls: args.tls,
     })
 }
 

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Status, Streaming};
-use vpmu_proto::api::VirtualMachine;
 use vpmu_proto::api::virtual_machine::DesiredState;
+use vpmu_proto::api::{MigrationSpec, VirtualMachine};
 use vpmu_proto::peer::{DestinationMessage, PrepareRequest, PrepareResponse, SourceMessage};
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
 use vpmu_proto::worker::PrepareIncomingRequest;
@@ -169,7 +169,10 @@ impl Incoming {
         let vm = self.record.vm.clone().unwrap_or_default();
         let spec = vm.spec.unwrap_or_default();
         let asked = self.request.requirements.as_ref().and_then(|r| r.spec.clone()).unwrap_or_default();
-        let listen = self.data_address(&self.way, asked.allow_plaintext)?;
+        let listen = self.data_address();
+        let certificate = std::mem::take(&mut self.request.certificate_sha256);
+        let peer_certificate_sha256 =
+            if self.encrypted(&asked, &certificate)? { certificate } else { vec![] };
         let grant = self.daemon.capacity.grant(spec.memory_bytes, spec.vcpus)?;
         let launch = Launch {
             vm_uid: &self.handle.uid,
@@ -194,18 +197,20 @@ impl Incoming {
             listen,
             connections: asked.connections.max(1),
             memory_bytes: spec.memory_bytes,
+            peer_certificate_sha256,
         };
-        let data_address = worker.prepare_incoming(incoming).await?;
+        let listening = worker.prepare_incoming(incoming).await?;
         Ok(PrepareResponse {
-            data_address,
+            data_address: listening.data_address,
+            certificate_sha256: listening.certificate_sha256,
             token,
             lease_ms: u64::try_from(LEASE.as_millis()).unwrap_or(u64::MAX),
             store_id: self.daemon.host.host_id.clone(),
         })
     }
 
-    fn data_address(&self, way: &Way, plaintext: bool) -> Result<String, ApiError> {
-        match way {
+    fn data_address(&self) -> String {
+        match &self.way {
             Way::Unix => {
                 let file = format!("in-{}.sock", &self.id.simple().to_string()[..12]);
                 let dir = std::path::absolute(self.daemon.store.dir()).unwrap_or_else(|_| PathBuf::from("."));
@@ -213,18 +218,33 @@ impl Incoming {
                 if path.as_os_str().len() > MAX_DATA_PATH {
                     path = std::env::temp_dir().join(format!("vpmud-{file}"));
                 }
-                Ok(format!("unix:{}", path.display()))
+                format!("unix:{}", path.display())
             }
-            Way::Tcp(ip) if ip.is_loopback() || plaintext => {
-                Ok(format!("tcp:{}", std::net::SocketAddr::new(*ip, 0)))
-            }
-            Way::Tcp(ip) => Err(ApiError::precondition(
+            Way::Tcp(ip) => format!("tcp:{}", std::net::SocketAddr::new(*ip, 0)),
+        }
+    }
+
+    /// Whether the data connections use TLS: by default where memory leaves the host. Refused where that was asked for
+    /// and the source cannot do it.
+    fn encrypted(&self, asked: &MigrationSpec, certificate: &[u8]) -> Result<bool, ApiError> {
+        let wanted = match &self.way {
+            Way::Unix => asked.require_tls,
+            Way::Tcp(ip) => asked.require_tls || !(asked.allow_plaintext || ip.is_loopback()),
+        };
+        let refuse = |reason: &str, text: String| {
+            Err(ApiError::precondition(reason, &self.handle.name.to_string(), text))
+        };
+        match (&self.way, wanted) {
+            (_, false) => Ok(false),
+            (Way::Tcp(_), true) if !certificate.is_empty() => Ok(true),
+            (Way::Unix, true) => refuse(
+                "TLS_UNAVAILABLE",
+                "TLS was asked for and the peer listener is a Unix socket, which is not encrypted; leave require_tls (vpmuctl: --tls) out, or use a TCP peer listener".to_owned(),
+            ),
+            (Way::Tcp(ip), true) => refuse(
                 "PLAINTEXT_REFUSED",
-                &self.handle.name.to_string(),
-                format!(
-                    "memory would go to {ip} without TLS; ask for it with allow_plaintext (vpmuctl: --plaintext) on a network you trust"
-                ),
-            )),
+                format!("memory would go to {ip} without TLS, for which the source gave no certificate; upgrade the source, or ask for it with allow_plaintext (vpmuctl: --plaintext) on a network you trust"),
+            ),
         }
     }
 }

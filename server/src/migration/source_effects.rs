@@ -15,6 +15,7 @@ use super::answer::ask;
 use super::record::{Written, write};
 use super::source::{Bound, Conversation, Job, Source, micros};
 use super::{hold, source_end};
+use crate::config::Address;
 use crate::handover::source::{Effect, Event};
 use crate::handover::step::HandoverStep;
 use crate::handover::{self, Digest};
@@ -108,12 +109,27 @@ impl Source {
             epoch,
             requirements: Some(std::mem::take(&mut self.requirements)),
             attempt: 1,
+            certificate_sha256: Vec::new(),
         };
         let open = self.message(epoch, FromSource::Open(source_message::Open {}));
         let (peer, store) = (self.peer.clone(), self.work.machine.handover.peer_store.clone());
+        let (worker, encrypted, needs_tls) =
+            (self.lease.worker.clone(), self.may_encrypt(), self.must_encrypt());
         self.work.jobs.push(Box::pin(async move {
             let prepared = async {
+                let mut request = request;
+                if encrypted {
+                    request.certificate_sha256 = worker.prepare_outgoing(&request.migration_id).await?;
+                }
                 let prepared = peer.prepare(request).await?;
+                // The destination decides where it must be; it cannot talk us out of it.
+                if needs_tls && prepared.certificate_sha256.is_empty() {
+                    return Err(ApiError::precondition(
+                        "TLS_UNAVAILABLE",
+                        "destination",
+                        "the destination offers no TLS for memory; upgrade it, or allow plaintext (vpmuctl: --plaintext) on a network you trust",
+                    ));
+                }
                 if prepared.store_id != store {
                     return Err(ApiError::unavailable(
                         "DESTINATION_CHANGED",
@@ -124,6 +140,17 @@ impl Source {
             };
             Job::Prepared(prepared.await)
         }));
+    }
+
+    /// Whether data connections may be encrypted: not over a Unix socket, nor where it is not wanted.
+    fn may_encrypt(&self) -> bool {
+        matches!(self.peer.address, Address::Tcp(_)) && !self.spec.allow_plaintext
+    }
+
+    /// Whether they must be.
+    fn must_encrypt(&self) -> bool {
+        let off_host = matches!(self.peer.address, Address::Tcp(addr) if !addr.ip().is_loopback());
+        self.spec.require_tls || (off_host && !self.spec.allow_plaintext)
     }
 
     fn start_copy(&mut self) {
@@ -140,6 +167,7 @@ impl Source {
             max_blackout_us: micros(duration(self.spec.max_blackout, MAX_BLACKOUT)),
             max_bandwidth: self.spec.max_bandwidth,
             max_duration_ms: micros(bound) / 1000,
+            peer_certificate_sha256: prepared.certificate_sha256,
         };
         self.bound(
             bound + GRACE,

@@ -1,4 +1,4 @@
-//! Where data connections go, and Unix and TCP sockets behind one type.
+//! Where data connections go, and Unix, TCP and TLS sockets behind one type.
 //!
 //! Both are used blocking, on plain threads, with socket time-outs; std opens them close-on-exec. A Unix listener
 //! removes its path when dropped, if the path is still its own.
@@ -18,6 +18,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockop
 
 use super::cancel::CancelFlag;
 use super::error::{DataplaneError, Result};
+use super::tls::{Tls, TlsServer, TlsStream};
 
 /// Longest path of a Unix socket (`sun_path` less its terminator).
 const MAX_UNIX_PATH: usize = 107;
@@ -110,11 +111,14 @@ impl DataListener {
         }
     }
 
-    /// The next waiting connection, or `WouldBlock`.
-    pub(crate) fn accept(&self) -> io::Result<DataStream> {
-        let stream = match self {
-            Self::Unix { listener, .. } => DataStream::Unix(listener.accept()?.0),
-            Self::Tcp(listener) => DataStream::Tcp(listener.accept()?.0),
+    /// The next waiting connection, or `WouldBlock`. With `tls` its handshake goes on with each read.
+    pub(crate) fn accept(&self, tls: Option<&TlsServer>) -> io::Result<DataStream> {
+        let stream = match (self, tls) {
+            (Self::Unix { listener, .. }, _) => DataStream::Unix(listener.accept()?.0),
+            (Self::Tcp(listener), None) => DataStream::Tcp(listener.accept()?.0),
+            (Self::Tcp(listener), Some(tls)) => {
+                DataStream::Tls(Box::new(tls.accept(listener.accept()?.0).map_err(io::Error::other)?))
+            }
         };
         stream.tune()?;
         Ok(stream)
@@ -147,11 +151,18 @@ impl Drop for DataListener {
 pub(crate) enum DataStream {
     Unix(UnixStream),
     Tcp(TcpStream),
+    Tls(Box<TlsStream>),
 }
 
 impl DataStream {
-    /// Connects within `deadline`; a cancel ends the wait within 20 ms.
-    pub(crate) fn connect(address: &DataAddress, deadline: Instant, cancel: &CancelFlag) -> Result<Self> {
+    /// Connects, and with `tls` on a TCP address makes a session of its own, within `deadline`; a cancel ends the wait
+    /// within 20 ms.
+    pub(crate) fn connect(
+        address: &DataAddress,
+        tls: Option<&Tls>,
+        deadline: Instant,
+        cancel: &CancelFlag,
+    ) -> Result<Self> {
         let failed = |source: io::Error| DataplaneError::Connect { address: address.clone(), source };
         let open = |family| {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -198,24 +209,76 @@ impl DataStream {
         }
         let stream = match address {
             DataAddress::Unix(_) => Self::Unix(fd.into()),
-            DataAddress::Tcp(_) => Self::Tcp(fd.into()),
+            DataAddress::Tcp(_) => match tls {
+                None => Self::Tcp(fd.into()),
+                Some(tls) => Self::Tls(Box::new(tls.client(fd.into())?)),
+            },
         };
-        stream.set_nonblocking(false).map_err(failed)?;
         stream.tune().map_err(failed)?;
+        stream.shake(deadline, cancel)?;
+        stream.set_nonblocking(false).map_err(failed)?;
         Ok(stream)
+    }
+
+    /// The handshake, on a socket that does not block.
+    fn shake(&self, deadline: Instant, cancel: &CancelFlag) -> Result<()> {
+        let Self::Tls(stream) = self else { return Ok(()) };
+        loop {
+            match stream.shake() {
+                Ok(true) => return Ok(()),
+                Ok(false) => return Err(hung_up()),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(hung_up()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(DataplaneError::of_tls(error, "making a TLS session")),
+            }
+            if cancel.is_cancelled() {
+                return Err(DataplaneError::Cancelled);
+            }
+            if Instant::now() >= deadline {
+                let problem = "the destination did not answer the handshake in time".into();
+                return Err(DataplaneError::Tls { problem });
+            }
+            wait_one(stream.as_fd(), PollFlags::IN, SLICE)
+                .map_err(|source| DataplaneError::Io { what: "making a TLS session", source })?;
+        }
+    }
+
+    /// The socket below; none for Unix.
+    fn tcp(&self) -> Option<&TcpStream> {
+        match self {
+            Self::Unix(_) => None,
+            Self::Tcp(stream) => Some(stream),
+            Self::Tls(stream) => Some(stream.tcp()),
+        }
+    }
+
+    /// "unix", "tcp" or "tcp+tls".
+    pub(crate) fn transport(&self) -> &'static str {
+        match self {
+            Self::Unix(_) => "unix",
+            Self::Tcp(_) => "tcp",
+            Self::Tls(_) => "tcp+tls",
+        }
+    }
+
+    /// The descriptor, where bytes may go between it and guest memory as they are.
+    pub(crate) fn plain_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Unix(stream) => Some(stream.as_fd()),
+            Self::Tcp(stream) => Some(stream.as_fd()),
+            Self::Tls(_) => None,
+        }
     }
 
     /// Options of both sides. Without `TCP_NODELAY` the last frame of a round waits for a delayed acknowledgement.
     fn tune(&self) -> io::Result<()> {
-        match self {
-            Self::Unix(stream) => {
-                sockopt::set_socket_send_buffer_size(stream, UNIX_SEND_BUFFER)?;
-            }
-            Self::Tcp(stream) => {
-                stream.set_nodelay(true)?;
-                sockopt::set_socket_keepalive(stream, true)?;
-                sockopt::set_tcp_user_timeout(stream, TCP_USER_TIMEOUT_MS)?;
-            }
+        if let Self::Unix(stream) = self {
+            sockopt::set_socket_send_buffer_size(stream, UNIX_SEND_BUFFER)?;
+        }
+        if let Some(stream) = self.tcp() {
+            stream.set_nodelay(true)?;
+            sockopt::set_socket_keepalive(stream, true)?;
+            sockopt::set_tcp_user_timeout(stream, TCP_USER_TIMEOUT_MS)?;
         }
         Ok(())
     }
@@ -224,6 +287,7 @@ impl DataStream {
         match self {
             Self::Unix(stream) => stream.set_nonblocking(on),
             Self::Tcp(stream) => stream.set_nonblocking(on),
+            Self::Tls(stream) => stream.tcp().set_nonblocking(on),
         }
     }
 
@@ -236,6 +300,9 @@ impl DataStream {
                 stream.set_read_timeout(read).and_then(|()| stream.set_write_timeout(write))
             }
             Self::Tcp(stream) => stream.set_read_timeout(read).and_then(|()| stream.set_write_timeout(write)),
+            Self::Tls(stream) => {
+                stream.tcp().set_read_timeout(read).and_then(|()| stream.tcp().set_write_timeout(write))
+            }
         }
     }
 
@@ -243,6 +310,7 @@ impl DataStream {
         match self {
             Self::Unix(stream) => (&mut &*stream).read(buf),
             Self::Tcp(stream) => (&mut &*stream).read(buf),
+            Self::Tls(stream) => stream.read(buf),
         }
     }
 
@@ -250,17 +318,31 @@ impl DataStream {
         match self {
             Self::Unix(stream) => (&mut &*stream).read_exact(buf),
             Self::Tcp(stream) => (&mut &*stream).read_exact(buf),
+            Self::Tls(stream) => stream.read_exact(buf),
+        }
+    }
+
+    /// Takes bytes off the socket to nowhere, whatever they mean.
+    pub(crate) fn discard(&self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Unix(stream) => (&mut &*stream).read(buf),
+            Self::Tcp(stream) => (&mut &*stream).read(buf),
+            Self::Tls(stream) => (&mut stream.tcp()).read(buf),
         }
     }
 
     /// Writes all slices, in one system call where the socket takes them.
     pub(crate) fn write_all(&self, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        if let Self::Tls(stream) = self {
+            return stream.write_all(slices);
+        }
         // Empty slices at the front would make a write of nothing look like a closed socket.
         IoSlice::advance_slices(&mut slices, 0);
         while !slices.is_empty() {
             let result = match self {
                 Self::Unix(stream) => (&mut &*stream).write_vectored(slices),
                 Self::Tcp(stream) => (&mut &*stream).write_vectored(slices),
+                Self::Tls(_) => return Err(io::ErrorKind::Unsupported.into()),
             };
             match result {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -277,6 +359,7 @@ impl DataStream {
         let _ = match self {
             Self::Unix(stream) => stream.shutdown(how),
             Self::Tcp(stream) => stream.shutdown(how),
+            Self::Tls(stream) => stream.tcp().shutdown(how),
         };
     }
 }
@@ -286,8 +369,14 @@ impl AsFd for DataStream {
         match self {
             Self::Unix(stream) => stream.as_fd(),
             Self::Tcp(stream) => stream.as_fd(),
+            Self::Tls(stream) => stream.as_fd(),
         }
     }
+}
+
+/// A listener without TLS, or one that does not want us.
+fn hung_up() -> DataplaneError {
+    DataplaneError::Tls { problem: "the destination hung up in the handshake".into() }
 }
 
 fn timespec(duration: Duration) -> Timespec {

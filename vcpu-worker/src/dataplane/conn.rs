@@ -6,7 +6,6 @@
 
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -145,7 +144,7 @@ impl Conn {
             | io::ErrorKind::BrokenPipe
             | io::ErrorKind::NotConnected
             | io::ErrorKind::WriteZero => DataplaneError::Closed { what, connection: self.index },
-            _ => DataplaneError::Io { what, source },
+            _ => DataplaneError::of_tls(source, what),
         }
     }
 
@@ -180,6 +179,8 @@ impl Conn {
     ) -> Result<u64> {
         let pieces: Vec<(u64, u64)> = ranges.iter().map(|r| byte_range(*r)).collect();
         let data_len: u64 = pieces.iter().map(|(_, len)| len).sum();
+        let stream = Arc::clone(&self.stream);
+        let Some(fd) = stream.plain_fd() else { return self.send_copied_pages(round, ranges, memory) };
         let mut meta = Vec::with_capacity(ranges.len() * 8);
         encode_ranges(ranges, &mut meta);
         let mut header = self.next_header(Kind::Pages, round);
@@ -189,11 +190,28 @@ impl Conn {
         self.scratch.extend_from_slice(&header.encode());
         self.scratch.extend_from_slice(&meta);
         memory
-            .send_vectored(self.stream.as_fd(), &self.scratch, &pieces)
+            .send_vectored(fd, &self.scratch, &pieces)
             .map_err(|error| self.io_error("sending pages", error))?;
         let bytes = self.scratch.len() as u64 + data_len;
         self.bytes_out += bytes;
         Ok(bytes)
+    }
+
+    /// Sends pages by way of a copy: of a running guest, or to be encrypted.
+    pub(crate) fn send_copied_pages(
+        &mut self,
+        round: u32,
+        ranges: &[PageRange],
+        memory: &GuestMemory,
+    ) -> Result<u64> {
+        let mut data = std::mem::take(&mut self.bounce);
+        let result = copy_pages(ranges, memory, &mut data).and_then(|pages| {
+            let mut meta = Vec::with_capacity(ranges.len() * 8);
+            encode_ranges(ranges, &mut meta);
+            self.send(Kind::Pages, round, 0, pages as u32, &meta, &data)
+        });
+        self.bounce = data;
+        result
     }
 
     fn next_header(&mut self, kind: Kind, round: u32) -> Header {
@@ -289,9 +307,12 @@ impl Conn {
         memory: &GuestMemory,
     ) -> Result<()> {
         let pieces: Vec<(u64, u64)> = ranges.iter().map(|r| byte_range(*r)).collect();
-        memory
-            .recv_into(self.stream.as_fd(), &pieces)
-            .map_err(|error| self.io_error("receiving pages", error))?;
+        let stream = Arc::clone(&self.stream);
+        let Some(fd) = stream.plain_fd() else {
+            return self
+                .recv_through_buffer(header, ranges, |offset, piece| Ok(memory.write_at(offset, piece)?));
+        };
+        memory.recv_into(fd, &pieces).map_err(|error| self.io_error("receiving pages", error))?;
         self.bytes_in += u64::from(header.data_len);
         let found = memory.crc32c(&pieces, 0)?;
         if found == header.data_crc {
@@ -311,21 +332,34 @@ impl Conn {
         ranges: &[PageRange],
         memory: &GuestMemory,
     ) -> Result<()> {
+        self.recv_through_buffer(header, ranges, |mut offset, mut piece| {
+            while !piece.is_empty() {
+                let done = rustix::io::pwrite(memory.fd(), piece, offset).map_err(|errno| {
+                    DataplaneError::Io { what: "writing guest memory", source: errno.into() }
+                })?;
+                piece = piece.get(done.max(1)..).unwrap_or_default();
+                offset += done as u64;
+            }
+            Ok(())
+        })
+    }
+
+    /// The bulk part of a page frame, checked, each range given to `put` with its offset.
+    fn recv_through_buffer(
+        &mut self,
+        header: &Header,
+        ranges: &[PageRange],
+        mut put: impl FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
         let mut data = std::mem::take(&mut self.bounce);
         data.clear();
         let result = self.recv_data(header, &mut data).and_then(|()| {
             let mut rest = data.as_slice();
             for range in ranges {
-                let (mut offset, len) = byte_range(*range);
-                let Some((mut piece, after)) = rest.split_at_checked(len as usize) else { break };
+                let (offset, len) = byte_range(*range);
+                let Some((piece, after)) = rest.split_at_checked(len as usize) else { break };
                 rest = after;
-                while !piece.is_empty() {
-                    let done = rustix::io::pwrite(memory.fd(), piece, offset).map_err(|errno| {
-                        DataplaneError::Io { what: "writing guest memory", source: errno.into() }
-                    })?;
-                    piece = piece.get(done.max(1)..).unwrap_or_default();
-                    offset += done as u64;
-                }
+                put(offset, piece)?;
             }
             Ok(())
         });
@@ -373,6 +407,20 @@ impl Conn {
         }
         None
     }
+}
+
+/// Copies pages out of guest memory, one range after the other; returns their number.
+pub(crate) fn copy_pages(ranges: &[PageRange], memory: &GuestMemory, out: &mut Vec<u8>) -> Result<u64> {
+    let pages: u64 = ranges.iter().map(|range| range.pages).sum();
+    out.resize((pages * PAGE_BYTES) as usize, 0);
+    let mut rest = out.as_mut_slice();
+    for range in ranges {
+        let (offset, len) = byte_range(*range);
+        let Some((here, after)) = rest.split_at_mut_checked(len as usize) else { break };
+        memory.read_at(offset, here)?;
+        rest = after;
+    }
+    Ok(pages)
 }
 
 fn byte_range(range: PageRange) -> (u64, u64) {

@@ -127,6 +127,14 @@ pub enum DataplaneError {
         /// Its words.
         message: String,
     },
+    /// The peer could not prove to be who was announced, or does not speak TLS 1.3.
+    #[error(
+        "TLS on a data connection: {problem}; both sides must have been told each other's certificate of this migration"
+    )]
+    Tls {
+        /// What went wrong.
+        problem: String,
+    },
     /// Guest memory could not be read or written.
     #[error("guest memory: {0}")]
     Memory(#[from] MemoryError),
@@ -159,8 +167,20 @@ impl DataplaneError {
             Self::Counts { .. } => "DATA_COUNTS",
             Self::Digest => "DATA_DIGEST",
             Self::Refused { .. } => "DATA_REFUSED",
+            Self::Tls { .. } => "DATA_TLS",
             Self::Memory(_) => "DATA_MEMORY",
             Self::Thread(_) => "DATA_THREAD",
+        }
+    }
+
+    /// An error of a TLS stream: the session's own, or the socket's.
+    pub(crate) fn of_tls(error: io::Error, what: &'static str) -> Self {
+        match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+            Some(rustls::Error::InvalidCertificate(_)) => {
+                Self::Tls { problem: "the peer's certificate is not the one that was announced".into() }
+            }
+            Some(inner) => Self::Tls { problem: inner.to_string() },
+            None => Self::Io { what, source: error },
         }
     }
 
@@ -174,7 +194,9 @@ impl DataplaneError {
             Self::Stale { .. } => ErrorCode::WrongSession,
             Self::Counts { .. } => ErrorCode::Counts,
             Self::Cancelled => ErrorCode::Cancelled,
-            Self::Io { .. } | Self::Timeout { .. } | Self::Closed { .. } => ErrorCode::Connection,
+            Self::Io { .. } | Self::Timeout { .. } | Self::Closed { .. } | Self::Tls { .. } => {
+                ErrorCode::Connection
+            }
             _ => ErrorCode::Internal,
         }
     }

@@ -36,13 +36,15 @@ mod error;
 mod limiter;
 mod receiver;
 mod sender;
+mod tls;
 
 pub use address::DataAddress;
 pub use cancel::CancelFlag;
 pub use conn::Timeouts;
 pub use error::{DataplaneError, Result};
 pub use receiver::{Incoming, Received};
-pub use sender::{FinishStats, Outgoing, RoundStats, SendProgress};
+pub use sender::{ConnectOptions, FinishStats, Outgoing, RoundStats, SendProgress};
+pub use tls::{Fingerprint, Identity, Tls};
 
 /// Oldest and newest protocol that this build speaks.
 pub const PROTOCOL_VERSIONS: std::ops::RangeInclusive<u16> = 1..=1;

@@ -29,6 +29,7 @@ use super::conn::{Conn, Timeouts};
 use super::error::{DataplaneError, Result};
 use super::frame::{ErrorCode, Kind, PAGE_BYTES, Receipt, RoundCounts};
 use super::sender::page_bytes;
+use super::tls::Tls;
 use super::{SessionId, check_connections};
 use crate::memory::GuestMemory;
 
@@ -40,6 +41,7 @@ pub struct Incoming {
     connections: u16,
     memory: GuestMemory,
     timeouts: Timeouts,
+    tls: Option<Tls>,
 }
 
 impl Incoming {
@@ -56,7 +58,14 @@ impl Incoming {
         check_connections(connections)?;
         check_zero(&memory)?;
         let listener = DataListener::bind(address)?;
-        Ok(Self { listener, session, connections, memory, timeouts: Timeouts::default() })
+        Ok(Self { listener, session, connections, memory, timeouts: Timeouts::default(), tls: None })
+    }
+
+    /// Takes TLS connections only, of the one peer that it names. Not for Unix sockets.
+    #[must_use]
+    pub fn with_tls(mut self, tls: Tls) -> Self {
+        self.tls = Some(tls);
+        self
     }
 
     /// With other time-outs.
@@ -82,8 +91,10 @@ impl Incoming {
     /// Any. Guest memory then holds an unknown mixture and must be thrown away.
     #[expect(clippy::needless_pass_by_value, reason = "a clone of a handle, kept for as long as it runs")]
     pub fn run(self, cancel: CancelFlag, progress: &AtomicU64) -> Result<Received> {
+        let tls = self.tls.as_ref().map(Tls::server).transpose()?;
         let mut conns = handshake::collect(
             &self.listener,
+            tls.as_ref(),
             &self.session,
             self.connections,
             self.memory.bytes(),
@@ -237,7 +248,7 @@ fn linger(conns: &[Conn]) {
     while Instant::now() < until {
         for conn in conns {
             // Reading was shut down, so this never blocks: bytes that came meanwhile, or zero.
-            while Instant::now() < until && matches!(conn.stream().read(&mut nowhere), Ok(1..)) {}
+            while Instant::now() < until && matches!(conn.stream().discard(&mut nowhere), Ok(1..)) {}
         }
         std::thread::sleep(LINGER / 20);
     }

@@ -12,6 +12,8 @@ mod connect;
 mod finish;
 mod round;
 
+pub use self::connect::ConnectOptions;
+
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -86,14 +88,20 @@ pub struct Outgoing {
     zero_pages: u64,
     progress: Arc<SendProgress>,
     transport: &'static str,
+    version: u16,
     failed: bool,
     finished: Option<[u8; 32]>,
 }
 
 impl Outgoing {
-    /// "unix" or "tcp".
+    /// "unix", "tcp" or "tcp+tls".
     pub fn transport(&self) -> &'static str {
         self.transport
+    }
+
+    /// The protocol that both sides speak.
+    pub fn version(&self) -> u16 {
+        self.version
     }
 
     /// Numbers to read from another thread while a round runs.

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use vpmu_proto::worker::{IncomingProgress, VmState};
 
 use super::{Thread, failed};
-use crate::dataplane::{CancelFlag, DataAddress, Incoming, Received, SessionId};
+use crate::dataplane::{CancelFlag, DataAddress, Incoming, Received, SessionId, Tls};
 use crate::error::WorkerError;
 use crate::machine::Machine;
 
@@ -63,11 +63,15 @@ impl IncomingMigration {
         session: SessionId,
         listen: &DataAddress,
         connections: u16,
+        tls: Option<Tls>,
         machine: Arc<Machine>,
         runtime: Handle,
     ) -> Result<(Arc<Self>, String), WorkerError> {
-        let incoming = Incoming::bind(listen, session, connections, machine.memory().clone())
+        let mut incoming = Incoming::bind(listen, session, connections, machine.memory().clone())
             .map_err(|e| failed(id, &e))?;
+        if let Some(tls) = tls {
+            incoming = incoming.with_tls(tls);
+        }
         let address = incoming.local_address().map_err(|e| failed(id, &e))?.to_string();
         let cancel = CancelFlag::new();
         let bytes = Arc::new(AtomicU64::new(0));

@@ -23,7 +23,7 @@ use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutProgress};
 use super::{Thread, failed, finish};
 use crate::bitmap::PageBitmap;
 use crate::dataplane::precopy::{Decision, Goals, Policy, Prediction, Round};
-use crate::dataplane::{CancelFlag, DataAddress, Outgoing, SendProgress, SessionId};
+use crate::dataplane::{CancelFlag, ConnectOptions, DataAddress, Outgoing, SendProgress, SessionId, Tls};
 use crate::error::WorkerError;
 use crate::hypervisor::Vm;
 use crate::machine::Machine;
@@ -51,6 +51,8 @@ pub struct Source {
     pub goals: Goals,
     /// Bytes a second; 0 for no bound.
     pub bandwidth: u64,
+    /// TLS on the data connections.
+    pub tls: Option<Tls>,
     /// Seals the worker at an epoch.
     pub seal: Box<dyn Fn(u64) + Send>,
     /// For talking to vCPU threads.
@@ -212,12 +214,17 @@ struct Driver {
 
 impl Driver {
     fn run(self) -> Result<(), WorkerError> {
-        let Source { machine, session, address, connections, bandwidth, goals, .. } = &self.source;
+        let Source { machine, session, address, connections, bandwidth, goals, tls, .. } = &self.source;
         let memory = machine.memory().clone();
-        let cancel = self.cancel.clone();
-        let mut out =
-            Outgoing::connect(address, session, *connections, memory.clone(), *bandwidth, cancel, CONNECT)
-                .map_err(|e| failed(&self.id, &e))?;
+        let options = ConnectOptions {
+            connections: *connections,
+            bandwidth: *bandwidth,
+            deadline: CONNECT,
+            tls: tls.clone(),
+            ..ConnectOptions::default()
+        };
+        let mut out = Outgoing::open(address, session, memory.clone(), self.cancel.clone(), options)
+            .map_err(|e| failed(&self.id, &e))?;
         // Set once, here.
         drop(self.sending.set(out.progress()));
         let vm = machine.vm().as_ref();

@@ -11,11 +11,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use vpmu_proto::worker::{
     FinishMigrationResponse, IncomingProgress, MigrateOutProgress, MigrateOutRequest, PrepareIncomingRequest,
+    PrepareIncomingResponse, PrepareOutgoingResponse,
 };
 
 use super::Inner;
-use crate::dataplane::DataAddress;
 use crate::dataplane::precopy::Goals;
+use crate::dataplane::{DataAddress, Fingerprint, Identity, Tls};
 use crate::error::WorkerError;
 use crate::migrate::{
     IncomingMigration, IncomingState, OutgoingMigration, OutgoingState, Source, connections, session,
@@ -43,12 +44,54 @@ fn address(field: &'static str, text: &str) -> Result<DataAddress, WorkerError> 
         .map_err(|e: crate::dataplane::DataplaneError| WorkerError::invalid(field, text, e.to_string()))
 }
 
+/// The other side's certificate, as given.
+fn fingerprint(bytes: &[u8]) -> Result<Option<Fingerprint>, WorkerError> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    bytes.try_into().map(Some).map_err(|_| {
+        let found = format!("{} bytes", bytes.len());
+        WorkerError::invalid("peer_certificate_sha256", found, "give the 32 bytes of a SHA-256, or none")
+    })
+}
+
+fn new_identity(id: &str) -> Result<Arc<Identity>, WorkerError> {
+    Identity::generate().map(Arc::new).map_err(|e| crate::migrate::failed(id, &e))
+}
+
+pub(super) async fn prepare_outgoing(
+    inner: &Inner,
+    migration_id: &str,
+) -> Result<PrepareOutgoingResponse, WorkerError> {
+    session(migration_id, 1, &[0; 32])?;
+    let _control = inner.control.lock().await;
+    inner.machine()?;
+    let identity = new_identity(migration_id)?;
+    let certificate_sha256 = identity.fingerprint().to_vec();
+    inner.held().identity = Some((migration_id.to_owned(), identity));
+    Ok(PrepareOutgoingResponse { certificate_sha256 })
+}
+
+/// TLS as the source uses it; the certificate is used once.
+fn outgoing_tls(inner: &Inner, r: &MigrateOutRequest) -> Result<Option<Tls>, WorkerError> {
+    let Some(peer) = fingerprint(&r.peer_certificate_sha256)? else { return Ok(None) };
+    match inner.held().identity.take() {
+        Some((id, identity)) if id == r.migration_id => Ok(Some(Tls::new(identity, peer))),
+        _ => Err(WorkerError::State {
+            what: "migrating over TLS",
+            state: "without a certificate of this migration".to_owned(),
+            remedy: "call PrepareOutgoing first",
+        }),
+    }
+}
+
 pub(super) async fn migrate_out(inner: &Arc<Inner>, r: &MigrateOutRequest) -> Result<OutStream, WorkerError> {
     let session = session(&r.migration_id, r.attempt, &r.token)?;
     let address = address("data_address", &r.data_address)?;
     let connections = connections(r.connections)?;
     let _control = inner.control.lock().await;
     let machine = inner.machine()?;
+    let tls = outgoing_tls(inner, r)?;
     let refuse = |state: String, remedy| Err(WorkerError::State { what: "migrating", state, remedy });
     let previous = inner.held().outgoing.clone();
     if let Some(previous) = previous {
@@ -80,6 +123,7 @@ pub(super) async fn migrate_out(inner: &Arc<Inner>, r: &MigrateOutRequest) -> Re
         connections,
         goals,
         bandwidth: r.max_bandwidth,
+        tls,
         seal: Box::new(move |epoch| {
             if let Some(inner) = sealer.upgrade() {
                 inner.seal(epoch);
@@ -167,7 +211,7 @@ pub(super) async fn cancel(inner: &Inner, migration_id: &str) -> Result<(), Work
 pub(super) async fn prepare_incoming(
     inner: &Arc<Inner>,
     r: &PrepareIncomingRequest,
-) -> Result<String, WorkerError> {
+) -> Result<PrepareIncomingResponse, WorkerError> {
     let session = session(&r.migration_id, r.attempt, &r.token)?;
     let listen = address("listen", &r.listen)?;
     let connections = connections(r.connections)?;
@@ -192,14 +236,23 @@ pub(super) async fn prepare_incoming(
         return Err(WorkerError::invalid("memory_bytes", r.memory_bytes, remedy));
     }
     let (id, runtime) = (r.migration_id.clone(), Handle::current());
+    let (mut tls, mut certificate_sha256) = (None, Vec::new());
+    if let Some(peer) = fingerprint(&r.peer_certificate_sha256)? {
+        let identity = new_identity(&id)?;
+        certificate_sha256 = identity.fingerprint().to_vec();
+        tls = Some(Tls::new(identity, peer));
+    }
+    if tls.is_some() && matches!(listen, DataAddress::Unix(_)) {
+        return Err(WorkerError::invalid("listen", &r.listen, "use a tcp address for TLS"));
+    }
     let started = tokio::task::spawn_blocking(move || {
-        IncomingMigration::start(&id, session, &listen, connections, machine, runtime)
+        IncomingMigration::start(&id, session, &listen, connections, tls, machine, runtime)
     });
-    let (incoming, address) = started
+    let (incoming, data_address) = started
         .await
         .map_err(|e| WorkerError::Thread { thread: "data listener".to_owned(), problem: e.to_string() })??;
     inner.held().incoming = Some(incoming);
-    Ok(address)
+    Ok(PrepareIncomingResponse { data_address, certificate_sha256 })
 }
 
 pub(super) fn watch_incoming(inner: &Arc<Inner>, migration_id: &str) -> Result<InStream, WorkerError> {

@@ -162,8 +162,16 @@ impl WorkerService for Worker {
     ) -> Answer<proto::PrepareIncomingResponse> {
         let r = request.into_inner();
         self.inner.fence(r.fence.as_ref())?;
-        let data_address = migration::prepare_incoming(&self.inner, &r).await?;
-        Ok(Response::new(proto::PrepareIncomingResponse { data_address }))
+        Ok(Response::new(migration::prepare_incoming(&self.inner, &r).await?))
+    }
+
+    async fn prepare_outgoing(
+        &self,
+        request: Request<proto::PrepareOutgoingRequest>,
+    ) -> Answer<proto::PrepareOutgoingResponse> {
+        let r = request.into_inner();
+        self.inner.fence(r.fence.as_ref())?;
+        Ok(Response::new(migration::prepare_outgoing(&self.inner, &r.migration_id).await?))
     }
 
     type WatchIncomingStream = migration::InStream;

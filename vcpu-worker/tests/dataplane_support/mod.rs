@@ -7,7 +7,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vcpu_worker::dataplane::{
-    CancelFlag, DataAddress, DataplaneError, Incoming, Outgoing, Received, SessionId, Timeouts,
+    CancelFlag, ConnectOptions, DataAddress, DataplaneError, Incoming, Outgoing, Received, SessionId,
+    Timeouts,
 };
 use vcpu_worker::memory::{GuestMemory, PAGE_SIZE};
 
@@ -20,6 +21,15 @@ pub(crate) const PATIENT: Timeouts = Timeouts {
     accept: Duration::from_secs(40),
     hello: Duration::from_secs(30),
 };
+
+pub(crate) fn options(connections: u16) -> ConnectOptions {
+    ConnectOptions {
+        connections,
+        deadline: Duration::from_secs(30),
+        timeouts: PATIENT,
+        ..ConnectOptions::default()
+    }
+}
 
 pub(crate) fn session() -> SessionId {
     SessionId { migration_id: *b"0123456789abcdef", attempt: 3, token: [0x5a; 32] }
@@ -101,16 +111,7 @@ impl Destination {
         memory: &GuestMemory,
         cancel: &CancelFlag,
     ) -> Result<Outgoing, DataplaneError> {
-        Outgoing::connect_with(
-            &self.address,
-            session,
-            connections,
-            memory.clone(),
-            0,
-            cancel.clone(),
-            Duration::from_secs(30),
-            PATIENT,
-        )
+        Outgoing::open(&self.address, session, memory.clone(), cancel.clone(), options(connections))
     }
 
     pub(crate) fn join(self) -> Result<Received, DataplaneError> {

@@ -15,6 +15,7 @@ use super::super::cancel::CancelFlag;
 use super::super::conn::{Conn, Timeouts};
 use super::super::error::{DataplaneError, Result};
 use super::super::frame::{ErrorCode, FrameKey, HEADER_BYTES, Header, Hello, HelloAck, Kind};
+use super::super::tls::TlsServer;
 use super::super::{PROTOCOL_VERSIONS, SessionId};
 use super::REFUSAL;
 
@@ -26,6 +27,8 @@ struct Pending {
     buf: [u8; HELLO_BYTES],
     got: usize,
     deadline: Instant,
+    /// TLS failed; the alert that says so must not be overtaken by a reset, so the rest is read to nowhere.
+    refused: bool,
 }
 
 enum Step {
@@ -37,6 +40,17 @@ enum Step {
 impl Pending {
     fn step(&mut self) -> Step {
         loop {
+            if self.refused {
+                return match self.stream.discard(&mut self.buf) {
+                    Ok(1..) => continue,
+                    Err(error)
+                        if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < self.deadline =>
+                    {
+                        Step::Wait
+                    }
+                    _ => Step::Drop,
+                };
+            }
             let Some(rest) = self.buf.get_mut(self.got..).filter(|rest| !rest.is_empty()) else {
                 return Step::Complete;
             };
@@ -47,7 +61,14 @@ impl Pending {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return if Instant::now() < self.deadline { Step::Wait } else { Step::Drop };
                 }
-                Err(_) => return Step::Drop,
+                Err(error) => {
+                    // The peer was told by an alert, if it speaks TLS at all.
+                    let error = DataplaneError::of_tls(error, "the introduction of a data connection");
+                    tracing::warn!(reason = error.reason(), %error, "data connection refused");
+                    self.stream.shutdown(Shutdown::Write);
+                    self.refused = true;
+                    self.deadline = Instant::now() + REFUSAL;
+                }
             }
         }
     }
@@ -112,6 +133,7 @@ fn judge(
 /// `Cancelled`; `Timeout` when they did not come in time; `Io` of the listener.
 pub(super) fn collect(
     listener: &DataListener,
+    tls: Option<&TlsServer>,
     session: &SessionId,
     connections: u16,
     memory_bytes: u64,
@@ -138,10 +160,10 @@ pub(super) fn collect(
         while pending.len() < MAX_PENDING {
             // Any error but "none waiting" (a connection that died in the queue, no descriptors left) passes; the
             // loop's deadline stands.
-            let Ok(stream) = listener.accept() else { break };
+            let Ok(stream) = listener.accept(tls) else { break };
             if stream.set_nonblocking(true).is_ok() {
                 let deadline = Instant::now() + timeouts.hello;
-                pending.push(Pending { stream, buf: [0; HELLO_BYTES], got: 0, deadline });
+                pending.push(Pending { stream, buf: [0; HELLO_BYTES], got: 0, deadline, refused: false });
             }
         }
         let mut still = Vec::with_capacity(pending.len());

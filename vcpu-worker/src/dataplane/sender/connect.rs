@@ -1,6 +1,7 @@
 //! Opening the connections of a migration and introducing them.
 
 use std::net::Shutdown;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
@@ -11,16 +12,46 @@ use super::super::conn::{Conn, Timeouts};
 use super::super::error::Result;
 use super::super::frame::{Hello, HelloAck, Kind, RoundCounts};
 use super::super::limiter::Limiter;
+use super::super::tls::Tls;
 use super::super::{PROTOCOL_VERSIONS, SessionId, check_connections};
 use super::Outgoing;
 use crate::memory::GuestMemory;
 
+/// How the connections are opened and used.
+#[derive(Debug, Clone)]
+pub struct ConnectOptions {
+    /// 1 to 16.
+    pub connections: u16,
+    /// Bytes a second, 0 for no limit.
+    pub bandwidth: u64,
+    /// Until all are introduced.
+    pub deadline: Duration,
+    /// Afterwards.
+    pub timeouts: Timeouts,
+    /// TLS; not for Unix sockets, which stay as they are.
+    pub tls: Option<Tls>,
+    /// Protocol versions that are offered.
+    pub versions: RangeInclusive<u16>,
+}
+
+impl Default for ConnectOptions {
+    fn default() -> Self {
+        Self {
+            connections: 1,
+            bandwidth: 0,
+            deadline: Duration::from_secs(10),
+            timeouts: Timeouts::default(),
+            tls: None,
+            versions: PROTOCOL_VERSIONS,
+        }
+    }
+}
+
 impl Outgoing {
-    /// Opens and introduces `connections` data connections, within `deadline`. `bandwidth` is in bytes a second, 0 for
-    /// no limit.
+    /// [`Self::open`] with the most common options.
     ///
     /// # Errors
-    /// `Connections`, `Connect`, `Refused` with the destination's reason, `Cancelled`, `Timeout`.
+    /// As there.
     pub fn connect(
         address: &DataAddress,
         session: &SessionId,
@@ -30,50 +61,42 @@ impl Outgoing {
         cancel: CancelFlag,
         deadline: Duration,
     ) -> Result<Self> {
-        Self::connect_with(
-            address,
-            session,
-            connections,
-            memory,
-            bandwidth,
-            cancel,
-            deadline,
-            Timeouts::default(),
-        )
+        let options = ConnectOptions { connections, bandwidth, deadline, ..ConnectOptions::default() };
+        Self::open(address, session, memory, cancel, options)
     }
 
-    /// [`Self::connect`] with other time-outs.
+    /// Opens and introduces the data connections.
     ///
     /// # Errors
-    /// As [`Self::connect`].
-    #[expect(clippy::too_many_arguments, reason = "the session's facts, each of another type")]
-    pub fn connect_with(
+    /// `Connections`, `Connect`, `Tls`, `Refused` with the destination's reason, `Cancelled`, `Timeout`.
+    pub fn open(
         address: &DataAddress,
         session: &SessionId,
-        connections: u16,
         memory: GuestMemory,
-        bandwidth: u64,
         cancel: CancelFlag,
-        deadline: Duration,
-        timeouts: Timeouts,
+        options: ConnectOptions,
     ) -> Result<Self> {
+        let ConnectOptions { connections, bandwidth, deadline, timeouts, tls, versions } = options;
         check_connections(connections)?;
         let until = Instant::now() + deadline;
         let hello = Hello {
             token: session.token,
-            version_min: *PROTOCOL_VERSIONS.start(),
-            version_max: *PROTOCOL_VERSIONS.end(),
+            version_min: *versions.start(),
+            version_max: *versions.end(),
             connections,
             memory_bytes: memory.bytes(),
         }
         .encode();
         let mut conns = Vec::with_capacity(connections.into());
+        let mut transport = "";
         for index in 0..connections {
-            let stream = DataStream::connect(address, until, &cancel)?;
+            let stream = DataStream::connect(address, tls.as_ref(), until, &cancel)?;
+            transport = stream.transport();
             let mut conn = Conn::new(stream, session.key(), index, cancel.clone(), timeouts, Shutdown::Both)?;
             conn.send(Kind::Hello, 0, 0, 0, &hello, &[])?;
             conns.push(conn);
         }
+        let mut version = *versions.end();
         for conn in &mut conns {
             let wait = until.saturating_duration_since(Instant::now()).min(timeouts.hello);
             let header = conn.recv_header("waiting for the destination's answer to Hello", wait)?;
@@ -82,11 +105,12 @@ impl Outgoing {
             }
             let ack = HelloAck::decode(conn.recv_meta(&header, 0, &mut Vec::new())?);
             let ack = ack.map_err(|source| conn.frame_error(source))?;
-            if !PROTOCOL_VERSIONS.contains(&ack.version) {
+            if !versions.contains(&ack.version) {
                 return Err(
                     conn.order(Kind::HelloAck, "the destination chose a version that was not offered")
                 );
             }
+            version = version.min(ack.version);
         }
         let words = memory.pages().div_ceil(64);
         Ok(Self {
@@ -100,10 +124,8 @@ impl Outgoing {
             round: 0,
             zero_pages: 0,
             progress: Arc::default(),
-            transport: match address {
-                DataAddress::Unix(_) => "unix",
-                DataAddress::Tcp(_) => "tcp",
-            },
+            transport,
+            version,
             failed: false,
             finished: None,
         })

@@ -124,7 +124,6 @@ impl Round<'_> {
     {
         let chunk_pages = self.limiter.chunk_bytes(CHUNK_BYTES) / PAGE_BYTES;
         let mut tally = Tally::default();
-        let mut bounce = Vec::new();
         let (mut unit, mut full, mut zero) = (Vec::new(), Batch::default(), Batch::default());
         while work.take(&mut unit) {
             if conn.cancel().is_cancelled() {
@@ -140,7 +139,7 @@ impl Round<'_> {
                 if !self.is_zero(page)? {
                     full.push(page);
                     if full.pages >= chunk_pages {
-                        self.flush_pages(conn, &mut full, &mut bounce, &mut tally)?;
+                        self.flush_pages(conn, &mut full, &mut tally)?;
                     }
                 } else if self.was_sent(page) {
                     zero.push(page);
@@ -155,18 +154,12 @@ impl Round<'_> {
             let done = unit.iter().map(|(_, len)| len).sum();
             self.progress.round_done.fetch_add(done, Ordering::Relaxed);
         }
-        self.flush_pages(conn, &mut full, &mut bounce, &mut tally)?;
+        self.flush_pages(conn, &mut full, &mut tally)?;
         self.flush_zero(conn, &mut zero, &mut tally)?;
         Ok(tally)
     }
 
-    fn flush_pages(
-        &self,
-        conn: &mut Conn,
-        batch: &mut Batch,
-        bounce: &mut Vec<u8>,
-        tally: &mut Tally,
-    ) -> Result<()> {
+    fn flush_pages(&self, conn: &mut Conn, batch: &mut Batch, tally: &mut Tally) -> Result<()> {
         if batch.pages == 0 {
             return Ok(());
         }
@@ -174,18 +167,7 @@ impl Round<'_> {
             return Err(DataplaneError::Cancelled);
         }
         let bytes = if self.live {
-            bounce.resize(page_bytes(batch.pages) as usize, 0);
-            let mut rest = bounce.as_mut_slice();
-            for range in &batch.ranges {
-                let Some((here, after)) = rest.split_at_mut_checked(page_bytes(range.pages) as usize) else {
-                    break;
-                };
-                self.memory.read_at(page_bytes(range.first), here)?;
-                rest = after;
-            }
-            let mut meta = Vec::with_capacity(batch.ranges.len() * 8);
-            encode_ranges(&batch.ranges, &mut meta);
-            conn.send(Kind::Pages, self.number, 0, batch.pages as u32, &meta, bounce)?
+            conn.send_copied_pages(self.number, &batch.ranges, self.memory)?
         } else {
             conn.send_guest_pages(self.number, &batch.ranges, self.memory)?
         };
