@@ -37,7 +37,7 @@ async fn begin(
         certificate = prepared.certificate_sha256;
     }
     let listen = listen.map(|l| l.replace("tls:", "tcp:"));
-    let listen = listen.map_or_else(|| format!("unix:{}/data", dir.path().display()), |l| l);
+    let listen = listen.unwrap_or_else(|| format!("unix:{}/data", dir.path().display()));
     let request = PrepareIncomingRequest {
         fence: destination.fence(),
         migration_id: ID.to_owned(),
