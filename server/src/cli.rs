@@ -65,6 +65,13 @@ struct ServeArgs {
     /// At SIGTERM end process-isolated machines too; thread-isolated ones always end with the daemon.
     #[arg(long)]
     stop_vms: bool,
+    /// What a system call leads to that the sandbox of a worker process forbids: the worker ends, the kernel logs it
+    /// (audit, or dmesg), or there is no filter; log and off are for diagnosis. Thread isolation has no sandbox.
+    #[arg(long, value_enum, default_value = "enforce")]
+    seccomp: vcpu_worker::sandbox::Mode,
+    /// For tests: worker threads of this kind make a forbidden system call.
+    #[arg(long, value_enum, hide = true)]
+    worker_violates: Option<vcpu_worker::sandbox::Kind>,
     /// End in order when standard input ends, that is, with the process that started this one.
     #[arg(long)]
     exit_with_parent: bool,
@@ -85,6 +92,8 @@ impl From<ServeArgs> for ServeConfig {
             pmu: args.pmu,
             model_pmu: args.model_pmu,
             stop_vms: args.stop_vms,
+            seccomp: args.seccomp,
+            worker_violates: args.worker_violates,
             exit_with_parent: args.exit_with_parent,
             hold_at: args.hold_at,
         }

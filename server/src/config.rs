@@ -193,6 +193,10 @@ pub struct ServeConfig {
     pub model_pmu: String,
     /// End process-isolated machines at SIGTERM; thread-isolated ones always end with the daemon.
     pub stop_vms: bool,
+    /// What a forbidden system call of a worker process leads to.
+    pub seccomp: vcpu_worker::sandbox::Mode,
+    /// For tests: worker threads of this kind make a forbidden call.
+    pub worker_violates: Option<vcpu_worker::sandbox::Kind>,
     /// End when standard input ends.
     pub exit_with_parent: bool,
     /// For tests: stop this process at a point of a handover.

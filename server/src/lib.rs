@@ -8,6 +8,7 @@
 pub mod adopt;
 pub mod api;
 pub mod capacity;
+pub mod cgroup;
 pub mod cli;
 pub mod config;
 pub mod daemon;

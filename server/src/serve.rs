@@ -134,6 +134,17 @@ async fn serve(
     let peer_address = peer_listen.first().or_else(|| listen.first()).cloned().unwrap_or_default();
 
     let end_workers = CancellationToken::new();
+    let isolated = config.isolation == crate::config::Isolation::Process;
+    let run_dir =
+        std::path::absolute(config.state_dir.join("run")).map_err(io("cannot find the state directory"))?;
+    let cgroups = if isolated {
+        let live: Vec<String> = std::fs::read_dir(&run_dir)
+            .map(|dirs| dirs.flatten().map(|d| d.file_name().to_string_lossy().into_owned()).collect())
+            .unwrap_or_default();
+        crate::cgroup::Cgroups::discover(store.store_id(), &live)
+    } else {
+        crate::cgroup::Cgroups::default()
+    };
     let workers = WorkerFactory {
         cores: Arc::new(vcpu_worker::cores::HostCores::new(host.shape, &host.cores)),
         hypervisor: host.hypervisor.as_str(),
@@ -143,12 +154,14 @@ async fn serve(
         term: store.term(),
         shutdown: end_workers.clone(),
         processes: Arc::new(crate::worker_process::Processes {
-            run_dir: std::path::absolute(config.state_dir.join("run"))
-                .map_err(io("cannot find the state directory"))?,
+            run_dir,
             cores: host.cores.clone(),
             model_pmu: host.pmu_name.clone(),
-            enabled: config.isolation == crate::config::Isolation::Process,
+            enabled: isolated,
             stop_vms: config.stop_vms,
+            seccomp: config.seccomp,
+            violate: config.worker_violates,
+            cgroups: Arc::new(cgroups),
         }),
     };
     let daemon = Arc::new(Daemon {

@@ -162,10 +162,23 @@ impl WorkerLink {
         match built.await {
             Ok(response) => Ok((link, response)),
             Err(error) => {
+                let error = link.cause(error).await;
                 link.end().await;
                 Err(error)
             }
         }
+    }
+
+    /// Why a call failed: the end of the worker's process, if that is why.
+    pub async fn cause(&self, error: ApiError) -> ApiError {
+        // What a broken connection looks like: the worker itself would have given a reason.
+        let broken = ["WORKER_UNKNOWN", "WORKER_UNAVAILABLE", "WORKER_CANCELLED", "WORKER_INTERNAL"];
+        if !broken.contains(&error.reason()) || self.inner.process.is_none() || !self.is_dead().await {
+            return error;
+        }
+        let end = self.death(error.message()).await.end.unwrap_or_default();
+        let (_, reason) = crate::vm::actor::ended_state(&end, true);
+        ApiError::internal(reason, end.detail)
     }
 
     /// Takes over a process that a former daemon of the same store started. One that does not obey is ended if it is
@@ -214,6 +227,11 @@ impl WorkerLink {
     /// Process id in process isolation, else 0.
     pub fn pid(&self) -> u32 {
         self.inner.process.as_ref().map_or(0, WorkerProcess::pid)
+    }
+
+    /// How its process is confined; empty in thread isolation.
+    pub fn sandbox(&self) -> &str {
+        self.inner.process.as_ref().map_or("", WorkerProcess::sandbox)
     }
 
     /// Whether its machine goes on when the daemon ends.

@@ -49,6 +49,12 @@ pub struct Processes {
     pub enabled: bool,
     /// They end with the daemon.
     pub stop_vms: bool,
+    /// What a forbidden system call leads to.
+    pub seccomp: vcpu_worker::sandbox::Mode,
+    /// For tests: threads of this kind make a forbidden call.
+    pub violate: Option<vcpu_worker::sandbox::Kind>,
+    /// Where workers get cgroups of their own.
+    pub cgroups: Arc<crate::cgroup::Cgroups>,
 }
 
 /// What a runtime directory of an earlier run shows.
@@ -69,6 +75,9 @@ pub struct WorkerProcess {
     child: Mutex<Option<Child>>,
     dir: PathBuf,
     socket: PathBuf,
+    sandbox: String,
+    /// Puts it into its cgroup.
+    placing: Mutex<Option<tokio::task::JoinHandle<()>>>,
     settled: AtomicBool,
     ending: tokio::sync::Mutex<()>,
 }
@@ -141,6 +150,11 @@ impl Processes {
                 return Err(error);
             }
         };
+        let placing = tokio::task::spawn_blocking({
+            let (cgroups, uid, pid) = (Arc::clone(&self.cgroups), uid.to_owned(), process.pid);
+            move || cgroups.place(&uid, pid, &dir)
+        });
+        *process.placing.lock().unwrap_or_else(PoisonError::into_inner) = Some(placing);
         let connected = async {
             loop {
                 if UnixStream::connect(&process.socket).await.is_ok() {
@@ -165,7 +179,10 @@ impl Processes {
 
     fn spawn(&self, dir: &Path, socket: &Path, name: &str) -> io::Result<WorkerProcess> {
         let log = File::create(dir.join("log"))?;
+        let sandbox = format!("seccomp={} cgroup={}", self.seccomp.as_str(), self.cgroups.describe());
+        std::fs::write(dir.join("sandbox"), sandbox)?;
         let cores: Vec<_> = self.cores.iter().map(ToString::to_string).collect();
+        let violate = self.violate.and_then(|kind| clap::ValueEnum::to_possible_value(&kind));
         // The running image itself, also when the file has been replaced by an upgrade.
         let mut command = Command::new("/proc/self/exe");
         command
@@ -177,6 +194,8 @@ impl Processes {
             .arg(dir)
             .arg(format!("--name={name}"))
             .args(["--cores", &cores.join(","), "--model-pmu", &self.model_pmu])
+            .args(["--seccomp", self.seccomp.as_str()])
+            .args(violate.map(|kind| format!("--violate={}", kind.get_name())))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
@@ -209,12 +228,20 @@ impl WorkerProcess {
         let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE)?;
         let (child, settled, ending) =
             (Mutex::new(child), AtomicBool::new(false), tokio::sync::Mutex::default());
-        Ok(Self { pid, pidfd, child, dir, socket, settled, ending })
+        let placing = Mutex::new(None);
+        let sandbox = std::fs::read_to_string(dir.join("sandbox")).unwrap_or_default();
+        let sandbox = crate::status::clip(&sandbox, 256);
+        Ok(Self { pid, pidfd, child, dir, socket, sandbox, placing, settled, ending })
     }
 
     /// Process id.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// How it was confined when it was started.
+    pub fn sandbox(&self) -> &str {
+        &self.sandbox
     }
 
     /// A connection, made when it is first used.
@@ -266,6 +293,11 @@ impl WorkerProcess {
         }
         self.settled.store(true, Ordering::Release);
         self.reap();
+        let placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(placing) = placing {
+            // It writes into the directory that is removed now.
+            drop(placing.await);
+        }
         clear(&self.dir);
     }
 
@@ -336,6 +368,7 @@ fn choose_socket(dir: &Path) -> io::Result<PathBuf> {
 }
 
 fn clear(dir: &Path) {
+    crate::cgroup::remove(dir);
     let socket = socket_of(dir);
     if !socket.starts_with(dir) {
         drop(std::fs::remove_file(&socket));

@@ -231,13 +231,16 @@ async fn a_worker_migrates_to_a_worker() {
     let dir = tempfile::tempdir().expect("tempdir");
     let (here, there) = (dir.path().join("a"), dir.path().join("b"));
     let workers = [Workers::of(&here), Workers::of(&there)];
-    let (a, mut b) = (Host::start(&here, &OPTIONS).await, Host::start(&there, &OPTIONS).await);
+    // Over TCP; the other tests migrate over Unix sockets.
+    let tcp = ["--isolation", "process", "--peer-listen", "tcp:127.0.0.1:0"];
+    let (a, mut b) = (Host::start(&here, &OPTIONS).await, Host::start(&there, &tcp).await);
+    let destination = b.ready["peer_listen"][1].as_str().expect("a TCP address").to_owned();
     a.create("vm", probe_spec(1, 32)).await;
     let left = identity(&a.start_vm("vm").await);
     let before = a.until_counting("vm").await;
     let request = CreateMigrationRequest {
         parent: name("vm"),
-        spec: Some(MigrationSpec { destination: b.peer(), ..MigrationSpec::default() }),
+        spec: Some(MigrationSpec { destination, ..MigrationSpec::default() }),
         ..CreateMigrationRequest::default()
     };
     let operation = a.migrations().await.create_migration(request).await.expect("accepted").into_inner();

@@ -6,6 +6,7 @@
 //! - a machine is [`memory`], a [`hypervisor`] VM, [`devices`] with a [`console`], and [`vcpu`] threads on [`cores`];
 //! - [`lazy`] lets a guest run before its memory is there (userfaultfd);
 //! - [`kvm_pmu`] saves and restores KVM's own vPMU (PMU mode `kvm`);
+//! - [`sandbox`] confines a worker that is a process;
 //! - [`boot`] and [`probe`] fill the memory; [`migrate`] drives the [`dataplane`].
 //!
 //! `unsafe` is allowed only in files that say so at their head: memory, system calls, clocks, KVM's dirty log, the probe.
@@ -30,6 +31,7 @@ pub mod migrate;
 pub mod pmu_glue;
 pub mod probe;
 pub mod process;
+pub mod sandbox;
 pub mod service;
 mod sys;
 #[doc(hidden)]

@@ -87,6 +87,11 @@ impl Thread {
             .name(name.to_owned())
             .spawn(move || {
                 let _mark = mark;
+                if let Err(error) = crate::sandbox::enter(crate::sandbox::Kind::Data) {
+                    tracing::error!(%error, "a migration thread cannot be confined and does nothing");
+                    return;
+                }
+                crate::sandbox::hook(crate::sandbox::Kind::Data);
                 body();
             })
             .map_err(|e| WorkerError::Thread { thread: name.to_owned(), problem: e.to_string() })?;

@@ -6,6 +6,7 @@
 //! | `worker.sock` | by the worker | where it listens, mode 0600; `socket` names a shorter path if this one is too long |
 //! | `pid` | by the worker, before it listens | process id, start time (field 22 of /proc/PID/stat), boot id |
 //! | `exit` | by the worker, when the guest ends | how, as a `GuestEnd`: a guest that shut down unseen is Stopped, not Failed |
+//! | `violation` | by the worker, when it makes a forbidden system call | which, and what thread made it; see [`crate::sandbox`] |
 //! | `log` | standard error | at most [`LOG_BYTES`] of warnings |
 //!
 //! Invariants: `pid` and `exit` are replaced whole; a worker that no daemon gives a VM within [`UNCLAIMED`] ends by
@@ -24,8 +25,8 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
-use vpmu_proto::worker::GuestEnd;
 use vpmu_proto::worker::worker_service_server::WorkerServiceServer;
+use vpmu_proto::worker::{GuestEnd, guest_end};
 
 use crate::channel::MAX_MESSAGE;
 use crate::cores::HostCores;
@@ -35,6 +36,8 @@ use crate::service::{Worker, WorkerOptions};
 pub const LOG_BYTES: u64 = 1 << 20;
 /// How long a worker waits for a daemon to give it a VM.
 const UNCLAIMED: Duration = Duration::from_secs(120);
+/// Threads for blocking work; idle ones end.
+const MAX_BLOCKING: usize = 64;
 /// Largest file that is read from a runtime directory.
 const MAX_FILE: u64 = 64 * 1024;
 
@@ -56,6 +59,12 @@ pub struct Args {
     /// The model of the host's PMU.
     #[arg(long, default_value = "intel:v5:8+4:48")]
     pub model_pmu: String,
+    /// What a forbidden system call leads to.
+    #[arg(long, value_enum, default_value = "enforce")]
+    pub seccomp: crate::sandbox::Mode,
+    /// For tests: a thread of this kind makes a forbidden call.
+    #[arg(long, value_enum, hide = true)]
+    pub violate: Option<crate::sandbox::Kind>,
 }
 
 /// Who a runtime directory belongs to.
@@ -105,8 +114,11 @@ impl Identity {
     }
 }
 
-/// How the guest ended, if its worker wrote it down.
+/// How the guest ended, or which forbidden call ended the worker, if its worker wrote it down.
 pub fn exit_record(dir: &Path) -> Option<GuestEnd> {
+    if let Some(detail) = crate::sandbox::violation(dir) {
+        return Some(GuestEnd { kind: guest_end::Kind::SeccompViolation.into(), vcpu: 0, detail });
+    }
     GuestEnd::decode(read_bounded(&dir.join("exit"))?.as_slice()).ok()
 }
 
@@ -138,12 +150,18 @@ pub fn main(args: &Args) -> io::Result<()> {
     if let Err(error) = rustix::process::setsid() {
         tracing::debug!(%error, "no session of its own");
     }
-    rustix::thread::set_no_new_privs(true)?;
     if let Ok(name) = CString::new(format!("vm-{}", args.name)) {
         // Cut to 15 bytes by the kernel; only shown.
         rustix::thread::set_name(&name)?;
     }
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(serve(args))
+    crate::sandbox::confine(args.seccomp, args.violate, args.runtime_dir.as_deref())
+        .map_err(|e| failed("confining", "this process", &e))?;
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(MAX_BLOCKING)
+        .enable_all()
+        .build()?
+        .block_on(serve(args))
 }
 
 async fn serve(args: &Args) -> io::Result<()> {

@@ -11,6 +11,7 @@
 //! Sizes are asserted against kvm-bindings at compile time.
 #![allow(unsafe_code)]
 
+pub(crate) mod confine;
 pub(crate) mod kick;
 pub(crate) mod run_page;
 pub(crate) mod uffd;

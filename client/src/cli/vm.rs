@@ -166,6 +166,7 @@ fn get(context: &Context, vm: &VirtualMachine) -> Result<(), Failure> {
         ("pmu asked for", pmu),
         ("epoch", format!("{}, incarnation {}", view.epoch, view.incarnation)),
         ("worker pid", worker_pid),
+        ("sandbox", view.sandbox.clone()),
         ("migration", view.migration),
         ("moved to", view.moved_to),
         ("created", view.create_time.unwrap_or_default()),

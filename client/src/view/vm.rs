@@ -33,6 +33,8 @@ pub struct VmView {
     pub incarnation: u64,
     /// Process id of the worker in process isolation, else 0.
     pub worker_pid: u32,
+    /// How the worker's process is confined; empty in thread isolation.
+    pub sandbox: String,
     /// `kvm` or `simulated`.
     pub hypervisor: String,
     /// `model`, `msr` or `kvm`.
@@ -141,6 +143,7 @@ impl From<&VirtualMachine> for VmView {
             epoch: vm.epoch,
             incarnation: vm.incarnation,
             worker_pid: vm.worker_pid,
+            sandbox: vm.sandbox.clone(),
             hypervisor: vm.hypervisor.clone(),
             pmu_mode: vm.pmu_mode.clone(),
             vcpus: spec.vcpus,

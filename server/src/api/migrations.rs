@@ -59,9 +59,9 @@ impl MigrationsApi {
             Duration::ZERO,
             |seed| async {
                 Self::admit(&handle)?;
-                source_begin::begin(daemon, &handle, spec, &destination, |migration| {
+                Box::pin(source_begin::begin(daemon, &handle, spec, &destination, |migration| {
                     seed.with_metadata(pack("Migration", migration))
-                })
+                }))
                 .await
             },
         ))

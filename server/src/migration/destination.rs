@@ -146,6 +146,7 @@ pub(super) fn arriving(mut vm: VirtualMachine) -> VirtualMachine {
     vm.reason.clear();
     vm.message.clear();
     vm.worker_pid = 0;
+    vm.sandbox.clear();
     vm
 }
 

@@ -190,6 +190,7 @@ fn show(
     (vm.epoch, vm.incarnation) = (held.epoch, held.incarnation);
     vm.vcpu_cores.clear();
     vm.worker_pid = 0;
+    vm.sandbox.clear();
     vm.migration.clear();
     record.vm = Some(vm);
     daemon.registry.insert(daemon, &name, record, held, true).map(drop)

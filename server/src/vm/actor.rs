@@ -250,6 +250,7 @@ impl Actor {
         self.vm.incarnation = self.ownership.incarnation;
         self.vm.vcpu_cores = self.worker.as_ref().map(|w| w.cores().to_vec()).unwrap_or_default();
         self.vm.worker_pid = self.worker.as_ref().map_or(0, WorkerLink::pid);
+        self.vm.sandbox = self.worker.as_ref().map(|w| w.sandbox().to_owned()).unwrap_or_default();
         self.vm.update_time = Some(crate::ops::now());
         self.vm.etag = uuid::Uuid::new_v4().simple().to_string();
         let stored = self.daemon.store.put_vm(&self.record()).await;
@@ -366,12 +367,13 @@ impl Actor {
 }
 
 /// What a guest's end makes of its machine. `dead`: the worker's process has ended too.
-fn ended_state(end: &GuestEnd, dead: bool) -> (State, &'static str) {
+pub(crate) fn ended_state(end: &GuestEnd, dead: bool) -> (State, &'static str) {
     match end.kind() {
         guest_end::Kind::Shutdown => (State::Stopped, "GUEST_SHUTDOWN"),
         guest_end::Kind::Reset => (State::Stopped, "GUEST_RESET"),
         guest_end::Kind::TripleFault => (State::Failed, "GUEST_TRIPLE_FAULT"),
         guest_end::Kind::InternalError => (State::Failed, "HYPERVISOR_INTERNAL_ERROR"),
+        guest_end::Kind::SeccompViolation => (State::Failed, "SECCOMP_VIOLATION"),
         guest_end::Kind::WorkerError | guest_end::Kind::Unspecified if dead => (State::Failed, "WORKER_DIED"),
         guest_end::Kind::WorkerError | guest_end::Kind::Unspecified => (State::Failed, "WORKER_FAILED"),
     }

@@ -62,8 +62,11 @@ pub(super) async fn write(inner: &Inner, data: Vec<u8>) -> Result<WriteConsoleRe
     }
     let devices = Arc::clone(inner.machine()?.devices());
     // The guest's interrupt line is an ioctl.
-    let accepted = tokio::task::spawn_blocking(move || devices.input(&data))
-        .await
-        .map_err(|e| WorkerError::Thread { thread: "console input".to_owned(), problem: e.to_string() })?;
+    let accepted = tokio::task::spawn_blocking(move || {
+        crate::sandbox::hook(crate::sandbox::Kind::Control);
+        devices.input(&data)
+    })
+    .await
+    .map_err(|e| WorkerError::Thread { thread: "console input".to_owned(), problem: e.to_string() })?;
     Ok(WriteConsoleResponse { accepted: accepted as u32 })
 }

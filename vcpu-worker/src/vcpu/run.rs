@@ -42,6 +42,13 @@ pub(super) fn thread(
 ) {
     match Driver::new(setup, shared, inbox) {
         Ok((mut driver, kick)) => {
+            // What a vCPU opens is open now.
+            if let Err(error) = crate::sandbox::enter(crate::sandbox::Kind::Vcpu) {
+                let problem = format!("its seccomp filter: {error}");
+                let thread = super::thread_name("", driver.index);
+                drop(ready.send(Err(WorkerError::Thread { thread, problem })));
+                return;
+            }
             // Nobody waits only if the starter is gone, and then the inbox is closed too.
             drop(ready.send(Ok(kick)));
             // A defect in handling one guest ends that guest, says so, and gives its core back.
@@ -375,6 +382,9 @@ impl Driver {
         if next != State::Running {
             // Overtaken by this request before the first entry: what was asked was done, and undone.
             self.answer_runs();
+        }
+        if matches!(request, Request::Pause(_)) {
+            crate::sandbox::hook(crate::sandbox::Kind::Vcpu);
         }
         self.serve(request);
     }

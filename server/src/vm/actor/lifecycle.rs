@@ -98,8 +98,9 @@ impl Actor {
                 self.show(previous.0);
                 Err(error)
             }
-            Err(error) => {
+            Err(mut error) => {
                 if let Some(worker) = self.worker.take() {
+                    error = worker.cause(error).await;
                     worker.end().await;
                 }
                 let (reason, message) = (error.reason().to_owned(), error.message().to_owned());

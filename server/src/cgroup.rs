@@ -1,0 +1,221 @@
+//! A cgroup for each worker process, below the daemon's own: in the unified hierarchy (v2) and, where they are mounted
+//! as v1, in those of the memory and pids controllers.
+//!
+//! Invariants: a directory is written down in the worker's runtime directory before it is made, so that whoever clears
+//! that removes it, also after a crash; a host on which no hierarchy can be written runs workers without, and says so
+//! once. Names carry the store's id: daemons do not touch each other's.
+//!
+//! Moving a process costs the kernel a grace period (5 to 20 ms measured), so it is done beside the worker's start and
+//! nothing waits for it. What a worker allocated before is charged to the daemon's cgroup.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Threads of one worker: 256 vCPUs, 64 blocking helpers, migration and runtime threads.
+const MAX_THREADS: u32 = 1024;
+/// File in a runtime directory that lists the cgroup directories.
+const FILE: &str = "cgroup";
+/// v1 controllers in which a worker gets a cgroup.
+const V1: [&str; 2] = ["memory", "pids"];
+
+/// One hierarchy that can be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Hierarchy {
+    /// "v2" or the v1 controller.
+    label: String,
+    /// The daemon's own cgroup in it.
+    parent: PathBuf,
+}
+
+/// Where this host's workers get their cgroups.
+#[derive(Debug, Default)]
+pub struct Cgroups {
+    prefix: String,
+    hierarchies: Vec<Hierarchy>,
+}
+
+impl Cgroups {
+    /// Looks for what can be written, and removes what an earlier daemon of the same store left of workers that have no
+    /// runtime directory any more (`live`: those that have). Says once if there is nothing.
+    pub fn discover(store_id: &str, live: &[String]) -> Self {
+        let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let prefix = format!("vpmud-{}-", store_id.get(..8).unwrap_or(store_id));
+        let mut refused = Vec::new();
+        let mut hierarchies = hierarchies(&own, &mounts);
+        hierarchies.retain(|h| {
+            let probe = h.parent.join(format!("{prefix}probe-{}", std::process::id()));
+            match std::fs::create_dir(&probe).and_then(|()| std::fs::remove_dir(&probe)) {
+                Ok(()) => true,
+                Err(error) => {
+                    refused.push(format!("{}: {error}", h.parent.display()));
+                    false
+                }
+            }
+        });
+        if hierarchies.is_empty() {
+            tracing::warn!(
+                ?refused,
+                "workers get no cgroup of their own: none can be made here; under systemd set Delegate=yes"
+            );
+        }
+        let found = Self { prefix, hierarchies };
+        found.sweep(live);
+        found
+    }
+
+    /// For the machine's view: "v2,memory,pids" or "none".
+    pub fn describe(&self) -> String {
+        if self.hierarchies.is_empty() {
+            return "none".to_owned();
+        }
+        self.hierarchies.iter().map(|h| h.label.as_str()).collect::<Vec<_>>().join(",")
+    }
+
+    /// Puts a process into cgroups of its own. Blocks.
+    pub fn place(&self, uid: &str, pid: u32, runtime_dir: &Path) {
+        if self.hierarchies.is_empty() {
+            return;
+        }
+        let dirs: Vec<_> = self.hierarchies.iter().map(|h| (h, self.dir(h, uid))).collect();
+        let list: Vec<_> = dirs.iter().map(|(_, dir)| dir.display().to_string()).collect();
+        if let Err(error) = std::fs::write(runtime_dir.join(FILE), list.join("\n")) {
+            // The worker has ended already and its directory with it.
+            tracing::debug!(uid, %error, "no cgroup for a worker");
+            return;
+        }
+        for (hierarchy, dir) in dirs {
+            if let Err(error) = enter(&hierarchy.label, &dir, pid) {
+                tracing::warn!(uid, dir = %dir.display(), %error, "a worker stays in the daemon's cgroup");
+            }
+        }
+    }
+
+    fn dir(&self, hierarchy: &Hierarchy, uid: &str) -> PathBuf {
+        hierarchy.parent.join(format!("{}{uid}", self.prefix))
+    }
+
+    fn sweep(&self, live: &[String]) {
+        for hierarchy in &self.hierarchies {
+            for entry in std::fs::read_dir(&hierarchy.parent).into_iter().flatten().flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let Some(uid) = name.strip_prefix(&self.prefix) else { continue };
+                if !live.iter().any(|l| l == uid) {
+                    remove_dir(&entry.path());
+                }
+            }
+        }
+    }
+}
+
+fn enter(label: &str, dir: &Path, pid: u32) -> io::Result<()> {
+    match std::fs::create_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    if label == "pids" {
+        std::fs::write(dir.join("pids.max"), MAX_THREADS.to_string())?;
+    }
+    match std::fs::write(dir.join("cgroup.procs"), pid.to_string()) {
+        // It has ended.
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => Ok(()),
+        other => other,
+    }
+}
+
+/// Removes the cgroups that a runtime directory lists. The processes in them have ended.
+pub fn remove(runtime_dir: &Path) {
+    let list = std::fs::read_to_string(runtime_dir.join(FILE)).unwrap_or_default();
+    list.lines().map(Path::new).filter(|dir| dir.is_absolute()).for_each(remove_dir);
+}
+
+fn remove_dir(dir: &Path) {
+    // The kernel may need a moment after the process's end until the cgroup is empty.
+    for _ in 0..20 {
+        match std::fs::remove_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return tracing::warn!(dir = %dir.display(), %error, "a cgroup cannot be removed");
+            }
+            _ => return,
+        }
+    }
+    tracing::warn!(dir = %dir.display(), "a cgroup stays: something is in it still; the next start removes it");
+}
+
+/// From /proc/self/cgroup and /proc/self/mountinfo (cgroups(7), proc(5)).
+fn hierarchies(own: &str, mounts: &str) -> Vec<Hierarchy> {
+    let mut found = Vec::new();
+    for line in own.lines() {
+        let mut fields = line.splitn(3, ':');
+        let (Some(id), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else {
+            continue;
+        };
+        let unified = id == "0" && controllers.is_empty();
+        let labels: Vec<&str> = if unified {
+            vec!["v2"]
+        } else {
+            V1.into_iter().filter(|c| controllers.split(',').any(|have| have == *c)).collect()
+        };
+        for label in labels {
+            if let Some(parent) = mounts.lines().find_map(|mount| below(mount, unified, label, path)) {
+                found.push(Hierarchy { label: label.to_owned(), parent });
+            }
+        }
+    }
+    found.sort_by_key(|h| h.label != "v2");
+    found
+}
+
+/// Where a cgroup is, if this mount shows its hierarchy.
+fn below(mount: &str, unified: bool, label: &str, path: &str) -> Option<PathBuf> {
+    let (mine, system) = mount.split_once(" - ")?;
+    let mut mine = mine.split(' ').skip(3);
+    let (root, point) = (mine.next()?, mine.next()?);
+    let mut system = system.split(' ');
+    let (kind, _source, options) = (system.next()?, system.next()?, system.next().unwrap_or(""));
+    let shown = match (unified, kind) {
+        (true, "cgroup2") => true,
+        (false, "cgroup") => options.split(',').any(|o| o == label),
+        _ => false,
+    };
+    if !shown {
+        return None;
+    }
+    let inner = if root == "/" { path } else { path.strip_prefix(root)? };
+    Some(Path::new(point).join(inner.trim_start_matches('/')))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_versions_are_found() {
+        let own = "8:pids:/\n4:memory:/a/b\n1:cpu,cpuacct:/\n0::/system.slice/vpmud.service\n";
+        let mounts = "30 1 0:5 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
+                      31 1 0:6 / /sys/fs/cgroup/pids rw,relatime shared:1 - cgroup cgroup rw,pids\n\
+                      32 1 0:7 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
+        let found = hierarchies(own, mounts);
+        let shown: Vec<_> = found.iter().map(|h| (h.label.as_str(), h.parent.to_str().unwrap())).collect();
+        assert_eq!(
+            shown,
+            [
+                ("v2", "/sys/fs/cgroup/unified/system.slice/vpmud.service"),
+                ("pids", "/sys/fs/cgroup/pids/"),
+                ("memory", "/sys/fs/cgroup/memory/a/b"),
+            ]
+        );
+        assert!(hierarchies("", mounts).is_empty() && hierarchies(own, "").is_empty());
+    }
+
+    #[test]
+    fn a_mount_of_a_part_is_understood() {
+        let mount = "30 1 0:5 /box /sys/fs/cgroup rw - cgroup2 none rw";
+        assert_eq!(below(mount, true, "v2", "/box/x"), Some(PathBuf::from("/sys/fs/cgroup/x")));
+        assert_eq!(below(mount, true, "v2", "/other"), None);
+        assert_eq!(below(mount, false, "memory", "/box/x"), None);
+    }
+}
