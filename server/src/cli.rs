@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::config::{Address, HypervisorKind, Isolation, PmuMode, ServeConfig};
+use crate::config::{Address, HypervisorKind, Isolation, LocalMigration, PmuMode, ServeConfig};
 
 /// Runs virtual machines on this host and gives their guests the processor's performance counters.
 #[derive(Debug, Parser)]
@@ -72,6 +72,10 @@ struct ServeArgs {
     /// For tests: worker threads of this kind make a forbidden system call.
     #[arg(long, value_enum, hide = true)]
     worker_violates: Option<vcpu_worker::sandbox::Kind>,
+    /// When memory is handed to another vpmud on this machine instead of copied; auto needs a destination that is a Unix
+    /// socket.
+    #[arg(long, value_enum, default_value = "auto")]
+    local_migration: LocalMigration,
     /// End in order when standard input ends, that is, with the process that started this one.
     #[arg(long)]
     exit_with_parent: bool,
@@ -94,6 +98,7 @@ impl From<ServeArgs> for ServeConfig {
             stop_vms: args.stop_vms,
             seccomp: args.seccomp,
             worker_violates: args.worker_violates,
+            local_migration: args.local_migration,
             exit_with_parent: args.exit_with_parent,
             hold_at: args.hold_at,
         }

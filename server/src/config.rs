@@ -172,6 +172,15 @@ pub enum Isolation {
     Process,
 }
 
+/// When a machine's memory is handed over to another vpmud on this machine instead of being copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LocalMigration {
+    /// In mode auto where it works, and in mode local.
+    Auto,
+    /// In mode local only.
+    Asked,
+}
+
 /// Everything `serve` needs to know.
 #[derive(Debug, Clone)]
 pub struct ServeConfig {
@@ -197,6 +206,8 @@ pub struct ServeConfig {
     pub seccomp: vcpu_worker::sandbox::Mode,
     /// For tests: worker threads of this kind make a forbidden call.
     pub worker_violates: Option<vcpu_worker::sandbox::Kind>,
+    /// When memory is handed over instead of copied.
+    pub local_migration: LocalMigration,
     /// End when standard input ends.
     pub exit_with_parent: bool,
     /// For tests: stop this process at a point of a handover.

@@ -60,6 +60,8 @@ pub struct Daemon {
     pub shutdown: CancellationToken,
     /// Every task that must end before the store closes.
     pub tasks: TaskTracker,
+    /// A machine that moves to another vpmud on this machine hands its memory over unless its request says otherwise.
+    pub auto_local: bool,
     /// For tests: where to stop this process.
     pub hold_at: Option<crate::handover::step::HoldPoint>,
 }

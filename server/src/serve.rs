@@ -184,6 +184,7 @@ async fn serve(
         peer_address,
         shutdown: CancellationToken::new(),
         tasks: TaskTracker::new(),
+        auto_local: config.local_migration == crate::config::LocalMigration::Auto,
         hold_at: config.hold_at,
         store,
     });

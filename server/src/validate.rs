@@ -270,15 +270,6 @@ pub fn migration(spec: Option<MigrationSpec>) -> Result<(MigrationSpec, Address)
         ));
     }
     match migration_spec::Mode::try_from(spec.mode) {
-        Ok(migration_spec::Mode::Local) => {
-            return Err(ApiError::invalid(
-                "spec.mode",
-                "LOCAL",
-                "MODE_UNAVAILABLE",
-                "is not there yet",
-                "use AUTO or PRECOPY_ONLY, which copies",
-            ));
-        }
         Ok(_) => {}
         Err(_) => {
             return Err(ApiError::invalid(

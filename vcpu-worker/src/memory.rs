@@ -12,7 +12,8 @@ mod mapping;
 mod writes;
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::bitmap::PageBitmap;
 use mapping::Mapping;
@@ -59,6 +60,17 @@ pub enum MemoryError {
         /// Where.
         address: u64,
     },
+    /// What another process handed over cannot be a guest's memory.
+    #[error(
+        "the descriptor handed over cannot be guest memory: {problem}; move the machine by copying (mode precopy)"
+    )]
+    Foreign {
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The memory belongs to a guest that another worker may still run.
+    #[error("guest memory that was handed over is not written before the grant")]
+    Locked,
     /// The operating system refused.
     #[error("{call} for guest memory failed: {source}")]
     Os {
@@ -77,6 +89,8 @@ impl MemoryError {
             Self::Size { .. } => "MEMORY_SIZE_INVALID",
             Self::OutOfRange { .. } => "MEMORY_OUT_OF_RANGE",
             Self::Unaligned { .. } => "MEMORY_UNALIGNED",
+            Self::Foreign { .. } => "MEMORY_FOREIGN",
+            Self::Locked => "MEMORY_LOCKED",
             Self::Os { .. } => "MEMORY_CALL_FAILED",
         }
     }
@@ -102,6 +116,10 @@ pub struct GuestMemory {
 struct Inner {
     mapping: Mapping,
     fd: OwnedFd,
+    /// Another guest's memory, which is mapped instead of `fd` since it was handed over.
+    foreign: OnceLock<OwnedFd>,
+    /// It was handed over and must not be written yet.
+    locked: AtomicBool,
     regions: Vec<Region>,
     writes: HostWrites,
 }
@@ -123,14 +141,50 @@ impl GuestMemory {
     /// Maps the memfd of another process's guest, which must be exactly `bytes` long.
     pub fn from_fd(fd: OwnedFd, bytes: u64) -> Result<Self, MemoryError> {
         check_size(bytes)?;
-        let stat = rustix::fs::fstat(&fd).map_err(|e| MemoryError::Os { call: "fstat", source: e.into() })?;
-        if u64::try_from(stat.st_size) != Ok(bytes) {
-            return Err(MemoryError::Size { bytes, problem: "the memory handed over has another size" });
-        }
+        mapping::check_foreign(&fd, bytes)?;
         let mapping = Mapping::new(&fd, bytes)?;
-        Ok(Self {
-            inner: Arc::new(Inner { mapping, fd, regions: layout(bytes), writes: HostWrites::default() }),
-        })
+        let inner = Inner {
+            mapping,
+            fd,
+            foreign: OnceLock::new(),
+            locked: AtomicBool::new(false),
+            regions: layout(bytes),
+            writes: HostWrites::default(),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Takes another guest's memory in the place of this one, which nobody has touched yet: at the same addresses, so
+    /// that a VM built on it stays whole, and read-only until [`Self::unlock`]. That is enforced by the mapping itself:
+    /// also KVM cannot write before. Once, for a VM whose vCPUs have not run.
+    ///
+    /// # Errors
+    /// `Foreign`, `Size`, `Os`. After `Os` the memory is not fit for use.
+    pub fn take_over(&self, fd: OwnedFd) -> Result<(), MemoryError> {
+        mapping::check_foreign(&fd, self.bytes())?;
+        if self.resident_pages().is_none_or(|pages| !pages.is_empty()) {
+            return Err(MemoryError::Foreign { problem: "the memory that it would replace is in use" });
+        }
+        let foreign = || MemoryError::Foreign { problem: "another memory was handed over before" };
+        self.inner.foreign.set(fd).map_err(|_| foreign())?;
+        self.inner.locked.store(true, Ordering::SeqCst);
+        self.inner.mapping.replace(self.inner.foreign.get().ok_or_else(foreign)?)
+    }
+
+    /// The right to run has come: memory that was handed over may be written. Does nothing to any other.
+    ///
+    /// # Errors
+    /// `Os`.
+    pub fn unlock(&self) -> Result<(), MemoryError> {
+        if self.inner.locked.load(Ordering::SeqCst) {
+            self.inner.mapping.unlock()?;
+            self.inner.locked.store(false, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn writable(&self) -> Result<(), MemoryError> {
+        if self.inner.locked.load(Ordering::SeqCst) { Err(MemoryError::Locked) } else { Ok(()) }
     }
 
     /// Size in bytes.
@@ -145,7 +199,7 @@ impl GuestMemory {
 
     /// The memfd.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.inner.fd.as_fd()
+        self.inner.foreign.get().unwrap_or(&self.inner.fd).as_fd()
     }
 
     /// RAM as the guest sees it, ascending; one region up to 3 GiB, else two.
@@ -196,6 +250,7 @@ impl GuestMemory {
     /// Atomic store (release) of an aligned word.
     pub fn store_u64(&self, gpa: u64, value: u64) -> Result<(), MemoryError> {
         let offset = self.translate(gpa, 8)?;
+        self.writable()?;
         self.inner.mapping.store_u64(offset, value).ok_or(MemoryError::Unaligned { address: gpa })?;
         self.inner.writes.mark(offset, 8);
         Ok(())
@@ -208,6 +263,7 @@ impl GuestMemory {
 
     /// Copies into the memfd.
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), MemoryError> {
+        self.writable()?;
         self.inner.mapping.write(offset, data)?;
         self.inner.writes.mark(offset, data.len() as u64);
         Ok(())
@@ -240,8 +296,9 @@ impl GuestMemory {
         if len == 0 {
             return Ok(());
         }
+        self.writable()?;
         let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&self.inner.fd, flags, offset, len)
+        rustix::fs::fallocate(self.fd(), flags, offset, len)
             .map_err(|e| MemoryError::Os { call: "fallocate", source: e.into() })?;
         self.inner.writes.mark(offset, len);
         Ok(())
@@ -254,12 +311,12 @@ impl GuestMemory {
         let mut at = 0;
         // Positions are absolute, so that two threads seeking on the same descriptor do not disturb each other.
         while at < self.bytes() {
-            let data = match rustix::fs::seek(&self.inner.fd, SeekFrom::Data(at)) {
+            let data = match rustix::fs::seek(self.fd(), SeekFrom::Data(at)) {
                 Ok(data) => data,
                 Err(rustix::io::Errno::NXIO) => break,
                 Err(_) => return None,
             };
-            let hole = rustix::fs::seek(&self.inner.fd, SeekFrom::Hole(data)).ok()?;
+            let hole = rustix::fs::seek(self.fd(), SeekFrom::Hole(data)).ok()?;
             if hole <= data {
                 return None;
             }
@@ -302,6 +359,7 @@ impl GuestMemory {
     /// Reads pieces of the memfd with readv until all is there. Blocks; end of file is `UnexpectedEof`. A piece
     /// outside of the memory is `InvalidInput` and nothing is read.
     pub fn recv_into(&self, fd: BorrowedFd<'_>, ranges: &[(u64, u64)]) -> std::io::Result<()> {
+        self.writable().map_err(std::io::Error::other)?;
         io::recv(&self.inner.mapping, fd, ranges)
     }
 

@@ -9,6 +9,8 @@ use worker_common::*;
 
 const ID: &str = "0b1e0b1e-0000-4000-8000-000000000001";
 const TOKEN: [u8; 32] = [7; 32];
+/// As the listener: the memory itself is handed over.
+const LOCAL: &str = "local";
 
 struct Pair {
     source: Host,
@@ -36,7 +38,8 @@ async fn begin(
         let prepared = source.client.prepare_outgoing(request).await.expect("a certificate").into_inner();
         certificate = prepared.certificate_sha256;
     }
-    let listen = listen.map(|l| l.replace("tls:", "tcp:"));
+    let local = listen == Some(LOCAL);
+    let listen = listen.filter(|_| !local).map(|l| l.replace("tls:", "tcp:"));
     let listen = listen.unwrap_or_else(|| format!("unix:{}/data", dir.path().display()));
     let request = PrepareIncomingRequest {
         fence: destination.fence(),
@@ -47,6 +50,7 @@ async fn begin(
         connections: 2,
         memory_bytes: 64 << 20,
         peer_certificate_sha256: certificate,
+        local,
     };
     let prepared = destination.client.prepare_incoming(request).await.expect("prepare").into_inner();
     assert_eq!(destination.state().await, State::Incoming);
@@ -63,6 +67,7 @@ async fn begin(
         max_bandwidth: 0,
         max_duration_ms: 0,
         peer_certificate_sha256: prepared.certificate_sha256,
+        local,
     };
     let out = source.client.migrate_out(request).await.expect("migrate out").into_inner();
     Pair { source, destination, _dir: dir, out, arriving }
@@ -110,10 +115,14 @@ async fn a_running_probe_moves() {
         moves(hypervisor, Some("tcp:127.0.0.1:0")).await;
         moves(hypervisor, Some("tls:127.0.0.1:0")).await;
         tls_needs_what_was_prepared(hypervisor).await;
-        cancelled_and_again(hypervisor).await;
-        paused_stays_paused(hypervisor).await;
-        there_and_back(hypervisor).await;
-        the_destination_goes_away(hypervisor).await;
+        moves(hypervisor, Some(LOCAL)).await;
+        for listen in [None, Some(LOCAL)] {
+            println!("{}", listen.unwrap_or("copied"));
+            cancelled_and_again(hypervisor, listen).await;
+            paused_stays_paused(hypervisor, listen).await;
+            there_and_back(hypervisor, listen).await;
+            the_destination_goes_away(hypervisor, listen).await;
+        }
         assert_eq!(worker_threads(), Vec::<String>::new(), "{hypervisor}: threads are left");
     }
 }
@@ -210,9 +219,9 @@ async fn moves(hypervisor: &str, listen: Option<&str>) {
     pair.destination.shutdown().await;
 }
 
-async fn cancelled_and_again(hypervisor: &str) {
+async fn cancelled_and_again(hypervisor: &str, listen: Option<&str>) {
     let source = started(hypervisor).await;
-    let mut pair = begin(source, Host::new(&host_cores(), "vm-m"), hypervisor, 1, None).await;
+    let mut pair = begin(source, Host::new(&host_cores(), "vm-m"), hypervisor, 1, listen).await;
     converged(&mut pair.out).await;
     let cancel = CancelMigrationRequest { fence: pair.source.fence(), migration_id: ID.to_owned() };
     pair.source.client.cancel_migration(cancel).await.expect("cancel");
@@ -236,7 +245,7 @@ async fn cancelled_and_again(hypervisor: &str) {
         .await;
 
     // The next attempt begins with a full copy and succeeds; memory is the same at both ends.
-    let mut pair = begin(pair.source, Host::new(&host_cores(), "vm-m"), hypervisor, 2, None).await;
+    let mut pair = begin(pair.source, Host::new(&host_cores(), "vm-m"), hypervisor, 2, listen).await;
     converged(&mut pair.out).await;
     let request =
         FinishMigrationRequest { fence: pair.source.fence(), migration_id: ID.to_owned(), epoch: 1 };
@@ -258,10 +267,10 @@ async fn cancelled_and_again(hypervisor: &str) {
     pair.source.shutdown().await;
 }
 
-async fn paused_stays_paused(hypervisor: &str) {
+async fn paused_stays_paused(hypervisor: &str, listen: Option<&str>) {
     let mut source = started(hypervisor).await;
     let images = source.pause().await;
-    let mut pair = begin(source, Host::new(&host_cores(), "vm-m"), hypervisor, 1, None).await;
+    let mut pair = begin(source, Host::new(&host_cores(), "vm-m"), hypervisor, 1, listen).await;
     converged(&mut pair.out).await;
     let request =
         FinishMigrationRequest { fence: pair.source.fence(), migration_id: ID.to_owned(), epoch: 1 };
@@ -282,10 +291,10 @@ async fn paused_stays_paused(hypervisor: &str) {
 }
 
 /// Four hops in a row, each from a worker that it came to by the hop before.
-async fn there_and_back(hypervisor: &str) {
+async fn there_and_back(hypervisor: &str, listen: Option<&str>) {
     let mut source = started(hypervisor).await;
     for hop in 1..=4 {
-        let mut pair = begin(source, Host::new(&host_cores(), "vm-m"), hypervisor, 1, None).await;
+        let mut pair = begin(source, Host::new(&host_cores(), "vm-m"), hypervisor, 1, listen).await;
         converged(&mut pair.out).await;
         let epoch = hop;
         let request =
@@ -314,9 +323,9 @@ async fn there_and_back(hypervisor: &str) {
 
 /// A destination that ends during the copy costs nothing; one that ends at the stop leaves the source sealed and whole,
 /// and its owner runs it again under a later epoch.
-async fn the_destination_goes_away(hypervisor: &str) {
+async fn the_destination_goes_away(hypervisor: &str, listen: Option<&str>) {
     let source = started(hypervisor).await;
-    let mut pair = begin(source, Host::new(&host_cores(), "vm-m"), hypervisor, 1, None).await;
+    let mut pair = begin(source, Host::new(&host_cores(), "vm-m"), hypervisor, 1, listen).await;
     converged(&mut pair.out).await;
     pair.destination.shutdown().await;
     let end = loop {
@@ -330,7 +339,7 @@ async fn the_destination_goes_away(hypervisor: &str) {
     let status = pair.source.status().await;
     assert_eq!((status.state(), status.migration_id.as_str()), (State::Running, ""));
 
-    let mut pair = begin(pair.source, Host::new(&host_cores(), "vm-m"), hypervisor, 2, None).await;
+    let mut pair = begin(pair.source, Host::new(&host_cores(), "vm-m"), hypervisor, 2, listen).await;
     converged(&mut pair.out).await;
     // Its listener is gone with it, whenever the source notices.
     let (finished, ()) = {

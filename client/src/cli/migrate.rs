@@ -69,7 +69,7 @@ enum Mode {
     Auto,
     /// Iterative copy while it runs.
     Precopy,
-    /// Same host: memory is handed over, not copied; hosts refuse it so far.
+    /// Same machine: memory is handed over, not copied.
     Local,
 }
 

@@ -102,6 +102,7 @@ impl MigrationPeerService for PeerApi {
             host_id: self.daemon.host.host_id.clone(),
             capabilities: Some(self.daemon.capabilities()),
             daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
+            boot_id: self.daemon.host.boot_id.clone(),
         }))
     }
 

@@ -60,6 +60,8 @@ impl Host {
             .arg(directory.join(name))
             .args(["--listen", &api.to_string(), "--peer-listen", &peer.to_string()])
             .args(["--hypervisor", hypervisor, "--exit-with-parent"])
+            // The two stand for two machines: memory is copied between them.
+            .args(["--local-migration", "asked"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log_file)

@@ -27,6 +27,9 @@ pub fn mismatches(daemon: &Daemon, needs: &Requirements) -> Vec<MigrationMismatc
             format!("the machine's PMU mode is {:?}, this host's {:?}", needs.pmu_mode, daemon.host.pmu_mode);
         add(&mut found, "PMU_MODE", message, "start this vpmud with the same --pmu");
     }
+    if !needs.local_boot_id.is_empty() && needs.local_boot_id != daemon.host.boot_id {
+        found.push(other_boot(&needs.local_boot_id, &daemon.host.boot_id));
+    }
     sizes(daemon, &spec, &mut found);
     pmu(daemon, needs, &mut found);
     if needs.hypervisor == "kvm" {
@@ -42,6 +45,21 @@ fn add(found: &mut Vec<MigrationMismatch>, rule: &str, message: String, remedy: 
         remedy: remedy.to_owned(),
         warning: false,
     });
+}
+
+/// Memory cannot be handed over: the hosts are not the same boot of one machine.
+pub(super) fn other_boot(source: &str, destination: &str) -> MigrationMismatch {
+    let show = |id: &str| if id.is_empty() { "none".to_owned() } else { crate::status::clip(id, 64) };
+    MigrationMismatch {
+        rule: "OTHER_MACHINE".to_owned(),
+        message: format!(
+            "mode local hands memory over within one machine, and the boot ids differ: {} here, {} there",
+            show(source),
+            show(destination)
+        ),
+        remedy: "use mode auto or precopy, which copies".to_owned(),
+        warning: false,
+    }
 }
 
 fn name(daemon: &Daemon, name: &str, uid: &str, found: &mut Vec<MigrationMismatch>) {

@@ -170,10 +170,15 @@ impl Incoming {
         let vm = self.record.vm.clone().unwrap_or_default();
         let spec = vm.spec.unwrap_or_default();
         let asked = self.request.requirements.as_ref().and_then(|r| r.spec.clone()).unwrap_or_default();
-        let listen = self.data_address();
+        let local = self.request.requirements.as_ref().is_some_and(|needs| !needs.local_boot_id.is_empty());
         let certificate = std::mem::take(&mut self.request.certificate_sha256);
-        let peer_certificate_sha256 =
-            if self.encrypted(&asked, &certificate)? { certificate } else { vec![] };
+        // Memory that is handed over leaves no machine: there is nothing to encrypt.
+        let encrypted = !local && self.encrypted(&asked, &certificate)?;
+        let peer_certificate_sha256 = if encrypted { certificate } else { vec![] };
+        if local {
+            self.way = Way::Unix;
+        }
+        let listen = self.data_address();
         let grant = self.daemon.capacity.grant(spec.memory_bytes, spec.vcpus)?;
         let launch = Launch {
             vm_uid: &self.handle.uid,
@@ -196,9 +201,10 @@ impl Incoming {
             attempt: self.request.attempt,
             token: token.clone(),
             listen,
-            connections: asked.connections.max(1),
+            connections: if local { 1 } else { asked.connections.max(1) },
             memory_bytes: spec.memory_bytes,
             peer_certificate_sha256,
+            local,
         };
         let listening = worker.prepare_incoming(incoming).await?;
         Ok(PrepareResponse {

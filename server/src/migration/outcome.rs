@@ -37,6 +37,7 @@ pub(super) struct Cost<'a> {
     pub(super) entered_ns: u64,
     pub(super) boot_id: &'a str,
     pub(super) source_cores: &'a [u32],
+    pub(super) local: bool,
     pub(super) total_us: u64,
 }
 
@@ -57,7 +58,7 @@ impl Cost<'_> {
             guest_gap_us: None,
             bytes: finish.bytes,
             rounds: finish.rounds,
-            mode: "precopy".to_owned(),
+            mode: if self.local { "local" } else { "precopy" }.to_owned(),
             transport: finish.transport.clone(),
             breakdown: Some(BlackoutBreakdown {
                 stop_us: finish.stop_us,

@@ -70,6 +70,8 @@ pub(super) struct Source {
     pub(super) requirements: Requirements,
     pub(super) id: Uuid,
     pub(super) spec: MigrationSpec,
+    /// Memory is handed over instead of copied.
+    pub(super) local: bool,
     pub(super) accepted: Instant,
     pub(super) cancel: CancellationToken,
     pub(super) committed: Arc<AtomicBool>,

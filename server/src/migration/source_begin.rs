@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vpmu_proto::api::migration::State;
+use vpmu_proto::api::migration_spec::Mode;
 use vpmu_proto::api::{Migration, MigrationMismatch, MigrationSpec};
 use vpmu_proto::peer::Requirements;
 use vpmu_proto::store::MigrationRecord;
@@ -31,6 +32,8 @@ pub struct Checked {
     requirements: Requirements,
     /// The destination's host id.
     pub destination_host: String,
+    /// Memory is handed over instead of copied.
+    local: bool,
     /// What does not fit.
     pub mismatches: Vec<MigrationMismatch>,
 }
@@ -45,6 +48,7 @@ pub async fn check(
     let view = handle.view();
     let peer = Peer::connect(address).await?;
     let who = peer.negotiate(&daemon.host.host_id).await?;
+    let local = is_local(daemon, spec, address, &who.boot_id);
     let pmu = match &view.worker {
         Some(worker) => worker.pmu().await?,
         None => Vec::new(),
@@ -57,6 +61,7 @@ pub async fn check(
         spec: Some(spec.clone()),
         cpuid: daemon.host.cpuid.clone(),
         pmu,
+        local_boot_id: if local { daemon.host.boot_id.clone() } else { String::new() },
     };
     let mismatches = if who.host_id == daemon.host.host_id {
         vec![MigrationMismatch {
@@ -66,9 +71,25 @@ pub async fn check(
             warning: false,
         }]
     } else {
-        peer.check(requirements.clone()).await?.mismatches
+        let mut mismatches = peer.check(requirements.clone()).await?.mismatches;
+        // A destination that says no boot id does not know the mode and finds nothing wrong with it.
+        if local && who.boot_id.is_empty() {
+            mismatches.push(super::check::other_boot(&daemon.host.boot_id, ""));
+        }
+        mismatches
     };
-    Ok(Checked { peer, requirements, destination_host: who.host_id, mismatches })
+    Ok(Checked { peer, requirements, destination_host: who.host_id, local, mismatches })
+}
+
+/// Whether memory is to be handed over: if that was asked for, or if nothing was and it will work: the same boot of the
+/// same machine, reached through a Unix socket (so that its workers' sockets are reached too), and allowed here.
+fn is_local(daemon: &Daemon, spec: &MigrationSpec, address: &Address, boot_id: &str) -> bool {
+    let same = !boot_id.is_empty() && boot_id == daemon.host.boot_id;
+    match spec.mode() {
+        Mode::Local => true,
+        Mode::PrecopyOnly => false,
+        Mode::Unspecified | Mode::Auto => same && daemon.auto_local && matches!(address, Address::Unix(_)),
+    }
 }
 
 /// Begins a migration and returns its operation's id.
@@ -81,7 +102,7 @@ pub async fn begin(
 ) -> Result<Uuid, ApiError> {
     let accepted = Instant::now();
     let create_time = crate::ops::now();
-    let checked = check(daemon, handle, &spec, address).await?;
+    let checked = Box::pin(check(daemon, handle, &spec, address)).await?;
     refuse(&handle.name.to_string(), &checked.mismatches)?;
     let id = Uuid::new_v4();
     let name = MigrationName { vm: handle.name.clone(), id }.to_string();
@@ -141,6 +162,7 @@ pub async fn begin(
         requirements: checked.requirements,
         id,
         spec,
+        local: checked.local,
         accepted,
         cancel,
         committed,

@@ -144,23 +144,27 @@ impl Source {
 
     /// Whether data connections may be encrypted: not over a Unix socket, nor where it is not wanted.
     fn may_encrypt(&self) -> bool {
-        matches!(self.peer.address, Address::Tcp(_)) && !self.spec.allow_plaintext
+        matches!(self.peer.address, Address::Tcp(_)) && !self.spec.allow_plaintext && !self.local
     }
 
     /// Whether they must be.
     fn must_encrypt(&self) -> bool {
         let off_host = matches!(self.peer.address, Address::Tcp(addr) if !addr.ip().is_loopback());
-        self.spec.require_tls || (off_host && !self.spec.allow_plaintext)
+        !self.local && (self.spec.require_tls || (off_host && !self.spec.allow_plaintext))
     }
 
     fn start_copy(&mut self) {
-        self.show(Shown::Precopy, "copying memory while the machine runs");
+        self.show(
+            Shown::Precopy,
+            if self.local { "handing memory over" } else { "copying memory while the machine runs" },
+        );
         let prepared = self.work.prepared.take().unwrap_or_default();
         let bound = duration(self.spec.max_duration, MAX_DURATION);
         let request = MigrateOutRequest {
             fence: None,
             migration_id: self.id.to_string(),
             attempt: 1,
+            local: self.local,
             data_address: prepared.data_address,
             token: prepared.token,
             connections: self.spec.connections.max(1),

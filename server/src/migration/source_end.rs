@@ -98,6 +98,7 @@ impl Source {
             entered_ns,
             boot_id: &self.daemon.host.boot_id,
             source_cores: &self.work.source_cores,
+            local: self.local,
             total_us: self.work.total_us,
         };
         MigrationResult { guest_gap_us: self.work.guest_gap_us, ..cost.result() }

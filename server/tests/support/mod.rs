@@ -247,6 +247,10 @@ pub async fn spawn(
         .stdout(Stdio::piped())
         .stderr(Stdio::from(std::fs::File::create(dir.join("log")).expect("log")))
         .kill_on_drop(true);
+    // Hosts of a test stand for different machines, so that memory is copied unless a test asks for mode local.
+    if !options.iter().any(|option| option == "--local-migration") {
+        command.args(["--local-migration", "asked"]);
+    }
     let mut child = command.spawn().expect("spawns");
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
     let line =

@@ -383,7 +383,7 @@ fn timespec(duration: Duration) -> Timespec {
     Timespec { tv_sec: duration.as_secs().min(3600).cast_signed(), tv_nsec: duration.subsec_nanos().into() }
 }
 
-fn wait_one(fd: BorrowedFd<'_>, flags: PollFlags, timeout: Duration) -> io::Result<bool> {
+pub(crate) fn wait_one(fd: BorrowedFd<'_>, flags: PollFlags, timeout: Duration) -> io::Result<bool> {
     match poll(&mut [PollFd::from_borrowed_fd(fd, flags)], Some(&timespec(timeout))) {
         Ok(ready) => Ok(ready > 0),
         Err(rustix::io::Errno::INTR) => Ok(false),

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use sha2::{Digest, Sha256};
 
 use self::gate::Gate;
+pub(super) use self::handshake::equal_in_constant_time;
 use self::rounds::{Outcome, Receiver};
 use super::address::{DataAddress, DataListener};
 use super::cancel::CancelFlag;
@@ -36,11 +37,11 @@ use crate::memory::GuestMemory;
 /// The destination's end, waiting.
 #[derive(Debug)]
 pub struct Incoming {
-    listener: DataListener,
-    session: SessionId,
+    pub(super) listener: DataListener,
+    pub(super) session: SessionId,
     connections: u16,
-    memory: GuestMemory,
-    timeouts: Timeouts,
+    pub(super) memory: GuestMemory,
+    pub(super) timeouts: Timeouts,
     tls: Option<Tls>,
 }
 

@@ -15,11 +15,15 @@ mod round;
 pub use self::connect::ConnectOptions;
 
 use std::net::Shutdown;
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::event::PollFlags;
+
 use self::round::{Round, Tally, Work};
+use super::address::wait_one;
 use super::cancel::CancelFlag;
 use super::conn::{Conn, Timeouts};
 use super::error::{DataplaneError, Result};
@@ -157,7 +161,7 @@ impl Outgoing {
         self.progress.round_pages.store(count, Ordering::Relaxed);
         self.progress.round_done.store(0, Ordering::Relaxed);
         // Later rounds hold pages that were written, so they exist.
-        let resident = if self.round == 1 { self.memory.resident_pages() } else { None };
+        let resident = if self.round == 1 && count > 0 { self.memory.resident_pages() } else { None };
         let threads = count.div_ceil(PAGES_A_THREAD).clamp(1, self.conns.len() as u64);
         let shared = Round {
             number: self.round,
@@ -228,6 +232,21 @@ impl Outgoing {
         stats.bytes = self.bytes() - before;
         stats.elapsed = begin.elapsed();
         Ok(stats)
+    }
+
+    /// Between rounds: the destination is still there. It says nothing then unless it gives up.
+    ///
+    /// # Errors
+    /// Its reason, or `Closed`.
+    pub fn check_peer(&mut self) -> Result<()> {
+        self.usable()?;
+        let what = "waiting for the order to finish";
+        let stream = Arc::clone(self.first()?.stream());
+        match wait_one(stream.as_fd(), PollFlags::IN, Duration::ZERO) {
+            Ok(false) => Ok(()),
+            Ok(true) => self.fail_on_error(Err(DataplaneError::Closed { what, connection: 0 })),
+            Err(source) => self.fail_on_error(Err(DataplaneError::Io { what, source })),
+        }
     }
 
     fn first(&mut self) -> Result<&mut Conn> {

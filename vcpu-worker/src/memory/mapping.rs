@@ -8,6 +8,8 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::fs::SealFlags;
+
 use super::MemoryError;
 
 /// A shared mapping of a whole memfd.
@@ -25,7 +27,10 @@ fn os(call: &'static str) -> MemoryError {
     MemoryError::Os { call, source: std::io::Error::last_os_error() }
 }
 
-/// An unlinked memory file of the given length.
+/// What a memory file must be sealed against before it is mapped: cut short, it would kill whoever touches its end.
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
+
+/// An unlinked memory file of the given length, which can no longer change.
 pub(super) fn create_memfd(name: &str, bytes: u64) -> Result<OwnedFd, MemoryError> {
     let mut name: Vec<u8> = name.bytes().filter(|b| *b != 0).take(200).collect();
     if name.is_empty() {
@@ -33,14 +38,32 @@ pub(super) fn create_memfd(name: &str, bytes: u64) -> Result<OwnedFd, MemoryErro
     }
     let name = CString::new(name).unwrap_or_default();
     // SAFETY: `name` is a NUL-terminated string that outlives the call; the result is checked.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(os("memfd_create"));
     }
     // SAFETY: `fd` was just returned by the kernel and nobody else has it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     rustix::fs::ftruncate(&fd, bytes).map_err(|e| MemoryError::Os { call: "ftruncate", source: e.into() })?;
+    // SEAL too: nobody who gets the descriptor may forbid writing later.
+    rustix::fs::fcntl_add_seals(&fd, SEALS | SealFlags::SEAL)
+        .map_err(|e| MemoryError::Os { call: "F_ADD_SEALS", source: e.into() })?;
     Ok(fd)
+}
+
+/// A descriptor from another process is a memory file of exactly `bytes` that can neither shrink nor grow.
+pub(super) fn check_foreign(fd: &OwnedFd, bytes: u64) -> Result<(), MemoryError> {
+    let os = |call| move |e: rustix::io::Errno| MemoryError::Os { call, source: e.into() };
+    let seals = rustix::fs::fcntl_get_seals(fd)
+        .map_err(|_| MemoryError::Foreign { problem: "it is not a memory file" })?;
+    if !seals.contains(SEALS) {
+        return Err(MemoryError::Foreign { problem: "it is not sealed against a change of its size" });
+    }
+    let stat = rustix::fs::fstat(fd).map_err(os("fstat"))?;
+    if u64::try_from(stat.st_size) != Ok(bytes) {
+        return Err(MemoryError::Size { bytes, problem: "the memory handed over has another size" });
+    }
+    Ok(())
 }
 
 impl Mapping {
@@ -68,6 +91,41 @@ impl Mapping {
             return Err(os("madvise(MADV_DONTDUMP)"));
         }
         Ok(mapping)
+    }
+
+    /// Puts another file of the same length, checked by [`check_foreign`], into the place of this one, to be read only.
+    pub(super) fn replace(&self, fd: &OwnedFd) -> Result<(), MemoryError> {
+        // SAFETY: exactly the mapping made in `new` is replaced, in one step, by one of the same length and address, so
+        // every pointer that is checked against it stays inside a mapping. What is read meanwhile is some mix of old
+        // and new bytes, as callers are told; writers are kept out by the owner until `unlock`.
+        let at = unsafe {
+            libc::mmap(
+                self.base.as_ptr().cast(),
+                self.len as usize,
+                libc::PROT_READ,
+                libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if at == libc::MAP_FAILED {
+            return Err(os("mmap(MAP_FIXED)"));
+        }
+        // SAFETY: exactly the mapping made above.
+        if unsafe { libc::madvise(at, self.len as usize, libc::MADV_DONTDUMP) } != 0 {
+            return Err(os("madvise(MADV_DONTDUMP)"));
+        }
+        Ok(())
+    }
+
+    /// Ends what `replace` began: it may be written.
+    pub(super) fn unlock(&self) -> Result<(), MemoryError> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: exactly this mapping, which stays readable; nothing is moved or lost.
+        if unsafe { libc::mprotect(self.base.as_ptr().cast(), self.len as usize, access) } != 0 {
+            return Err(os("mprotect"));
+        }
+        Ok(())
     }
 
     pub(super) fn len(&self) -> u64 {

@@ -19,12 +19,13 @@ use crate::host::monotonic_ns;
 /// Bound on setting the state at the destination.
 const APPLY: Duration = Duration::from_secs(10);
 
-/// Does it. `pages` are those that were taken from the dirty log and not sent yet.
+/// Does it. `pages` are those that were taken from the dirty log and not sent yet; none where the memory itself was
+/// handed over.
 pub(super) fn finish(
     id: &str,
     source: &Source,
     out: &mut Outgoing,
-    mut pages: PageBitmap,
+    pages: Option<PageBitmap>,
     epoch: u64,
 ) -> Result<FinishMigrationResponse, WorkerError> {
     let machine = &source.machine;
@@ -54,7 +55,13 @@ pub(super) fn finish(
 
     let saving = machine.begin_save();
     let transfer = Instant::now();
-    machine.vm().collect_dirty(&mut pages)?;
+    let pages = match pages {
+        Some(mut pages) => {
+            machine.vm().collect_dirty(&mut pages)?;
+            pages
+        }
+        None => PageBitmap::new(machine.memory().pages()),
+    };
     out.send_round(out.rounds() + 1, &pages, false).map_err(|e| failed(id, &e))?;
     let pages_us = micros(transfer.elapsed());
 

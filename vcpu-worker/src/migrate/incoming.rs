@@ -56,14 +56,15 @@ pub struct IncomingMigration {
 }
 
 impl IncomingMigration {
-    /// Opens the listener and starts receiving; returns the listener's address. Blocks for a moment: not for a
-    /// runtime's worker thread.
+    /// Opens the listener and starts receiving; returns the listener's address. `local`: the memory itself is awaited
+    /// first. Blocks for a moment: not for a runtime's worker thread.
     pub fn start(
         id: &str,
         session: SessionId,
         listen: &DataAddress,
         connections: u16,
         tls: Option<Tls>,
+        local: bool,
         machine: Arc<Machine>,
         runtime: Handle,
     ) -> Result<(Arc<Self>, String), WorkerError> {
@@ -80,7 +81,11 @@ impl IncomingMigration {
             let (id, cancel, bytes, state) =
                 (id.to_owned(), cancel.clone(), Arc::clone(&bytes), state.clone());
             move || {
-                let end = match receive(&id, incoming, cancel, &bytes, &machine, &runtime) {
+                let mapped = if local { incoming.receive_memory(&cancel) } else { Ok(()) };
+                let received = mapped
+                    .map_err(|e| failed(&id, &e))
+                    .and_then(|()| receive(&id, incoming, cancel, &bytes, &machine, &runtime));
+                let end = match received {
                     Ok(ready) => IncomingState::Ready(ready, false),
                     Err(error) => {
                         tracing::warn!(migration = id, %error, "incoming migration failed");

@@ -7,6 +7,8 @@
 //! converged: the same, but waits between rounds for Finish or Cancel      Finish ─▶ see `finish`
 //! ```
 //!
+//! Local mode has no rounds: the memory's descriptor is handed over, and it waits for Finish or Cancel at once.
+//!
 //! Invariants: the dirty log is on from before the first page is read, and off when the thread ends; a page that was
 //! taken from the log is sent, or the migration fails, and the next one begins with a full copy again. Failure and
 //! cancel leave the machine as it is: running, if it was not sealed.
@@ -23,7 +25,9 @@ use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutProgress};
 use super::{Thread, failed, finish};
 use crate::bitmap::PageBitmap;
 use crate::dataplane::precopy::{Decision, Goals, Policy, Prediction, Round};
-use crate::dataplane::{CancelFlag, ConnectOptions, DataAddress, Outgoing, SendProgress, SessionId, Tls};
+use crate::dataplane::{
+    CancelFlag, ConnectOptions, DataAddress, Outgoing, SendProgress, SessionId, Tls, hand_over,
+};
 use crate::error::WorkerError;
 use crate::hypervisor::Vm;
 use crate::machine::Machine;
@@ -33,6 +37,9 @@ const CONNECT: Duration = Duration::from_secs(10);
 
 /// How long a converged migration waits before it copies again.
 const PAUSE_BETWEEN_ROUNDS: Duration = Duration::from_millis(20);
+
+/// What a local stop is expected to cost: saving, setting, two durable records. No page is part of it.
+const LOCAL_BLACKOUT: Duration = Duration::from_millis(2);
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
@@ -47,6 +54,8 @@ pub struct Source {
     pub address: DataAddress,
     /// Data connections.
     pub connections: u16,
+    /// The memory itself is handed over; no page is copied.
+    pub local: bool,
     /// When to stop.
     pub goals: Goals,
     /// Bytes a second; 0 for no bound.
@@ -214,6 +223,9 @@ struct Driver {
 
 impl Driver {
     fn run(self) -> Result<(), WorkerError> {
+        if self.source.local {
+            return self.run_local();
+        }
         let Source { machine, session, address, connections, bandwidth, goals, tls, .. } = &self.source;
         let memory = machine.memory().clone();
         let options = ConnectOptions {
@@ -266,15 +278,54 @@ impl Driver {
                 vm.collect_dirty(&mut pages)?;
             }
         };
-        let result = finish::finish(&self.id, &self.source, &mut out, pages, order.epoch);
+        let result = finish::finish(&self.id, &self.source, &mut out, Some(pages), order.epoch);
         // The answer is what the handover waits for; ending the log can wait for it.
+        let end = self.answer(order, result);
+        drop(tracking);
+        end
+    }
+
+    /// Local mode: the destination maps the memory while the machine runs; then there is nothing left to copy.
+    fn run_local(self) -> Result<(), WorkerError> {
+        let Source { machine, session, address, .. } = &self.source;
+        let memory = machine.memory();
+        hand_over(address, session, memory, &self.cancel, CONNECT).map_err(|e| failed(&self.id, &e))?;
+        let cancel = self.cancel.clone();
+        let mut out = Outgoing::connect(address, session, 1, memory.clone(), 0, cancel, CONNECT)
+            .map_err(|e| failed(&self.id, &e))?;
+        self.state.send_replace(OutgoingState::Copying(MigrateOutProgress {
+            predicted_blackout_us: super::incoming::micros(LOCAL_BLACKOUT),
+            converged: true,
+            memory_bytes: memory.bytes(),
+            ..MigrateOutProgress::default()
+        }));
+        let order = loop {
+            match self.orders.recv_timeout(PAUSE_BETWEEN_ROUNDS) {
+                Ok(order) => break order,
+                Err(RecvTimeoutError::Timeout) if !self.cancel.is_cancelled() => {
+                    out.check_peer().map_err(|e| failed(&self.id, &e))?;
+                }
+                Err(_) => {
+                    out.abort();
+                    return Err(WorkerError::Cancelled { what: "the migration" });
+                }
+            }
+        };
+        let result = finish::finish(&self.id, &self.source, &mut out, None, order.epoch);
+        self.answer(order, result)
+    }
+
+    fn answer(
+        &self,
+        order: FinishOrder,
+        result: Result<FinishMigrationResponse, WorkerError>,
+    ) -> Result<(), WorkerError> {
         let end = result.as_ref().map(drop).map_err(|error| WorkerError::Migration {
             id: self.id.clone(),
             reason: error.reason(),
             message: error.to_string(),
         });
         drop(order.reply.send(result));
-        drop(tracking);
         end
     }
 

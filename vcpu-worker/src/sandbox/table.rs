@@ -33,7 +33,8 @@ pub(super) const VCPU: &[Call] = calls![
 ];
 
 /// Migration threads: sockets (tcp, unix, descriptors passed over unix), positioned I/O on guest memory and snapshots,
-/// punching holes, page faults answered for a guest (userfaultfd), and the threads of further connections.
+/// punching holes, page faults answered for a guest (userfaultfd), the threads of further connections, and who this is (memory
+/// is handed over within one user only).
 pub(super) const DATA: &[Call] = calls![
     SYS_clone3 SYS_set_tid_address
     SYS_bind SYS_listen SYS_accept4 SYS_connect SYS_shutdown
@@ -42,7 +43,7 @@ pub(super) const DATA: &[Call] = calls![
     SYS_readv SYS_pwrite64 SYS_preadv SYS_pwritev SYS_fallocate SYS_ftruncate SYS_fsync SYS_fdatasync
     SYS_poll SYS_ppoll SYS_eventfd2 SYS_memfd_create SYS_userfaultfd
     SYS_statx SYS_newfstatat SYS_unlink SYS_unlinkat
-    SYS_sched_setaffinity SYS_set_mempolicy SYS_mbind SYS_get_mempolicy
+    SYS_sched_setaffinity SYS_set_mempolicy SYS_mbind SYS_get_mempolicy SYS_geteuid
 ];
 
 /// All others, besides what vCPUs and migrations may: they build the machine (kernel files, KVM, memory, threads), serve

@@ -121,6 +121,7 @@ pub(super) async fn migrate_out(inner: &Arc<Inner>, r: &MigrateOutRequest) -> Re
         session,
         address,
         connections,
+        local: r.local,
         goals,
         bandwidth: r.max_bandwidth,
         tls,
@@ -214,7 +215,8 @@ pub(super) async fn prepare_incoming(
 ) -> Result<PrepareIncomingResponse, WorkerError> {
     let session = session(&r.migration_id, r.attempt, &r.token)?;
     let listen = address("listen", &r.listen)?;
-    let connections = connections(r.connections)?;
+    // The state alone needs no more than one.
+    let connections = if r.local { 1 } else { connections(r.connections)? };
     let _control = inner.control.lock().await;
     let machine = inner.machine()?;
     if !machine.is_incoming() {
@@ -235,7 +237,7 @@ pub(super) async fn prepare_incoming(
         let remedy = format!("this VM has {} bytes", machine.memory().bytes());
         return Err(WorkerError::invalid("memory_bytes", r.memory_bytes, remedy));
     }
-    let (id, runtime) = (r.migration_id.clone(), Handle::current());
+    let (id, local, runtime) = (r.migration_id.clone(), r.local, Handle::current());
     let (mut tls, mut certificate_sha256) = (None, Vec::new());
     if let Some(peer) = fingerprint(&r.peer_certificate_sha256)? {
         let identity = new_identity(&id)?;
@@ -246,7 +248,7 @@ pub(super) async fn prepare_incoming(
         return Err(WorkerError::invalid("listen", &r.listen, "use a tcp address for TLS"));
     }
     let started = tokio::task::spawn_blocking(move || {
-        IncomingMigration::start(&id, session, &listen, connections, tls, machine, runtime)
+        IncomingMigration::start(&id, session, &listen, connections, tls, local, machine, runtime)
     });
     let (incoming, data_address) = started
         .await

@@ -214,6 +214,10 @@ impl Worker {
         }
         let deadline_ns = (r.deadline_boottime_ns != 0).then_some(r.deadline_boottime_ns);
         self.inner.grant(Grant { epoch: r.epoch, term, seq: r.seq, deadline_ns })?;
+        if incoming.is_some() {
+            let unlocked = self.inner.machine()?.memory().unlock();
+            unlocked.map_err(|e| WorkerError::Memory(e.to_string()))?;
+        }
         if let Some(incoming) = &incoming
             && incoming.enter()
         {

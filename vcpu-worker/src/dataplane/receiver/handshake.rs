@@ -81,7 +81,7 @@ struct Refusal {
     message: &'static str,
 }
 
-fn equal_in_constant_time(a: &[u8; 32], b: &[u8; 32]) -> bool {
+pub(crate) fn equal_in_constant_time(a: &[u8; 32], b: &[u8; 32]) -> bool {
     let differing = a.iter().zip(b).fold(0, |all, (x, y)| std::hint::black_box(all | (x ^ y)));
     std::hint::black_box(differing) == 0
 }
