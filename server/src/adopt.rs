@@ -108,12 +108,14 @@ async fn attach(
     held: &OwnershipRecord,
     process: WorkerProcess,
 ) -> Result<(WorkerLink, WorkerStatus), ApiError> {
-    let record = daemon.store.get_vm(&held.vm_uid).and_then(|r| r.vm);
-    let Some(spec) = record.and_then(|vm| vm.spec) else {
+    let record = daemon.store.get_vm(&held.vm_uid).and_then(|r| r.vm).unwrap_or_default();
+    let name = crate::names::VmName::parse("name", &record.name, "");
+    let owner = name.map_or_else(|_| held.vm_uid.clone(), |name| name.vm().to_owned());
+    let Some(spec) = record.spec else {
         process.keep();
         return Err(ApiError::internal("OWNERSHIP_UNCERTAIN", "the store knows nothing of this machine"));
     };
-    let grant = |cores: Vec<u32>| -> Grant { daemon.capacity.adopt(spec.memory_bytes, cores) };
+    let grant = |cores: Vec<u32>| -> Grant { daemon.capacity.adopt(&owner, &spec, cores) };
     // Unreachable is not dead: such a worker stays until its machine is started, stopped or deleted. But recovery may
     // give a machine in an open migration away, and a worker of a former incarnation was on its way out.
     let open = matches!(held.phase(), Phase::Open | Phase::Quiesced);

@@ -1,20 +1,31 @@
 //! What this host has to give: memory and cores.
 //!
-//! Invariants: the sum of granted memory never exceeds the host's; a grant is given back when its guard is dropped.
-//! Cores are handed out in turn and may be shared by several vCPUs; who runs on a core when is the core token's job.
+//! Invariants: the sum of granted memory never exceeds the host's; which cores are whose is [`crate::placement`]'s to
+//! say; a grant is given back when its guard is dropped. Several vCPUs may be on a shared core; who runs there is the
+//! core token's job.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio::sync::watch;
+use vcpu_worker::host::Topology;
+use vpmu_proto::api::{HostCpu, VirtualMachineSpec};
+
+use crate::placement::{Allocator, GrantId, Granted, Refusal, Wanted, examine};
 use crate::status::ApiError;
 
 /// The host's resources.
 #[derive(Debug)]
 pub struct Capacity {
     memory_bytes: u64,
-    granted: Mutex<u64>,
-    cores: Vec<u32>,
-    next_core: AtomicUsize,
+    state: Mutex<State>,
+    /// Grows when the housekeeping cores may have changed.
+    changes: watch::Sender<u64>,
+}
+
+#[derive(Debug)]
+struct State {
+    granted: u64,
+    cores: Allocator,
 }
 
 /// Memory and cores of one machine; given back on drop.
@@ -22,14 +33,22 @@ pub struct Capacity {
 pub struct Grant {
     capacity: Arc<Capacity>,
     memory_bytes: u64,
+    id: GrantId,
     /// Host core of each vCPU.
     pub cores: Vec<u32>,
+    /// NUMA nodes that memory is to be bound to; empty for no binding.
+    pub memory_nodes: Vec<u32>,
 }
 
 impl Capacity {
-    /// A host of `memory_bytes` and these cores (not empty).
-    pub fn new(memory_bytes: u64, cores: Vec<u32>) -> Arc<Self> {
-        Arc::new(Self { memory_bytes, granted: Mutex::new(0), cores, next_core: AtomicUsize::new(0) })
+    /// A host of `memory_bytes`, on which vCPUs may use `usable` cores and the daemon's own threads `own`.
+    pub fn new(memory_bytes: u64, topology: Topology, usable: &[u32], own: &[u32]) -> Arc<Self> {
+        let state = Mutex::new(State { granted: 0, cores: Allocator::new(topology, usable, own) });
+        Arc::new(Self { memory_bytes, state, changes: watch::Sender::new(0) })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The host's memory in bytes.
@@ -39,18 +58,61 @@ impl Capacity {
 
     /// Bytes that are not granted.
     pub fn free_bytes(&self) -> u64 {
-        self.memory_bytes.saturating_sub(*self.granted.lock().unwrap_or_else(PoisonError::into_inner))
+        self.memory_bytes.saturating_sub(self.state().granted)
     }
 
     /// Cores that vCPUs may use.
-    pub fn cores(&self) -> &[u32] {
-        &self.cores
+    pub fn cores(&self) -> Vec<u32> {
+        self.state().cores.usable().to_vec()
     }
 
-    /// Grants memory and one core a vCPU.
-    pub fn grant(self: &Arc<Self>, memory_bytes: u64, vcpus: u32) -> Result<Grant, ApiError> {
-        let mut granted = self.granted.lock().unwrap_or_else(PoisonError::into_inner);
-        let free = self.memory_bytes.saturating_sub(*granted);
+    /// Where the daemon's threads, and those of workers that run no vCPU, may be.
+    pub fn housekeeping(&self) -> Vec<u32> {
+        self.state().cores.housekeeping()
+    }
+
+    /// Tells when that may have changed.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// The host's processors and who has them.
+    pub fn topology(&self) -> Vec<HostCpu> {
+        let state = self.state();
+        let cpu = |c: &vcpu_worker::host::topology::Cpu| {
+            let (owner, vcpus) = state.cores.use_of(c.id);
+            HostCpu {
+                cpu: c.id,
+                package: c.package,
+                node: c.node,
+                core: c.core,
+                cache: c.cache,
+                isolated: c.isolated,
+                nohz_full: c.nohz,
+                usable: state.cores.usable().contains(&c.id),
+                dedicated_to: owner.unwrap_or_default().to_owned(),
+                vcpus: u32::try_from(vcpus).unwrap_or(u32::MAX),
+            }
+        };
+        state.cores.topology().cpus().map(cpu).collect()
+    }
+
+    /// What is wrong with a placement on this host, whoever else runs here.
+    pub fn examine(&self, wanted: &Wanted) -> Result<(), Refusal> {
+        let state = self.state();
+        examine(state.cores.topology(), state.cores.usable(), wanted)
+    }
+
+    /// Whether cores could be granted now; changes nothing.
+    pub fn check_cores(&self, wanted: &Wanted) -> Result<Granted, Refusal> {
+        self.state().cores.check(wanted)
+    }
+
+    /// Grants a machine its memory and cores; `owner` is its short name.
+    pub fn grant(self: &Arc<Self>, owner: &str, spec: &VirtualMachineSpec) -> Result<Grant, ApiError> {
+        let mut state = self.state();
+        let memory_bytes = spec.memory_bytes;
+        let free = self.memory_bytes.saturating_sub(state.granted);
         if memory_bytes > free {
             return Err(ApiError::exhausted(
                 "HOST_MEMORY_EXHAUSTED",
@@ -62,27 +124,44 @@ impl Capacity {
             .with("needed_bytes", memory_bytes)
             .with("free_bytes", free));
         }
-        *granted += memory_bytes;
-        let first = self.next_core.fetch_add(vcpus as usize, Ordering::Relaxed);
-        let cores =
-            self.cores.iter().copied().cycle().skip(first % self.cores.len().max(1)).take(vcpus as usize);
-        Ok(Grant { cores: cores.collect(), capacity: Arc::clone(self), memory_bytes })
+        let (id, granted) = state.cores.grant(owner, &Wanted::of(spec)).map_err(|r| r.exhausted())?;
+        state.granted += memory_bytes;
+        drop(state);
+        self.changed();
+        let Granted { cpus, memory_nodes } = granted;
+        Ok(Grant { capacity: Arc::clone(self), memory_bytes, id, cores: cpus, memory_nodes })
+    }
+
+    /// Counts in what a machine that runs already holds; nothing is refused.
+    pub fn adopt(self: &Arc<Self>, owner: &str, spec: &VirtualMachineSpec, cores: Vec<u32>) -> Grant {
+        let mut state = self.state();
+        state.granted = state.granted.saturating_add(spec.memory_bytes);
+        let id = state.cores.adopt(owner, &cores, Wanted::of(spec).dedicated);
+        drop(state);
+        self.changed();
+        let memory_bytes = spec.memory_bytes;
+        Grant { capacity: Arc::clone(self), memory_bytes, id, cores, memory_nodes: Vec::new() }
+    }
+
+    fn changed(&self) {
+        self.changes.send_modify(|n| *n += 1);
     }
 }
 
-impl Capacity {
-    /// Counts in what a machine that runs already holds; nothing is refused.
-    pub fn adopt(self: &Arc<Self>, memory_bytes: u64, cores: Vec<u32>) -> Grant {
-        let mut granted = self.granted.lock().unwrap_or_else(PoisonError::into_inner);
-        *granted = granted.saturating_add(memory_bytes);
-        Grant { capacity: Arc::clone(self), memory_bytes, cores }
+impl Grant {
+    /// Where the threads of its worker that run no vCPU may be.
+    pub fn housekeeping(&self) -> Vec<u32> {
+        self.capacity.housekeeping()
     }
 }
 
 impl Drop for Grant {
     fn drop(&mut self) {
-        let mut granted = self.capacity.granted.lock().unwrap_or_else(PoisonError::into_inner);
-        *granted = granted.saturating_sub(self.memory_bytes);
+        let mut state = self.capacity.state();
+        state.granted = state.granted.saturating_sub(self.memory_bytes);
+        state.cores.free(self.id);
+        drop(state);
+        self.capacity.changed();
     }
 }
 
@@ -90,15 +169,22 @@ impl Drop for Grant {
 mod tests {
     use super::*;
 
+    fn spec(memory_bytes: u64, vcpus: u32) -> VirtualMachineSpec {
+        VirtualMachineSpec { vcpus, memory_bytes, ..VirtualMachineSpec::default() }
+    }
+
     #[test]
-    fn memory_is_bounded_and_given_back() {
-        let host = Capacity::new(1000, vec![0, 1]);
-        let first = host.grant(600, 3).expect("fits");
+    fn memory_and_cores_are_bounded_and_given_back() {
+        let host = Capacity::new(1000, Topology::plain(2), &[0, 1], &[0, 1]);
+        let first = host.grant("a", &spec(600, 3)).expect("fits");
         assert_eq!(first.cores, [0, 1, 0]);
-        assert_eq!(host.grant(600, 1).expect_err("does not fit").reason(), "HOST_MEMORY_EXHAUSTED");
+        let much = host.grant("b", &spec(600, 1)).expect_err("does not fit");
+        assert_eq!(much.reason(), "HOST_MEMORY_EXHAUSTED");
         drop(first);
-        let second = host.grant(1000, 2).expect("fits again");
-        assert_eq!(second.cores, [1, 0], "cores go on in turn");
+        let second = host.grant("b", &spec(1000, 2)).expect("fits again");
+        assert_eq!(second.cores, [0, 1]);
         assert_eq!(host.free_bytes(), 0);
+        drop(second);
+        assert_eq!(host.topology().iter().map(|cpu| cpu.vcpus).sum::<u32>(), 0);
     }
 }

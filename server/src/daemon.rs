@@ -75,9 +75,10 @@ impl Daemon {
             host_pmu: self.host.host_pmu.clone(),
             hypervisor: self.host.hypervisor.to_owned(),
             host_id: self.host.host_id.clone(),
-            cores: self.capacity.cores().to_vec(),
+            cores: self.capacity.cores(),
             daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
             notes: self.host.notes.clone(),
+            topology: self.capacity.topology(),
         }
     }
 }

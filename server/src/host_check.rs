@@ -43,12 +43,25 @@ pub fn main(args: &HostCheckArgs) -> ExitCode {
         PmuMode::Kvm => Mode::Kvm,
     };
     let facts = vcpu_worker::host::pmu::facts(&vcpu_worker::host::probe(), Some(model));
-    let lines = report(&facts, mode);
+    let mut lines = report(&facts, mode);
+    lines.push(topology_line(&vcpu_worker::host::Topology::of_this_host()));
     match args.output {
         Output::Text => print!("{}", text(&lines)),
         Output::Json => println!("{}", json(&lines, mode)),
     }
     if lines.iter().any(|line| line.level == Level::Error) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// What machines can be placed on.
+fn topology_line(topology: &vcpu_worker::host::Topology) -> Line {
+    let isolated = topology.isolated().count();
+    let advice = if isolated == 0 {
+        "; dedicated cores would still be used by other programs of the host: isolcpus keeps them off"
+    } else {
+        ""
+    };
+    let message = format!("{}{advice}", topology.summary());
+    Line { id: "topology", level: Level::Ok, message, remedy: String::new(), patches: &[] }
 }
 
 fn level(level: Level) -> &'static str {
@@ -118,6 +131,18 @@ mod tests {
             shown.starts_with("ok       kvm")
                 && shown.contains("error    nmi_watchdog")
                 && shown.contains("remedy: switch it off")
+        );
+    }
+
+    #[test]
+    fn the_topology_is_one_line() {
+        let line = topology_line(&vcpu_worker::host::Topology::plain(4));
+        assert_eq!((line.id, line.level), ("topology", Level::Ok));
+        assert!(
+            line.message
+                .starts_with("1 package, 1 NUMA node, 1 last-level cache, 4 cores, 4 threads; dedicated"),
+            "{}",
+            line.message
         );
     }
 

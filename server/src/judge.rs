@@ -1,5 +1,6 @@
 //! Judges this host against what was asked for, before anything is opened: KVM, cores, the modelled PMU.
 
+use vcpu_worker::host::{Topology, affinity};
 use vpmu_proto::peer::CpuidLeaf;
 
 use crate::config::{ConfigError, HypervisorKind, ServeConfig};
@@ -11,7 +12,11 @@ pub(crate) struct Host {
     pub(crate) shape: pmu::Shape,
     pub(crate) pmu_name: String,
     pub(crate) notes: Vec<String>,
+    /// Cores that vCPUs may use.
     pub(crate) cores: Vec<u32>,
+    /// Cores that this process's own threads may use.
+    pub(crate) own_cores: Vec<u32>,
+    pub(crate) topology: Topology,
     pub(crate) memory_bytes: u64,
     pub(crate) boot_id: String,
     pub(crate) cpuid: Vec<CpuidLeaf>,
@@ -20,7 +25,12 @@ pub(crate) struct Host {
 impl Host {
     /// Looks at the host and at what was asked for.
     pub(crate) async fn judge(config: &ServeConfig) -> Result<Self, ServeError> {
-        let facts = tokio::task::spawn_blocking(vcpu_worker::host::probe).await.map_err(|e| {
+        let look = || {
+            let topology = Topology::of_this_host();
+            let pinnable = affinity::pinnable(&topology.cpus().map(|cpu| cpu.id).collect::<Vec<_>>());
+            (vcpu_worker::host::probe(), topology, pinnable)
+        };
+        let (facts, topology, pinnable) = tokio::task::spawn_blocking(look).await.map_err(|e| {
             ServeError::Io { what: "cannot look at the host", source: std::io::Error::other(e) }
         })?;
         let leaves = facts.kvm.as_ref().map(|k| k.cpuid.as_slice()).unwrap_or_default();
@@ -43,7 +53,7 @@ impl Host {
                 value: crate::status::clip(&config.model_pmu, 64),
                 problem: e.to_string(),
             })?;
-        let cores = judge_cores(&config.cores, &facts.allowed_cores)?;
+        let cores = judge_cores(&config.cores, &facts.allowed_cores, &topology, &pinnable)?;
         let mut notes = vec![
             "msr: the switcher's back end on /dev/cpu/N/msr is not there yet".to_owned(),
             "kvm: the back end on the host kernel's vPMU is not there yet".to_owned(),
@@ -57,6 +67,8 @@ impl Host {
             shape,
             notes,
             cores,
+            own_cores: facts.allowed_cores,
+            topology,
             memory_bytes: facts.memory_bytes,
             boot_id: facts.boot_id,
             cpuid,
@@ -64,16 +76,31 @@ impl Host {
     }
 }
 
-fn judge_cores(asked: &[u32], allowed: &[u32]) -> Result<Vec<u32>, ConfigError> {
+/// By default every core that this process may run on, and isolated ones, which are left out of that but may be asked for.
+fn judge_cores(
+    asked: &[u32],
+    allowed: &[u32],
+    topology: &Topology,
+    pinnable: &[u32],
+) -> Result<Vec<u32>, ConfigError> {
     let bad =
-        |problem: String| ConfigError::Cores { given: asked.to_vec(), problem, allowed: allowed.to_vec() };
-    let mut cores = if asked.is_empty() { allowed.to_vec() } else { asked.to_vec() };
+        |problem: String| ConfigError::Cores { given: asked.to_vec(), problem, allowed: pinnable.to_vec() };
+    let mut cores = asked.to_vec();
+    if asked.is_empty() {
+        let isolated = topology.isolated().filter(|core| pinnable.contains(core) && !allowed.contains(core));
+        cores = allowed.iter().copied().chain(isolated).collect();
+    }
     cores.sort_unstable();
     if let Some(twice) = cores.windows(2).find(|w| w.first() == w.last()).and_then(|w| w.first()) {
         return Err(bad(format!("core {twice} is named twice")));
     }
-    if let Some(missing) = cores.iter().find(|c| !allowed.contains(c)) {
-        return Err(bad(format!("core {missing} is not there or not allowed")));
+    if let Some(missing) = cores.iter().find(|c| !pinnable.contains(c)) {
+        let problem = if topology.is_offline(*missing) {
+            format!("core {missing} is offline")
+        } else {
+            format!("core {missing} is not there or not allowed")
+        };
+        return Err(bad(problem));
     }
     if cores.is_empty() {
         return Err(bad("there is no core".to_owned()));
@@ -84,14 +111,28 @@ fn judge_cores(asked: &[u32], allowed: &[u32]) -> Result<Vec<u32>, ConfigError> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vcpu_worker::host::topology::Cpu;
 
     #[test]
     fn cores_must_be_there_and_named_once() {
-        assert_eq!(judge_cores(&[], &[0, 1]).expect("all"), [0, 1]);
-        assert_eq!(judge_cores(&[1], &[0, 1]).expect("one"), [1]);
+        let two = Topology::plain(2);
+        let judge = |asked: &[u32]| judge_cores(asked, &[0, 1], &two, &[0, 1]);
+        assert_eq!(judge(&[]).expect("all"), [0, 1]);
+        assert_eq!(judge(&[1]).expect("one"), [1]);
         for asked in [&[2][..], &[0, 0][..]] {
-            assert_eq!(judge_cores(asked, &[0, 1]).expect_err("refused").reason(), "BAD_CORES");
+            assert_eq!(judge(asked).expect_err("refused").reason(), "BAD_CORES");
         }
-        assert_eq!(judge_cores(&[], &[]).expect_err("none").reason(), "BAD_CORES");
+        assert_eq!(judge_cores(&[], &[], &two, &[]).expect_err("none").reason(), "BAD_CORES");
+    }
+
+    #[test]
+    fn isolated_cores_are_used_though_no_process_runs_there_by_itself() {
+        let isolated =
+            |id| Cpu { id, package: 0, node: 0, core: id, cache: 0, isolated: id >= 2, nohz: false };
+        let host = Topology::of((0..4).map(isolated), [4]);
+        assert_eq!(judge_cores(&[], &[0, 1], &host, &[0, 1, 2, 3]).expect("all"), [0, 1, 2, 3]);
+        assert_eq!(judge_cores(&[], &[0, 1], &host, &[0, 1]).expect("a cpuset keeps them out"), [0, 1]);
+        let offline = judge_cores(&[4], &[0, 1], &host, &[0, 1, 2, 3]).expect_err("refused");
+        assert!(offline.to_string().contains("core 4 is offline"), "{offline}");
     }
 }

@@ -176,7 +176,7 @@ async fn serve(
             boot_id: host.boot_id,
             cpuid: host.cpuid,
         },
-        capacity: Capacity::new(host.memory_bytes, host.cores),
+        capacity: Capacity::new(host.memory_bytes, host.topology, &host.cores, &host.own_cores),
         events: crate::vm::events::Events::default(),
         workers,
         registry: crate::vm::registry::Registry::default(),
@@ -191,6 +191,8 @@ async fn serve(
     let survivors = crate::adopt::before_recovery(&daemon).await.map_err(ServeError::Recovery)?;
     crate::migration::recover::recover(&daemon).await.map_err(ServeError::Recovery)?;
     crate::adopt::after_recovery(&daemon, survivors).await;
+
+    daemon.tasks.spawn(crate::housekeeping::keep(Arc::clone(&daemon), host.own_cores));
 
     let health = health(&daemon).await;
     let mut servers = tokio::task::JoinSet::new();

@@ -126,6 +126,9 @@ impl WorkerLink {
         let fence =
             Fence { vm_uid: launch.vm_uid.to_owned(), incarnation: launch.incarnation, term: factory.term };
         let cores = grant.cores.clone();
+        let memory_nodes = grant.memory_nodes.clone();
+        // A worker in this process is where this process's threads are kept anyway.
+        let housekeeping_cores = if process.is_some() { grant.housekeeping() } else { Vec::new() };
         let link = Self {
             inner: Arc::new(Inner {
                 client: WorkerServiceClient::new(channel).max_decoding_message_size(16 << 20),
@@ -156,6 +159,11 @@ impl WorkerLink {
                 pmu_mode: factory.pmu_mode.to_owned(),
                 model_pmu: factory.model_pmu.clone(),
                 incoming: launch.incoming,
+                placement: Some(ThreadPlacement {
+                    fifo_priority: launch.spec.placement.as_ref().map_or(0, |p| p.fifo_priority),
+                    memory_nodes,
+                    housekeeping_cores,
+                }),
             };
             call(BUILD, client.create_vm(request)).await
         };
@@ -314,6 +322,12 @@ impl WorkerLink {
     /// PMU images now.
     pub async fn pmu(&self) -> Result<Vec<PmuImage>, ApiError> {
         Ok(call(COMMAND, self.client().get_pmu(GetPmuRequest { fence: self.fence() })).await?.pmu)
+    }
+
+    /// Where its threads that run no vCPU may be.
+    pub async fn set_housekeeping(&self, cores: Vec<u32>) -> Result<(), ApiError> {
+        let request = SetHousekeepingRequest { fence: self.fence(), cores };
+        call(COMMAND, self.client().set_housekeeping(request)).await.map(drop)
     }
 
     /// The probe guest's report.

@@ -1,20 +1,25 @@
 //! The host: what it has, and what a thread needs of it.
 //!
 //! - [`probe`] reads the facts once; nothing in it changes the host.
-//! - [`pin_current_thread`] pins and reads back.
+//! - [`topology`] reads its processors; [`affinity`] pins threads and keeps others off; [`schedule`] sets their class.
 //! - [`pmu`] reads what matters to guests' PMUs, for the host check.
 //! - [`clock`] reads clocks; [`tick`] interrupts a vCPU thread by its own CPU time.
 
+pub mod affinity;
 pub mod clock;
 pub mod pmu;
+pub mod schedule;
 pub mod tick;
+pub mod topology;
 
 use std::path::Path;
 
 use rustix::thread::CpuSet;
 
+pub use affinity::pin_current_thread;
 pub use clock::{boot_id, boottime_ns, monotonic_ns, thread_cpu_ns};
 pub use tick::TickTimer;
+pub use topology::Topology;
 
 /// Why KVM cannot be used, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -211,27 +216,6 @@ fn cpu_model() -> String {
     cpuid_text((0x8000_0002..=0x8000_0004).map(cpuid))
 }
 
-/// Pins the calling thread to one core and reads back that it is so.
-pub fn pin_current_thread(core: u32) -> std::io::Result<()> {
-    use std::io::{Error, ErrorKind};
-    let core = core as usize;
-    if core >= CpuSet::MAX_CPU {
-        let message = format!("core {core} is beyond the {} that an affinity mask holds", CpuSet::MAX_CPU);
-        return Err(Error::new(ErrorKind::InvalidInput, message));
-    }
-    let mut wanted = CpuSet::new();
-    wanted.set(core);
-    rustix::thread::sched_setaffinity(None, &wanted)?;
-    let got = rustix::thread::sched_getaffinity(None)?;
-    if got.count() == 1 && got.is_set(core) {
-        return Ok(());
-    }
-    Err(Error::other(format!(
-        "the kernel put the thread on {} cores instead of core {core} alone",
-        got.count()
-    )))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -262,19 +246,5 @@ mod tests {
         assert_eq!(parse_list("0-3,8\n"), [0, 1, 2, 3, 8]);
         assert_eq!(parse_list("0"), [0]);
         assert_eq!(parse_list("x,4-2,7"), [7]);
-    }
-
-    #[test]
-    fn pinning_is_read_back() {
-        let core = *allowed_cores().last().expect("a core");
-        std::thread::spawn(move || {
-            pin_current_thread(core).expect("pinned");
-            assert_eq!(allowed_cores(), [core]);
-            assert!(pin_current_thread(1023).is_err());
-            assert_eq!(pin_current_thread(99_999).expect_err("no").kind(), std::io::ErrorKind::InvalidInput);
-            assert_eq!(allowed_cores(), [core], "a refused pin changes nothing");
-        })
-        .join()
-        .expect("thread");
     }
 }

@@ -9,6 +9,7 @@
 
 mod io;
 mod mapping;
+mod numa;
 mod writes;
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};

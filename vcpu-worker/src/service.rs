@@ -28,6 +28,7 @@ mod console;
 mod create;
 mod events;
 mod migration;
+mod placement;
 mod rpc;
 
 /// Events that a slow watcher may miss; it then sees the present state.

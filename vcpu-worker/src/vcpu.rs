@@ -59,6 +59,8 @@ pub struct VcpuSetup {
     pub devices: Arc<Devices>,
     /// Core to be pinned to and to count on.
     pub slot: Arc<CoreSlot>,
+    /// SCHED_FIFO priority; none for the ordinary scheduler.
+    pub fifo: Option<u8>,
     /// PMU; none if the guest has none.
     pub pmu: Option<GuestPmu>,
     /// Event rates of the model.

@@ -22,7 +22,7 @@ fn spec(path: &Path, vcpus: u32) -> api::VirtualMachineSpec {
             cmdline: String::new(),
         })),
         pmu: None,
-        restart_policy: 0,
+        ..Default::default()
     }
 }
 

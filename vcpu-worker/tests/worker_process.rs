@@ -81,6 +81,7 @@ async fn it_serves_and_ends() {
             pmu_mode: "model".to_owned(),
             model_pmu: MODEL.to_owned(),
             incoming: false,
+            ..CreateVmRequest::default()
         };
         client.create_vm(request).await.expect("create");
         let grant =

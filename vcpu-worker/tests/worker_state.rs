@@ -22,6 +22,7 @@ fn machine(incoming: bool) -> (Arc<Machine>, Vec<vcpu_worker::hypervisor::Initia
         pmu_mode: "model".to_owned(),
         model_pmu: MODEL.to_owned(),
         incoming,
+        ..CreateVmRequest::default()
     };
     let plan = Plan::new(&request, &host_cores()).expect("plan");
     let options = BuildOptions { right: Arc::new(RunRight::default()), rates: pmu::Rates::default() };

@@ -1,13 +1,14 @@
 //! `vpmuctl vm create`.
 
 use super::failure::Failure;
+use super::placement::PlacementArgs;
 use super::{Context, vm};
 use clap::{ArgGroup, Args, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use vpmu_client::api::{
-    CreateVirtualMachineRequest, KernelBoot, PmuSpec, ProbeBoot, VirtualMachine, VirtualMachineSpec,
-    pmu_spec, virtual_machine_spec,
+    CpuPlacement, CreateVirtualMachineRequest, KernelBoot, PmuSpec, ProbeBoot, VirtualMachine,
+    VirtualMachineSpec, pmu_spec, virtual_machine_spec,
 };
 use vpmu_client::{names, units};
 
@@ -17,6 +18,8 @@ Examples:
   vpmuctl vm create web-1 --vcpus 2 --memory 256MiB --probe --start
   # A busier one: each vCPU dirties 16 MiB at 20000 pages a second; 64 MiB are filled with a pattern first.
   vpmuctl vm create web-2 --vcpus 1 --memory 512MiB --probe --working-set 16MiB --dirty-rate 20000 --fill 64MiB
+  # Two whole cores of its own, their siblings idle, close together, with memory of their NUMA node.
+  vpmuctl vm create web-3 --vcpus 2 --memory 256MiB --probe --placement dedicated --numa-local
   # A Linux kernel.
   vpmuctl vm create lin-1 --vcpus 1 --memory 512MiB --kernel /boot/vmlinuz --cmdline 'console=ttyS0'";
 
@@ -26,7 +29,7 @@ Examples:
 pub(crate) struct CreateArgs {
     /// Its name: 1 to 63 characters of [a-z0-9-], starting with a letter and not ending with a hyphen.
     name: String,
-    /// Number of vCPUs; each is pinned to a host core of its own where there are enough.
+    /// Number of vCPUs; each is pinned to a host core (see Cores).
     #[arg(long)]
     vcpus: u32,
     /// Guest memory: a multiple of 2 MiB.
@@ -108,6 +111,9 @@ pub(crate) struct CreateArgs {
     /// Show the PMU to a guest that will use RDPMC, which faults in model and msr mode.
     #[arg(long, help_heading = "PMU")]
     expose_without_rdpmc: bool,
+
+    #[command(flatten)]
+    placement: PlacementArgs,
 
     /// When it is started again by itself.
     #[arg(long, value_enum, default_value = "never")]
@@ -196,6 +202,7 @@ fn spec(args: &CreateArgs) -> Result<VirtualMachineSpec, Failure> {
             expose_without_rdpmc: args.expose_without_rdpmc,
         }),
         restart_policy: restart_policy.into(),
+        placement: Some(args.placement.spec()).filter(|placement| *placement != CpuPlacement::default()),
     })
 }
 

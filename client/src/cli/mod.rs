@@ -8,6 +8,7 @@ mod migrate;
 mod migration;
 mod operation;
 mod output;
+mod placement;
 mod pmu;
 mod pmu_table;
 mod raw_mode;

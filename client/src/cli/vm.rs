@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use vpmu_client::api::VirtualMachine;
 use vpmu_client::longrunning::Operation;
 use vpmu_client::units;
-use vpmu_client::view::{BootView, VmEventView, VmView};
+use vpmu_client::view::{BootView, PlacementView, VmEventView, VmView};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum VmCommand {
@@ -159,6 +159,7 @@ fn get(context: &Context, vm: &VirtualMachine) -> Result<(), Failure> {
         ("reason", reason),
         ("vcpus", view.vcpus.to_string()),
         ("cores", cores(&view.vcpu_cores)),
+        ("placement", placement(&view.placement)),
         ("memory", units::bytes(view.memory_bytes)),
         ("boot", boot),
         ("hypervisor", view.hypervisor),
@@ -173,6 +174,23 @@ fn get(context: &Context, vm: &VirtualMachine) -> Result<(), Failure> {
         ("changed", view.update_time.unwrap_or_default()),
     ])?;
     Ok(())
+}
+
+/// `dedicated, packed, one NUMA node, SCHED_FIFO 10`
+fn placement(view: &PlacementView) -> String {
+    let mut parts = vec![view.policy.to_lowercase()];
+    if !view.cores.is_empty() {
+        parts.push(format!("cores {}", cores(&view.cores)));
+    } else if !view.arrangement.is_empty() {
+        parts.push(view.arrangement.to_lowercase());
+    }
+    if view.numa_local {
+        parts.push("one NUMA node".to_owned());
+    }
+    if view.fifo_priority != 0 {
+        parts.push(format!("SCHED_FIFO {}", view.fifo_priority));
+    }
+    parts.join(", ")
 }
 
 async fn list(context: &Context) -> Result<(), Failure> {

@@ -12,9 +12,10 @@ pub use error::{ErrorView, ViolationView};
 pub use migration::{BreakdownView, CheckView, MigrationView, MismatchView};
 pub use operation::OperationView;
 pub use pmu::{
-    CounterView, HostView, PmuStateView, PmuView, ProbeView, RegisterView, ShapeView, VcpuView, shape_text,
+    CounterView, HostCpuView, HostView, PmuStateView, PmuView, ProbeView, RegisterView, ShapeView, VcpuView,
+    shape_text,
 };
-pub use vm::{BootView, PmuSpecView, VmEventView, VmView};
+pub use vm::{BootView, PlacementView, PmuSpecView, VmEventView, VmView};
 
 /// Microseconds as milliseconds, exact to the microsecond.
 pub fn ms(us: u64) -> f64 {

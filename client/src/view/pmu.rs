@@ -3,7 +3,7 @@
 use super::time;
 use crate::names;
 use serde::Serialize;
-use vpmu_proto::api::{HostPmuCapabilities, Pmu, PmuShape, PmuState, ProbeVcpuReport, VcpuPmu};
+use vpmu_proto::api::{HostCpu, HostPmuCapabilities, Pmu, PmuShape, PmuState, ProbeVcpuReport, VcpuPmu};
 
 /// What a PMU looks like.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -269,6 +269,50 @@ pub struct HostView {
     pub cores: Vec<u32>,
     /// Why a mode is not offered.
     pub notes: Vec<String>,
+    /// The host's processors and who has them.
+    pub topology: Vec<HostCpuView>,
+}
+
+/// One processor of a host.
+#[derive(Clone, Debug, Serialize)]
+pub struct HostCpuView {
+    /// Linux's number.
+    pub cpu: u32,
+    /// Physical package.
+    pub package: u32,
+    /// NUMA node.
+    pub node: u32,
+    /// Lowest-numbered processor of its physical core.
+    pub core: u32,
+    /// Lowest-numbered processor behind its last-level cache.
+    pub cache: u32,
+    /// Isolated from the scheduler.
+    pub isolated: bool,
+    /// nohz_full.
+    pub nohz_full: bool,
+    /// vCPUs may use it.
+    pub usable: bool,
+    /// Machine that its core is dedicated to, or empty.
+    pub dedicated_to: String,
+    /// vCPUs that are pinned to it.
+    pub vcpus: u32,
+}
+
+impl From<&HostCpu> for HostCpuView {
+    fn from(cpu: &HostCpu) -> Self {
+        Self {
+            cpu: cpu.cpu,
+            package: cpu.package,
+            node: cpu.node,
+            core: cpu.core,
+            cache: cpu.cache,
+            isolated: cpu.isolated,
+            nohz_full: cpu.nohz_full,
+            usable: cpu.usable,
+            dedicated_to: cpu.dedicated_to.clone(),
+            vcpus: cpu.vcpus,
+        }
+    }
 }
 
 impl From<&HostPmuCapabilities> for HostView {
@@ -283,6 +327,7 @@ impl From<&HostPmuCapabilities> for HostView {
             shape: host.shape.as_ref().map(ShapeView::from).unwrap_or_default(),
             cores: host.cores.clone(),
             notes: host.notes.clone(),
+            topology: host.topology.iter().map(HostCpuView::from).collect(),
         }
     }
 }

@@ -4,8 +4,8 @@ use super::{bare, time};
 use crate::names;
 use serde::Serialize;
 use vpmu_proto::api::{
-    VirtualMachine, WatchVirtualMachinesResponse, pmu_spec, virtual_machine_spec,
-    watch_virtual_machines_response,
+    CpuPlacement, VirtualMachine, WatchVirtualMachinesResponse, cpu_placement, pmu_spec,
+    virtual_machine_spec, watch_virtual_machines_response,
 };
 
 /// What `vm get --output json` prints.
@@ -49,6 +49,8 @@ pub struct VmView {
     pub boot: BootView,
     /// The PMU it asked for.
     pub pmu: PmuSpecView,
+    /// The host cores it asked for.
+    pub placement: PlacementView,
     /// What happens when it ends by itself.
     pub restart_policy: String,
     /// Full name of the migration under way, or empty.
@@ -104,6 +106,39 @@ pub struct PmuSpecView {
     pub disabled: bool,
 }
 
+/// The host cores that a machine asked for.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct PlacementView {
+    /// `SHARED` or `DEDICATED`.
+    pub policy: String,
+    /// `PACKED` or `SPREAD`; empty where it does not matter.
+    pub arrangement: String,
+    /// All on one NUMA node, memory bound to it.
+    pub numa_local: bool,
+    /// The cores that were named; empty if the host chooses.
+    pub cores: Vec<u32>,
+    /// SCHED_FIFO priority, 0 for the ordinary scheduler.
+    pub fifo_priority: u32,
+}
+
+impl From<&CpuPlacement> for PlacementView {
+    fn from(placement: &CpuPlacement) -> Self {
+        let dedicated = placement.policy() == cpu_placement::Policy::Dedicated;
+        let arrangement = match placement.arrangement() {
+            _ if !dedicated || !placement.cores.is_empty() => "",
+            cpu_placement::Arrangement::Spread => "SPREAD",
+            cpu_placement::Arrangement::Packed | cpu_placement::Arrangement::Unspecified => "PACKED",
+        };
+        Self {
+            policy: if dedicated { "DEDICATED" } else { "SHARED" }.to_owned(),
+            arrangement: arrangement.to_owned(),
+            numa_local: placement.numa_local,
+            cores: placement.cores.clone(),
+            fifo_priority: placement.fifo_priority,
+        }
+    }
+}
+
 impl From<&VirtualMachine> for VmView {
     fn from(vm: &VirtualMachine) -> Self {
         let spec = vm.spec.clone().unwrap_or_default();
@@ -151,6 +186,7 @@ impl From<&VirtualMachine> for VmView {
             vcpu_cores: vm.vcpu_cores.clone(),
             boot,
             pmu,
+            placement: PlacementView::from(&spec.placement.clone().unwrap_or_default()),
             restart_policy: bare(spec.restart_policy().as_str_name(), "RESTART_POLICY_"),
             migration: vm.migration.clone(),
             moved_to: vm.moved_to.clone(),

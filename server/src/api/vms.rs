@@ -36,6 +36,10 @@ impl Vms {
         let name = VmName::new(&project, &request.virtual_machine_id)?;
         let (spec, start) = validate::new_machine(&request)?;
         let spec = validate::spec(spec, &daemon.host, daemon.capacity.memory_bytes())?;
+        if let Some(placement) = &spec.placement {
+            let field = "virtual_machine.spec.placement";
+            crate::placement::validate(field, placement, spec.vcpus, &daemon.capacity)?;
+        }
         let mut vm = VirtualMachine {
             name: name.to_string(),
             uid: uuid::Uuid::new_v4().to_string(),

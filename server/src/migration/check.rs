@@ -93,6 +93,9 @@ fn sizes(daemon: &Daemon, spec: &VirtualMachineSpec, found: &mut Vec<MigrationMi
     if !(1..=validate::MAX_VCPUS).contains(&spec.vcpus) {
         let message = format!("{} vCPUs; this host takes 1 to {}", spec.vcpus, validate::MAX_VCPUS);
         add(found, "CORES", message, "use another host");
+    } else if let Err(refusal) = daemon.capacity.check_cores(&crate::placement::Wanted::of(spec)) {
+        let remedy = "free cores on this host, change the machine's placement (vpmuctl vm placement) or use another host";
+        add(found, "CORES", refusal.to_string(), remedy);
     }
     let free = daemon.capacity.free_bytes();
     if spec.memory_bytes == 0

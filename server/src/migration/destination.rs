@@ -179,7 +179,7 @@ impl Incoming {
             self.way = Way::Unix;
         }
         let listen = self.data_address();
-        let grant = self.daemon.capacity.grant(spec.memory_bytes, spec.vcpus)?;
+        let grant = self.daemon.capacity.grant(self.handle.name.vm(), &spec)?;
         let launch = Launch {
             vm_uid: &self.handle.uid,
             vm_name: self.handle.name.vm(),

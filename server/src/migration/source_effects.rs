@@ -138,7 +138,7 @@ impl Source {
                 }
                 Ok((prepared, open_stream(&peer, open).await?))
             };
-            Job::Prepared(prepared.await)
+            Job::Prepared(Box::pin(prepared).await)
         }));
     }
 

@@ -276,7 +276,7 @@ pub fn probe_spec(vcpus: u32, memory_mib: u64) -> VirtualMachineSpec {
             ..ProbeBoot::default()
         })),
         pmu: None,
-        restart_policy: 0,
+        ..Default::default()
     }
 }
 

@@ -64,6 +64,10 @@ pub struct Plan {
     /// The guest sees the PMU in CPUID.
     exposed: bool,
     incoming: bool,
+    /// SCHED_FIFO priority of the vCPU threads.
+    fifo: Option<u8>,
+    /// NUMA nodes that memory is bound to.
+    memory_nodes: Vec<u32>,
     warnings: Vec<String>,
 }
 
@@ -122,6 +126,7 @@ impl Plan {
                 .to_owned(),
             );
         }
+        let placement = request.placement.clone().unwrap_or_default();
         let policy = match pmu.switch_policy() {
             api::pmu_spec::SwitchPolicy::Lazy => Policy::Lazy,
             _ => Policy::Strict,
@@ -137,6 +142,8 @@ impl Plan {
             policy,
             exposed,
             incoming: request.incoming,
+            fifo: fifo(placement.fifo_priority)?,
+            memory_nodes: placement.memory_nodes,
             warnings,
         })
     }
@@ -163,6 +170,19 @@ fn slots(
         .collect()
 }
 
+/// A priority from outside; 0 is none.
+fn fifo(priority: u32) -> Result<Option<u8>, WorkerError> {
+    match u8::try_from(priority) {
+        Ok(0) => Ok(None),
+        Ok(priority @ 1..=99) => Ok(Some(priority)),
+        _ => Err(WorkerError::invalid(
+            "fifo_priority",
+            priority,
+            "give 1 to 99, or 0 for the ordinary scheduler",
+        )),
+    }
+}
+
 fn guest_shape(pmu: &api::PmuSpec, host: &Shape) -> Result<Option<Shape>, WorkerError> {
     if pmu.disabled {
         return Ok(None);
@@ -183,6 +203,8 @@ pub type Loads = Vec<InitialRegs>;
 pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<String>), WorkerError> {
     let memory =
         GuestMemory::new(&plan.name, plan.memory_bytes).map_err(|e| WorkerError::Memory(e.to_string()))?;
+    // Before anything is touched: pages stay where they are first put.
+    memory.bind(&plan.memory_nodes).map_err(|e| WorkerError::Memory(e.to_string()))?;
     let loads = if plan.incoming { Vec::new() } else { boot(&plan, &memory)? };
     let cpuid = plan.shape.as_ref().filter(|_| plan.exposed).map(cpuid_pmu).transpose()?;
     let vm: Arc<dyn Vm> = match plan.kind {
@@ -207,6 +229,7 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
             vm: Arc::clone(&vm),
             devices: Arc::clone(&devices),
             slot,
+            fifo: plan.fifo,
             pmu,
             rates: options.rates,
             right: Arc::clone(&options.right),

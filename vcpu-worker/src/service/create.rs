@@ -21,6 +21,10 @@ pub(super) async fn create(
         return Err(WorkerError::Cancelled { what: "creating the VM" });
     }
     let plan = Plan::new(&request, &inner.cores)?;
+    let housekeeping = request.placement.map(|p| p.housekeeping_cores).unwrap_or_default();
+    if !housekeeping.is_empty() {
+        super::placement::housekeeping(housekeeping).await?;
+    }
     let options = BuildOptions { right: Arc::clone(&inner.right), rates: inner.rates };
     let built = tokio::task::spawn_blocking(move || build(plan, &options))
         .await

@@ -7,7 +7,7 @@ use vpmu_proto::api::ProbeReport;
 use vpmu_proto::worker as proto;
 use vpmu_proto::worker::worker_service_server::WorkerService;
 
-use super::{Worker, console, create, events, migration};
+use super::{Worker, console, create, events, migration, placement};
 use crate::error::WorkerError;
 use crate::grant::Grant;
 use crate::migrate::Phase;
@@ -120,6 +120,16 @@ impl WorkerService for Worker {
     ) -> Answer<Self::WatchEventsStream> {
         self.inner.fence(request.get_ref().fence.as_ref())?;
         Ok(Response::new(events::watch(&self.inner)))
+    }
+
+    async fn set_housekeeping(
+        &self,
+        request: Request<proto::SetHousekeepingRequest>,
+    ) -> Answer<proto::SetHousekeepingResponse> {
+        let r = request.into_inner();
+        self.inner.fence(r.fence.as_ref())?;
+        let threads = placement::housekeeping(r.cores).await?;
+        Ok(Response::new(proto::SetHousekeepingResponse { threads }))
     }
 
     type MigrateOutStream = migration::OutStream;

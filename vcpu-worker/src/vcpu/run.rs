@@ -18,7 +18,8 @@ use super::{Left, Listener, Shared, VcpuSetup};
 use crate::devices::{Asked, Devices};
 use crate::error::WorkerError;
 use crate::grant::RunRight;
-use crate::host::{TickTimer, boottime_ns, monotonic_ns, pin_current_thread, thread_cpu_ns};
+use crate::host::affinity::VcpuThread;
+use crate::host::{TickTimer, boottime_ns, monotonic_ns, pin_current_thread, schedule, thread_cpu_ns};
 use crate::hypervisor::{Completion, Exit, Kick, Vcpu, Vm};
 
 /// How long an idle guest without an interrupt controller sleeps before it is asked again.
@@ -40,6 +41,8 @@ pub(super) fn thread(
     inbox: Receiver<Request>,
     ready: &SyncSender<Result<Arc<dyn Kick>, WorkerError>>,
 ) {
+    // Before it is pinned: housekeeping leaves it alone from here on.
+    let _registered = VcpuThread::register();
     match Driver::new(setup, shared, inbox) {
         Ok((mut driver, kick)) => {
             // What a vCPU opens is open now.
@@ -83,11 +86,16 @@ impl Driver {
         shared: Arc<Shared>,
         inbox: Receiver<Request>,
     ) -> Result<(Self, Arc<dyn Kick>), WorkerError> {
-        let VcpuSetup { index, vm_name, vm, devices, slot, pmu, rates, right, listener } = setup;
+        let VcpuSetup { index, vm_name, vm, devices, slot, fifo, pmu, rates, right, listener } = setup;
         let failed =
             |problem: String| WorkerError::Thread { thread: super::thread_name(&vm_name, index), problem };
         pin_current_thread(slot.id())
             .map_err(|e| failed(format!("pinning it to core {}: {e}", slot.id())))?;
+        if fifo.is_some() {
+            schedule::set_current(fifo).map_err(|e| {
+                failed(format!("SCHED_FIFO: {e}; give vpmud CAP_SYS_NICE, or use no priority"))
+            })?;
+        }
         let tick = TickTimer::new(TICK).map_err(|e| failed(format!("tick timer: {e}")))?;
         let vcpu = vm.create_vcpu(index)?;
         let kick = vcpu.kicker();

@@ -94,6 +94,7 @@ impl Host {
             pmu_mode: "model".to_owned(),
             model_pmu: MODEL.to_owned(),
             incoming,
+            placement: None,
         }
     }
 
@@ -184,7 +185,7 @@ pub fn probe_spec(vcpus: u32, memory_mib: u64) -> api::VirtualMachineSpec {
             gap_threshold_us: 0,
         })),
         pmu: Some(api::PmuSpec { gp_counters: 8, fixed_counters: 3, ..Default::default() }),
-        restart_policy: 0,
+        ..Default::default()
     }
 }
 

@@ -87,16 +87,20 @@ impl Actor {
         // A failed machine may still have its worker.
         self.retire_worker("stop").await;
         self.show(State::Starting);
-        match self.launch_and_run().await {
-            Ok(()) => {
-                let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Running);
-                self.change(State::Running, "", "", Kind::Updated, edit).await
-            }
-            Err(error) if error.reason() == "HOST_MEMORY_EXHAUSTED" => {
+        let spec = self.vm.spec.clone().unwrap_or_default();
+        let grant = match self.daemon.capacity.grant(self.name.vm(), &spec) {
+            Ok(grant) => grant,
+            Err(error) => {
                 // Nothing of the machine failed: it is what it was.
                 (self.vm.reason, self.vm.message) = (previous.1, previous.2);
                 self.show(previous.0);
-                Err(error)
+                return Err(error);
+            }
+        };
+        match self.launch_and_run(grant, &spec).await {
+            Ok(()) => {
+                let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Running);
+                self.change(State::Running, "", "", Kind::Updated, edit).await
             }
             Err(mut error) => {
                 if let Some(worker) = self.worker.take() {
@@ -110,12 +114,14 @@ impl Actor {
         }
     }
 
-    async fn launch_and_run(&mut self) -> Result<(), ApiError> {
-        let spec = self.vm.spec.clone().unwrap_or_default();
-        let grant = self.daemon.capacity.grant(spec.memory_bytes, spec.vcpus)?;
+    async fn launch_and_run(
+        &mut self,
+        grant: crate::capacity::Grant,
+        spec: &VirtualMachineSpec,
+    ) -> Result<(), ApiError> {
         let next = OwnershipRecord { incarnation: self.ownership.incarnation + 1, ..self.owned() };
         self.ownership = self.daemon.store.append_ownership(next).await?;
-        self.launch(grant, &spec).await?;
+        self.launch(grant, spec).await?;
         let Some(worker) = self.worker.clone() else { return Ok(()) };
         self.follow_worker(&worker).await?;
         worker.grant(self.ownership.epoch, true).await?;

@@ -1,0 +1,237 @@
+//! Cores of a machine's own through the public API, judged by where the kernel says that each thread is.
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use support::*;
+use tonic::Code;
+use vpmu_proto::api::cpu_placement::{Arrangement, Policy};
+use vpmu_proto::api::virtual_machine::State;
+use vpmu_proto::api::*;
+
+/// Name and allowed cores of each thread of a process.
+fn threads(pid: u32) -> Vec<(String, BTreeSet<u32>)> {
+    let field = |text: &str, key: &str| {
+        text.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default().trim().to_owned()
+    };
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("threads");
+    tasks
+        .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok())
+        .map(|status| {
+            let list = field(&status, "Cpus_allowed_list:");
+            let cores = list.split(',').flat_map(|part| {
+                let (first, last) = part.split_once('-').unwrap_or((part, part));
+                first.parse::<u32>().expect("a number")..=last.parse().expect("a number")
+            });
+            (field(&status, "Name:"), cores.collect())
+        })
+        .collect()
+}
+
+/// Scheduling policy and priority of the threads of a process whose names begin with `vm-` and have a number.
+fn vcpu_scheduling(pid: u32) -> Vec<(u32, u32)> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("threads");
+    tasks
+        .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok())
+        .filter_map(|stat| {
+            let (head, rest) = stat.rsplit_once(')')?;
+            if !is_vcpu(head.split_once('(')?.1) {
+                return None;
+            }
+            // Fields 40 and 41 of proc(5); the first behind the name is field 3.
+            let fields: Vec<&str> = rest.split_whitespace().collect();
+            Some((fields.get(38)?.parse().ok()?, fields.get(37)?.parse().ok()?))
+        })
+        .collect()
+}
+
+fn is_vcpu(name: &str) -> bool {
+    name.starts_with("vm-") && name.contains('/')
+}
+
+/// Waits until every thread of the process that runs no vCPU may be on exactly these cores.
+async fn until_kept_to(pid: u32, cores: &BTreeSet<u32>) {
+    let begin = Instant::now();
+    loop {
+        let all = threads(pid);
+        if all.iter().all(|(name, allowed)| is_vcpu(name) || allowed == cores) {
+            return;
+        }
+        assert!(begin.elapsed() < DEADLINE, "not kept to {cores:?}: {all:?}");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+}
+
+fn placed(vcpus: u32, placement: CpuPlacement) -> VirtualMachineSpec {
+    VirtualMachineSpec { placement: Some(placement), ..probe_spec(vcpus, 16) }
+}
+
+fn dedicated() -> CpuPlacement {
+    CpuPlacement { policy: Policy::Dedicated.into(), ..CpuPlacement::default() }
+}
+
+async fn start(host: &Host, id: &str) -> Result<VirtualMachine, String> {
+    let request = StartVirtualMachineRequest { name: name(id), request_id: String::new() };
+    let operation = host.vms().await.start_virtual_machine(request).await.expect("accepted").into_inner();
+    host.finish(operation).await.map(|any| unpack(&any)).map_err(|error| reason_of(&error))
+}
+
+/// Cores that tests may use; none, and it says so, where there is only one.
+fn cores() -> Option<Vec<u32>> {
+    let cores = vcpu_worker::host::affinity::pinnable(&vcpu_worker::host::allowed_cores());
+    if cores.len() < 2 {
+        println!("skipped: a host with one core has none to dedicate");
+        return None;
+    }
+    Some(cores)
+}
+
+#[tokio::test]
+async fn a_dedicated_core_is_left_by_everybody_else() {
+    let Some(all) = cores() else { return };
+    for isolation in ["thread", "process"] {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let mut host =
+            Host::start(dir.path(), &["--hypervisor", "simulated", "--isolation", isolation, "--stop-vms"])
+                .await;
+        let pid = host.child.id().expect("running");
+        let everywhere: BTreeSet<u32> = all.iter().copied().collect();
+        until_kept_to(pid, &everywhere).await;
+
+        host.create("own", placed(1, dedicated())).await;
+        let own = start(&host, "own").await.expect("started");
+        let [core] = own.vcpu_cores[..] else { panic!("one core: {own:?}") };
+        let topology = vcpu_worker::host::Topology::of_this_host();
+        let threads_of_core: BTreeSet<u32> = topology.threads_of(core).collect();
+        let rest: BTreeSet<u32> = everywhere.difference(&threads_of_core).copied().collect();
+        assert!(!rest.is_empty(), "the host keeps a core");
+        until_kept_to(pid, &rest).await;
+        let worker = if own.worker_pid == 0 { pid } else { own.worker_pid };
+        until_kept_to(worker, &rest).await;
+        let vcpus: Vec<_> = threads(worker).into_iter().filter(|(name, _)| is_vcpu(name)).collect();
+        assert_eq!(
+            vcpus.iter().map(|(_, cores)| cores.clone()).collect::<Vec<_>>(),
+            [BTreeSet::from([core])]
+        );
+        assert_eq!(host.until_counting("own").await.vcpus[0].core, core);
+
+        // Shared machines go elsewhere, by choice and by list.
+        host.create("other", probe_spec(3, 16)).await;
+        let other = start(&host, "other").await.expect("started");
+        assert!(other.vcpu_cores.iter().all(|core| rest.contains(core)), "{other:?}");
+        let there = CpuPlacement { cores: vec![core], ..CpuPlacement::default() };
+        host.create("there", placed(1, there)).await;
+        assert_eq!(start(&host, "there").await.expect_err("refused"), "CORE_TAKEN");
+        assert_eq!(host.get("there").await.observed_state(), State::Stopped, "nothing of it failed");
+        let shown =
+            host.pmu().await.get_host_pmu_capabilities(GetHostPmuCapabilitiesRequest {}).await.expect("host");
+        let shown = shown.into_inner().topology;
+        let cpu = shown.iter().find(|cpu| cpu.cpu == core).expect("shown");
+        assert_eq!((cpu.dedicated_to.as_str(), cpu.vcpus, cpu.usable), ("own", 1, true));
+        assert_eq!(shown.iter().map(|cpu| cpu.vcpus).sum::<u32>(), 4);
+
+        // More than there are: refused by count, and everything is given back in the end.
+        host.create("many", placed(256, dedicated())).await;
+        assert_eq!(start(&host, "many").await.expect_err("refused"), "CORES_EXHAUSTED");
+        host.stop_vm("own").await;
+        until_kept_to(pid, &everywhere).await;
+        if let Some(pid) = Some(other.worker_pid).filter(|pid| *pid != 0) {
+            until_kept_to(pid, &everywhere).await;
+        }
+        let there = start(&host, "there").await.expect("free again");
+        assert_eq!(there.vcpu_cores, [core]);
+        assert_eq!(host.terminate().await, 0);
+    }
+}
+
+#[tokio::test]
+async fn a_dedicated_machine_that_outlived_its_daemon_keeps_its_core() {
+    if cores().is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("tempdir");
+    let mut host = Host::start(dir.path(), &["--hypervisor", "simulated", "--isolation", "process"]).await;
+    host.create("own", placed(1, dedicated())).await;
+    let own = start(&host, "own").await.expect("started");
+    let core = own.vcpu_cores[0];
+    host.kill().await;
+    host.restart().await;
+    let back = host.until("own", "found again", is(State::Running)).await;
+    assert_eq!((&back.vcpu_cores, back.worker_pid), (&own.vcpu_cores, own.worker_pid));
+    let pid = host.child.id().expect("running");
+    let own_core: BTreeSet<u32> = vcpu_worker::host::Topology::of_this_host().threads_of(core).collect();
+    let rest =
+        vcpu_worker::host::allowed_cores().into_iter().filter(|core| !own_core.contains(core)).collect();
+    until_kept_to(pid, &rest).await;
+    host.create("there", placed(1, CpuPlacement { cores: vec![core], ..CpuPlacement::default() })).await;
+    assert_eq!(start(&host, "there").await.expect_err("refused"), "CORE_TAKEN");
+    host.stop_vm("own").await;
+    assert_eq!(host.terminate().await, 0);
+}
+
+#[tokio::test]
+async fn fifo_is_set_where_it_is_asked_for() {
+    if cores().is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("tempdir");
+    let mut host = Host::start(dir.path(), &["--hypervisor", "simulated"]).await;
+    let pid = host.child.id().expect("running");
+    host.create("plain", probe_spec(1, 16)).await;
+    start(&host, "plain").await.expect("started");
+    assert_eq!(vcpu_scheduling(pid), [(0, 0)]);
+    host.stop_vm("plain").await;
+    host.create("fifo", placed(1, CpuPlacement { fifo_priority: 7, ..dedicated() })).await;
+    match start(&host, "fifo").await {
+        Ok(_) => assert_eq!(vcpu_scheduling(pid), [(1, 7)], "SCHED_FIFO"),
+        // Without CAP_SYS_NICE it is refused, and no thread is left.
+        Err(reason) => {
+            assert_eq!(reason, "THREAD_FAILED");
+            assert_eq!(vcpu_scheduling(pid), []);
+        }
+    }
+    assert_eq!(host.terminate().await, 0);
+}
+
+#[tokio::test]
+async fn placements_that_cannot_be_are_refused_by_name() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let mut host = Host::start(dir.path(), &["--hypervisor", "simulated"]).await;
+    let mut vms = host.vms().await;
+    let core = vcpu_worker::host::allowed_cores()[0];
+    for (placement, reason, field) in [
+        (CpuPlacement { cores: vec![core, core], ..dedicated() }, "CORES_OVERLAP", "cores"),
+        (CpuPlacement { cores: vec![core, core], ..CpuPlacement::default() }, "CORES_OVERLAP", "cores"),
+        (CpuPlacement { cores: vec![core, 4_000_000], ..dedicated() }, "CORE_UNKNOWN", "cores"),
+        (CpuPlacement { cores: vec![core], ..dedicated() }, "CORES_COUNT", "cores"),
+        (CpuPlacement { cores: vec![core; 300_000], ..CpuPlacement::default() }, "CORES_COUNT", "cores"),
+        (CpuPlacement { policy: 9, ..CpuPlacement::default() }, "BAD_POLICY", "policy"),
+        (CpuPlacement { arrangement: 9, ..dedicated() }, "BAD_ARRANGEMENT", "arrangement"),
+        (
+            CpuPlacement { arrangement: Arrangement::Spread.into(), ..CpuPlacement::default() },
+            "ARRANGEMENT_WITHOUT_CHOICE",
+            "arrangement",
+        ),
+        (CpuPlacement { fifo_priority: 100, ..dedicated() }, "FIFO_PRIORITY_OUT_OF_RANGE", "fifo_priority"),
+        (
+            CpuPlacement { fifo_priority: 1, ..CpuPlacement::default() },
+            "FIFO_NEEDS_DEDICATED",
+            "fifo_priority",
+        ),
+    ] {
+        let refused = vms.create_virtual_machine(create("bad", placed(2, placement))).await;
+        let status = expect_error(refused, Code::InvalidArgument, reason);
+        let field = format!("virtual_machine.spec.placement.{field}");
+        assert!(status.message().starts_with(&field), "{}", status.message());
+    }
+    let offline = vcpu_worker::host::Topology::of_this_host().offline().next();
+    if let Some(offline) = offline {
+        let placement = CpuPlacement { cores: vec![offline], ..CpuPlacement::default() };
+        let refused = vms.create_virtual_machine(create("bad", placed(1, placement))).await;
+        expect_error(refused, Code::InvalidArgument, "CORE_OFFLINE");
+    }
+    assert_eq!(host.list().await, []);
+    assert_eq!(host.terminate().await, 0);
+}

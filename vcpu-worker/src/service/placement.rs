@@ -1,0 +1,23 @@
+//! Where the worker's threads are.
+
+use crate::error::WorkerError;
+use crate::host::affinity;
+
+/// Most cores that are taken from outside.
+const MAX_CORES: usize = 8192;
+
+/// Moves every thread of this process that runs no vCPU.
+pub(super) async fn housekeeping(cores: Vec<u32>) -> Result<u32, WorkerError> {
+    let shown = format!("{cores:?}");
+    if cores.is_empty() || cores.len() > MAX_CORES {
+        return Err(WorkerError::invalid("cores", shown, "give 1 to 8192 cores"));
+    }
+    let set = tokio::task::spawn_blocking(move || affinity::set_housekeeping(&cores)).await;
+    match set.map_err(std::io::Error::other).and_then(std::convert::identity) {
+        Ok(threads) => Ok(u32::try_from(threads).unwrap_or(u32::MAX)),
+        Err(error) => {
+            let remedy = format!("{error}; give cores that this process may use");
+            Err(WorkerError::invalid("cores", shown, remedy))
+        }
+    }
+}
