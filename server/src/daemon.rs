@@ -58,6 +58,8 @@ pub struct Daemon {
     pub peer_address: String,
     /// Cancelled when the daemon begins to end.
     pub shutdown: CancellationToken,
+    /// Cancelled once what the last daemon left is settled: from then on restart policies act.
+    pub recovered: CancellationToken,
     /// Every task that must end before the store closes.
     pub tasks: TaskTracker,
     /// A machine that moves to another vpmud on this machine hands its memory over unless its request says otherwise.

@@ -183,6 +183,7 @@ async fn serve(
         migrations: crate::migration::Migrations::default(),
         peer_address,
         shutdown: CancellationToken::new(),
+        recovered: CancellationToken::new(),
         tasks: TaskTracker::new(),
         auto_local: config.local_migration == crate::config::LocalMigration::Auto,
         hold_at: config.hold_at,
@@ -191,6 +192,7 @@ async fn serve(
     let survivors = crate::adopt::before_recovery(&daemon).await.map_err(ServeError::Recovery)?;
     crate::migration::recover::recover(&daemon).await.map_err(ServeError::Recovery)?;
     crate::adopt::after_recovery(&daemon, survivors).await;
+    daemon.recovered.cancel();
 
     daemon.tasks.spawn(crate::housekeeping::keep(Arc::clone(&daemon), host.own_cores));
 

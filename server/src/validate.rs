@@ -127,14 +127,14 @@ pub fn spec(
     }
     pmu(&mut spec, host)?;
     match RestartPolicy::try_from(spec.restart_policy) {
-        Ok(RestartPolicy::Unspecified | RestartPolicy::Never) => {}
-        _ => {
+        Ok(_) => {}
+        Err(_) => {
             return Err(ApiError::invalid(
                 &format!("{SPEC}.restart_policy"),
                 spec.restart_policy,
-                "RESTART_POLICY_UNAVAILABLE",
-                "is not there yet",
-                "leave it unset and start the machine by request",
+                "BAD_RESTART_POLICY",
+                "is no restart policy",
+                "give NEVER, ON_FAILURE or ALWAYS",
             ));
         }
     }

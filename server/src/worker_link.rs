@@ -184,9 +184,7 @@ impl WorkerLink {
         if !broken.contains(&error.reason()) || self.inner.process.is_none() || !self.is_dead().await {
             return error;
         }
-        let end = self.death(error.message()).await.end.unwrap_or_default();
-        let (_, reason) = crate::vm::actor::ended_state(&end, true);
-        ApiError::internal(reason, end.detail)
+        self.obituary().await
     }
 
     /// Takes over a process that a former daemon of the same store started. One that does not obey is ended if it is
@@ -258,6 +256,21 @@ impl WorkerLink {
     pub async fn is_dead(&self) -> bool {
         let Some(process) = &self.inner.process else { return false };
         tokio::time::timeout(GONE, process.exited()).await.is_ok()
+    }
+
+    /// Returns once its process has ended; never in thread isolation, where nothing but the daemon's end can.
+    pub async fn died(&self) {
+        match &self.inner.process {
+            Some(process) => process.exited().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Why its process, which has ended, ended.
+    pub async fn obituary(&self) -> ApiError {
+        let end = self.death("it died").await.end.unwrap_or_default();
+        let (_, reason) = crate::vm::actor::ended_state(&end, true);
+        ApiError::internal(reason, end.detail)
     }
 
     /// What to make of a worker whose event stream broke: how its guest had ended, or that it died.

@@ -41,7 +41,7 @@ async fn every_bad_request_is_a_typed_error_and_changes_nothing() {
             Box::new(|s| s.pmu = Some(PmuSpec { gp_counters: 9, fixed_counters: 3, ..PmuSpec::default() })),
             "PMU_SHAPE_UNAVAILABLE",
         ),
-        ("a restart policy", Box::new(|s| s.restart_policy = 3), "RESTART_POLICY_UNAVAILABLE"),
+        ("a restart policy that is none", Box::new(|s| s.restart_policy = 9), "BAD_RESTART_POLICY"),
     ];
     for (what, spoil, reason) in cases {
         let mut spec = probe_spec(1, 64);

@@ -115,7 +115,7 @@ pub(crate) struct CreateArgs {
     #[command(flatten)]
     placement: PlacementArgs,
 
-    /// When it is started again by itself.
+    /// When it is started again by itself: after 0.5 s, then twice as long each time up to 5 minutes.
     #[arg(long, value_enum, default_value = "never")]
     restart: Restart,
 }

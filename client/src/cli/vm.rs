@@ -149,6 +149,12 @@ fn get(context: &Context, vm: &VirtualMachine) -> Result<(), Failure> {
         format!("{} general-purpose, {} fixed counters", view.pmu.gp_counters, view.pmu.fixed_counters)
     };
     let worker_pid = if view.worker_pid == 0 { String::new() } else { view.worker_pid.to_string() };
+    let policy = view.restart_policy.to_lowercase().replace('_', "-");
+    let restarts = match (policy.as_str(), &view.next_restart_time) {
+        ("" | "never" | "unspecified", _) => String::new(),
+        (policy, None) => format!("{policy}, {} so far", view.restart_count),
+        (policy, Some(at)) => format!("{policy}, {} so far, next at {at}", view.restart_count),
+    };
     let reason =
         if view.reason.is_empty() { String::new() } else { format!("[{}] {}", view.reason, view.message) };
     output::facts(&[
@@ -168,6 +174,7 @@ fn get(context: &Context, vm: &VirtualMachine) -> Result<(), Failure> {
         ("epoch", format!("{}, incarnation {}", view.epoch, view.incarnation)),
         ("worker pid", worker_pid),
         ("sandbox", view.sandbox.clone()),
+        ("restarts", restarts),
         ("migration", view.migration),
         ("moved to", view.moved_to),
         ("created", view.create_time.unwrap_or_default()),

@@ -53,6 +53,10 @@ pub struct VmView {
     pub placement: PlacementView,
     /// What happens when it ends by itself.
     pub restart_policy: String,
+    /// Starts by the restart policy since a user's.
+    pub restart_count: u32,
+    /// When the restart policy tries again, or nothing.
+    pub next_restart_time: Option<String>,
     /// Full name of the migration under way, or empty.
     pub migration: String,
     /// Host id it has moved to, or empty.
@@ -188,6 +192,8 @@ impl From<&VirtualMachine> for VmView {
             pmu,
             placement: PlacementView::from(&spec.placement.clone().unwrap_or_default()),
             restart_policy: bare(spec.restart_policy().as_str_name(), "RESTART_POLICY_"),
+            restart_count: vm.restart_count,
+            next_restart_time: time(vm.next_restart_time.as_ref()),
             migration: vm.migration.clone(),
             moved_to: vm.moved_to.clone(),
             create_time: time(vm.create_time.as_ref()),

@@ -21,6 +21,7 @@ use super::source::next_of;
 use crate::handover::destination::{Destination as Machine, Effect, Event, State};
 use crate::handover::{self, PeerAnswer};
 use crate::status::ApiError;
+use crate::worker_link::WorkerLink;
 
 /// Before each question to a source that went away.
 const ASK: Duration = Duration::from_secs(1);
@@ -48,6 +49,7 @@ pub(super) struct Work {
     /// The daemon ends and the rest is for the next one.
     pub(super) left: bool,
     shutdown_heard: bool,
+    death_heard: bool,
     pub(super) failed_grants: u32,
     pub(super) ready: Option<Ready>,
     pub(super) go: Option<Go>,
@@ -82,6 +84,7 @@ impl Work {
             lost: None,
             left: false,
             shutdown_heard: false,
+            death_heard: false,
             failed_grants: 0,
             ready: None,
             go: None,
@@ -91,6 +94,14 @@ impl Work {
             adopted: false,
             farewell: VecDeque::new(),
         }
+    }
+}
+
+/// Returns once a worker's process has ended.
+async fn died(worker: Option<&WorkerLink>) {
+    match worker {
+        Some(worker) => worker.died().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -154,6 +165,8 @@ impl Incoming {
             if let Some(event) = self.work.events.pop_front() {
                 return Some(event);
             }
+            // Once it has been adopted, its death is its actor's to see.
+            let worker = self.worker.clone().filter(|_| !self.work.adopted && !self.work.death_heard);
             let work = &mut self.work;
             let lease = work.lease.unwrap_or_else(tokio::time::Instant::now);
             let (listening, leased) = (work.talk.is_some(), work.lease.is_some());
@@ -162,6 +175,15 @@ impl Incoming {
                 progress = next_of(work.progress.as_mut()) => self.received(progress),
                 talk = next_stream(work.streams.as_mut()), if !listening => self.opened(talk).await,
                 Some(answer) = work.jobs.next(), if !work.jobs.is_empty() => self.answered(answer),
+                () = died(worker.as_ref()), if worker.is_some() => {
+                    self.work.death_heard = true;
+                    if let Some(worker) = worker {
+                        let why = worker.obituary().await;
+                        self.worker = None;
+                        worker.end().await;
+                        self.fail(Event::WorkerDied, why);
+                    }
+                }
                 () = tokio::time::sleep_until(lease), if leased => {
                     tracing::info!(vm = %self.handle.name, "a reservation ended without a migration");
                     self.work.lease = None;

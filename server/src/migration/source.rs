@@ -95,6 +95,8 @@ pub(super) struct Work {
     pub(super) copies: bool,
     pub(super) asking: bool,
     cancel_heard: bool,
+    /// The worker's process has ended, by itself or by this driver.
+    pub(super) death_heard: bool,
     /// Why it was aborted, in words.
     pub(super) why: Option<ApiError>,
     /// Why the worker is gone.
@@ -129,6 +131,7 @@ impl Work {
             copies: false,
             asking: false,
             cancel_heard: false,
+            death_heard: false,
             why: None,
             lost: None,
             left: None,
@@ -203,12 +206,19 @@ impl Source {
                 return Some(event);
             }
             let work = &mut self.work;
-            let stoppable = !work.cancel_heard;
+            let (stoppable, lives) = (!work.cancel_heard, !work.death_heard);
+            let worker = self.lease.worker.clone();
             let bound = work.bound.as_ref().map_or_else(tokio::time::Instant::now, |b| b.at);
             tokio::select! {
                 message = next_of(work.talk.as_mut().map(|t| &mut t.from)) => self.hear(message),
                 progress = next_of(work.copying.as_mut()) => self.copied(progress),
                 Some(job) = work.jobs.next(), if !work.jobs.is_empty() => self.done(job),
+                () = worker.died(), if lives => {
+                    self.work.death_heard = true;
+                    let why = worker.obituary().await;
+                    self.work.lost.get_or_insert(why.clone());
+                    self.fail(Event::WorkerDied, why);
+                }
                 () = self.cancel.cancelled(), if stoppable => self.stop(),
                 () = self.daemon.shutdown.cancelled(), if stoppable => self.stop(),
                 () = self.daemon.shutdown.cancelled(), if !work.machine.can_cancel() => {

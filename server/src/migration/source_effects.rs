@@ -64,6 +64,7 @@ impl Source {
             Effect::EndWorker => {
                 self.show(Shown::Committed, "runs on the destination; releasing");
                 self.work.source_cores = self.lease.worker.cores().to_vec();
+                self.work.death_heard = true;
                 self.lease.worker.end().await;
                 self.work.events.push_back(Event::WorkerDied);
             }
@@ -283,6 +284,7 @@ impl Source {
             return self.retry(Event::GrantFailed).await;
         } else {
             // In thread isolation the end of its threads is the proof.
+            self.work.death_heard = true;
             self.lease.worker.end().await;
         }
         self.work.lost.get_or_insert(error);
@@ -300,6 +302,7 @@ impl Source {
         self.cancel_copy().await;
         if let Err(error) = self.lease.worker.seal(&self.id.to_string(), epoch).await {
             tracing::error!(vm = %self.handle.name, epoch, %error, "the worker cannot be sealed and is ended");
+            self.work.death_heard = true;
             self.lease.worker.end().await;
             self.work.events.push_back(Event::WorkerDied);
         } else {

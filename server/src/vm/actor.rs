@@ -7,11 +7,13 @@
 //! * a right to run is journalled before the worker is told (grant), and taken from the worker before it is journalled;
 //! * readers never wait for the actor: they use the published snapshot.
 //!
-//! What it does is in [`lifecycle`] (users), [`moving`] (migrations), [`reattach`] (workers that outlived a daemon) and the table of `transitions`.
+//! What it does is in [`lifecycle`] (users), [`moving`] (migrations), [`reattach`] (workers that outlived a daemon),
+//! [`restarting`] (the restart policy) and the table of `transitions`.
 
 mod lifecycle;
 mod moving;
 mod reattach;
+mod restarting;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -95,12 +97,14 @@ impl Actor {
         let mut checkpoint = tokio::time::interval(CHECKPOINT);
         checkpoint.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while !self.gone {
+            let due = restarting::due(self.daemon.recovered.clone(), self.restart_in());
             tokio::select! {
                 command = self.mailbox.recv() => match command {
                     Some(command) => self.handle(command).await,
                     None => break,
                 },
                 _ = checkpoint.tick() => self.checkpoint().await,
+                () = due => self.restart().await,
             }
             while self.migration.is_none() && !self.gone {
                 match self.deferred.pop_front() {
@@ -328,7 +332,8 @@ impl Actor {
         let message = format!("vCPU {}: {}", end.vcpu, crate::status::clip(&end.detail, 512));
         tracing::info!(vm = %self.name, reason, %message, "the guest ended");
         self.retire_worker("stop").await;
-        if let Err(error) = self.change(state, reason, &message, Kind::Updated, |_| {}).await {
+        let edit = |vm: &mut VirtualMachine| restarting::note_end(vm, state, reason);
+        if let Err(error) = self.change(state, reason, &message, Kind::Updated, edit).await {
             tracing::error!(vm = %self.name, %error, "the guest's end could not be stored");
         }
     }

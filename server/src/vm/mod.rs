@@ -4,5 +4,6 @@ pub mod actor;
 pub mod command;
 pub mod events;
 pub mod registry;
+pub mod restart;
 pub mod transitions;
 pub mod view;

@@ -8,9 +8,11 @@ use vpmu_proto::store::OwnershipRecord;
 use vpmu_proto::store::ownership_record::Phase;
 
 use super::Actor;
+use super::restarting::{note, wall_ms};
 use crate::ops::{Running, Seed, pack, pack_empty};
 use crate::status::ApiError;
 use crate::vm::command::Reply;
+use crate::vm::restart::Event;
 use crate::vm::transitions::Action;
 use crate::worker_link::{Launch, WorkerLink};
 
@@ -78,11 +80,12 @@ impl Actor {
             return;
         }
         let Some(running) = self.begin(seed, reply).await else { return };
+        note(&mut self.vm, Event::ByUser);
         let started = self.do_start().await;
         running.finish(started.map(|()| pack("VirtualMachine", &self.vm))).await;
     }
 
-    async fn do_start(&mut self) -> Result<(), ApiError> {
+    pub(super) async fn do_start(&mut self) -> Result<(), ApiError> {
         let previous = (self.state(), self.vm.reason.clone(), self.vm.message.clone());
         // A failed machine may still have its worker.
         self.retire_worker("stop").await;
@@ -99,7 +102,10 @@ impl Actor {
         };
         match self.launch_and_run(grant, &spec).await {
             Ok(()) => {
-                let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Running);
+                let edit = |vm: &mut VirtualMachine| {
+                    vm.set_desired_state(DesiredState::Running);
+                    note(vm, Event::Running { now: wall_ms() });
+                };
                 self.change(State::Running, "", "", Kind::Updated, edit).await
             }
             Err(mut error) => {
@@ -173,7 +179,10 @@ impl Actor {
             running.finish(Err(error)).await;
             return;
         }
-        let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Stopped);
+        let edit = |vm: &mut VirtualMachine| {
+            vm.set_desired_state(DesiredState::Stopped);
+            note(vm, Event::ByUser);
+        };
         let stored = self.change(State::Stopped, "", "", Kind::Updated, edit).await;
         running.finish(stored.map(|()| pack("VirtualMachine", &self.vm))).await;
     }

@@ -10,8 +10,10 @@ use vpmu_proto::api::watch_virtual_machines_response::Kind;
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
 
 use super::Actor;
+use super::restarting::{note, note_end, wall_ms};
 use crate::status::ApiError;
 use crate::vm::command::{Arrival, Command, Lease, Outcome};
+use crate::vm::restart::Event;
 use crate::vm::transitions::Action;
 use crate::vm::view::ActiveMigration;
 
@@ -44,8 +46,7 @@ impl Actor {
             Outcome::Stayed { ownership, lost: Some(error) } => {
                 self.ownership = ownership;
                 if self.deferred.iter().any(|c| matches!(c, Command::Worker { .. })) {
-                    // The guest ended meanwhile: that event, which is next, tells how.
-                    self.show(State::Running);
+                    // The guest or its worker ended meanwhile: that event, which is next, tells how.
                     return Ok(());
                 }
                 // One whose ownership is not known is not ended either: its copy may be the last.
@@ -56,7 +57,8 @@ impl Actor {
                 let ended = matches!(error.reason(), "HOST_RESTARTED" | "SHUTTING_DOWN");
                 let (state, reason) =
                     if ended { (State::Stopped, "HOST_RESTARTED") } else { (State::Failed, error.reason()) };
-                self.change(state, reason, error.message(), Kind::Updated, |_| {}).await
+                let edit = |vm: &mut VirtualMachine| note_end(vm, state, reason);
+                self.change(state, reason, error.message(), Kind::Updated, edit).await
             }
             Outcome::Moved { ownership, moved_to } => {
                 self.ownership = ownership;
@@ -108,6 +110,7 @@ impl Actor {
         self.worker = Some(worker.clone());
         self.vm.migration.clear();
         self.vm.moved_to.clear();
+        note(&mut self.vm, Event::ByUser);
         self.daemon.host.hypervisor.clone_into(&mut self.vm.hypervisor);
         self.daemon.host.pmu_mode.clone_into(&mut self.vm.pmu_mode);
         let pmu = self.store_pmu(images, worker.cores(), "migrate-in").await;
@@ -115,10 +118,17 @@ impl Actor {
         let desired = if paused { DesiredState::Paused } else { DesiredState::Running };
         if let Some(error) = lost {
             self.retire_worker("stop").await;
-            let edit = |vm: &mut VirtualMachine| vm.set_desired_state(desired);
+            let edit = |vm: &mut VirtualMachine| {
+                vm.set_desired_state(desired);
+                note_end(vm, State::Failed, error.reason());
+            };
             return self.change(State::Failed, error.reason(), error.message(), Kind::Updated, edit).await;
         }
-        self.change(state, "", "", Kind::Updated, |vm| vm.set_desired_state(desired)).await?;
+        let edit = |vm: &mut VirtualMachine| {
+            vm.set_desired_state(desired);
+            note(vm, Event::Running { now: wall_ms() });
+        };
+        self.change(state, "", "", Kind::Updated, edit).await?;
         self.follow_worker(&worker).await?;
         pmu
     }

@@ -7,6 +7,7 @@ use vpmu_proto::api::watch_virtual_machines_response::Kind;
 use vpmu_proto::store::ownership_record::Phase;
 use vpmu_proto::worker::{WorkerEvent, WorkerStatus, worker_status};
 
+use super::restarting::note_end;
 use super::{Actor, ended_state, worker_died};
 use crate::adopt::Survivor;
 use crate::status::ApiError;
@@ -56,7 +57,8 @@ impl Actor {
                     end.or_else(|| worker_died("it died while no vpmud watched it").end).unwrap_or_default();
                 let (state, reason) = ended_state(&end, true);
                 let message = format!("vCPU {}: {}", end.vcpu, crate::status::clip(&end.detail, 512));
-                self.change(state, reason, &message, Kind::Updated, |_| {}).await
+                let edit = |vm: &mut VirtualMachine| note_end(vm, state, reason);
+                self.change(state, reason, &message, Kind::Updated, edit).await
             }
             Survivor::Refused(error) if owned && had_run => {
                 self.change(State::Failed, error.reason(), error.message(), Kind::Updated, |_| {}).await
@@ -104,7 +106,10 @@ impl Actor {
         } else {
             (State::Paused, DesiredState::Paused)
         };
-        let edit = |vm: &mut VirtualMachine| vm.set_desired_state(desired);
+        let edit = |vm: &mut VirtualMachine| {
+            vm.set_desired_state(desired);
+            vm.next_restart_time = None;
+        };
         self.change(state, "", "", Kind::Updated, edit).await?;
         match self.follow_worker(&worker).await {
             Ok(()) => Ok(()),
@@ -116,7 +121,8 @@ impl Actor {
         if let Some(worker) = self.worker.take() {
             worker.end().await;
         }
-        self.change(State::Failed, error.reason(), error.message(), Kind::Updated, |_| {}).await
+        let edit = |vm: &mut VirtualMachine| note_end(vm, State::Failed, error.reason());
+        self.change(State::Failed, error.reason(), error.message(), Kind::Updated, edit).await
     }
 }
 
