@@ -6,9 +6,10 @@ use crate::names;
 use tonic::Streaming;
 use vpmu_proto::api::{
     CreateVirtualMachineRequest, DeleteVirtualMachineRequest, GetVirtualMachineRequest,
-    ListVirtualMachinesRequest, PauseVirtualMachineRequest, ResumeVirtualMachineRequest,
-    StartVirtualMachineRequest, StopVirtualMachineRequest, VirtualMachine, VirtualMachineSpec,
-    WatchVirtualMachinesRequest, WatchVirtualMachinesResponse,
+    ListVirtualMachinesRequest, PauseVirtualMachineRequest, RestoreVirtualMachineRequest,
+    ResumeVirtualMachineRequest, SnapshotVirtualMachineRequest, StartVirtualMachineRequest,
+    StopVirtualMachineRequest, VirtualMachine, VirtualMachineSpec, WatchVirtualMachinesRequest,
+    WatchVirtualMachinesResponse,
 };
 use vpmu_proto::longrunning::Operation;
 
@@ -94,6 +95,35 @@ impl Client {
     pub async fn resume_vm(&self, name: &str) -> Result<VirtualMachine, ClientError> {
         let request = self.request(ResumeVirtualMachineRequest { name: names::vm(name) });
         self.call("ResumeVirtualMachine", self.raw_vms().resume_virtual_machine(request)).await
+    }
+
+    /// Starts writing a machine to `file` in the host's snapshot directory; the response is a `Snapshot`.
+    pub async fn snapshot_vm(&self, name: &str, file: &str) -> Result<Operation, ClientError> {
+        let request = self.request(SnapshotVirtualMachineRequest {
+            name: names::vm(name),
+            file: file.to_owned(),
+            request_id: request_id(),
+        });
+        self.call("SnapshotVirtualMachine", self.raw_vms().snapshot_virtual_machine(request)).await
+    }
+
+    /// Starts making a new machine from `file`; `lazy` lets it run before its memory is read, `paused` leaves it paused.
+    pub async fn restore_vm(
+        &self,
+        name: &str,
+        file: &str,
+        lazy: bool,
+        paused: bool,
+    ) -> Result<Operation, ClientError> {
+        let request = self.request(RestoreVirtualMachineRequest {
+            parent: names::DEFAULT_PROJECT.to_owned(),
+            virtual_machine_id: names::short(name).to_owned(),
+            file: file.to_owned(),
+            lazy,
+            paused,
+            request_id: request_id(),
+        });
+        self.call("RestoreVirtualMachine", self.raw_vms().restore_virtual_machine(request)).await
     }
 
     /// Streams the present state, then every change, of one machine or (with `None`) of all.

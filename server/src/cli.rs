@@ -79,6 +79,9 @@ struct ServeArgs {
     /// End in order when standard input ends, that is, with the process that started this one.
     #[arg(long)]
     exit_with_parent: bool,
+    /// Where snapshots are written and read; made if it is not there. Default: `snapshots` in the state directory.
+    #[arg(long, value_name = "DIR")]
+    snapshot_dir: Option<PathBuf>,
     /// For tests: print a JSON line and stop this process before:STEP or after:STEP of a handover.
     #[arg(long, value_name = "POINT", hide = true)]
     hold_at: Option<crate::handover::step::HoldPoint>,
@@ -100,6 +103,7 @@ impl From<ServeArgs> for ServeConfig {
             worker_violates: args.worker_violates,
             local_migration: args.local_migration,
             exit_with_parent: args.exit_with_parent,
+            snapshot_dir: args.snapshot_dir,
             hold_at: args.hold_at,
         }
     }

@@ -210,6 +210,8 @@ pub struct ServeConfig {
     pub local_migration: LocalMigration,
     /// End when standard input ends.
     pub exit_with_parent: bool,
+    /// Where snapshots are written and read; none means `snapshots` in the state directory.
+    pub snapshot_dir: Option<PathBuf>,
     /// For tests: stop this process at a point of a handover.
     pub hold_at: Option<crate::handover::step::HoldPoint>,
 }

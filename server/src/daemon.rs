@@ -54,6 +54,8 @@ pub struct Daemon {
     pub registry: Registry,
     /// Migrations.
     pub migrations: Migrations,
+    /// Where snapshots are.
+    pub snapshot_dir: std::path::PathBuf,
     /// Where this host's peer service is reached, for Resolve.
     pub peer_address: String,
     /// Cancelled when the daemon begins to end.

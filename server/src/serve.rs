@@ -182,6 +182,7 @@ async fn serve(
         registry: crate::vm::registry::Registry::default(),
         migrations: crate::migration::Migrations::default(),
         peer_address,
+        snapshot_dir: snapshot_dir(config)?,
         shutdown: CancellationToken::new(),
         recovered: CancellationToken::new(),
         tasks: TaskTracker::new(),
@@ -226,6 +227,17 @@ async fn serve(
     end(&daemon, servers, &end_workers).await;
     drop(files);
     Ok(())
+}
+
+/// Makes the directory of snapshots, and removes from it what a host that died was writing.
+fn snapshot_dir(config: &ServeConfig) -> Result<PathBuf, ServeError> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let failed = "cannot use the snapshot directory";
+    let asked = config.snapshot_dir.clone().unwrap_or_else(|| config.state_dir.join("snapshots"));
+    let dir = std::path::absolute(asked).map_err(io(failed))?;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(io(failed))?;
+    vcpu_worker::snapshot::write::sweep(&dir).map_err(io(failed))?;
+    Ok(dir)
 }
 
 /// Ends everything in order; each step is bounded.

@@ -24,6 +24,8 @@ use crate::worker_process::{Processes, WorkerProcess};
 const COMMAND: Duration = Duration::from_secs(15);
 /// Deadline of building a machine: it may allocate and load much.
 const BUILD: Duration = Duration::from_secs(120);
+/// The same with all of its memory read from a snapshot.
+const RESTORE: Duration = Duration::from_secs(900);
 /// How long a process whose connection broke may take to end.
 const GONE: Duration = Duration::from_secs(2);
 /// Most console history that is kept of an ended machine, in bytes.
@@ -62,6 +64,8 @@ pub struct Launch<'a> {
     pub spec: &'a VirtualMachineSpec,
     /// State arrives by migration.
     pub incoming: bool,
+    /// State comes from a snapshot.
+    pub restore: Option<RestoreFrom>,
 }
 
 /// A worker; cloned freely, ended by [`WorkerLink::end`] or with its last clone.
@@ -164,8 +168,10 @@ impl WorkerLink {
                     memory_nodes,
                     housekeeping_cores,
                 }),
+                restore: launch.restore,
             };
-            call(BUILD, client.create_vm(request)).await
+            let within = if request.restore.is_some() { RESTORE } else { BUILD };
+            call(within, client.create_vm(request)).await
         };
         match built.await {
             Ok(response) => Ok((link, response)),
@@ -395,6 +401,16 @@ impl WorkerLink {
             Err(error) if error.code() == tonic::Code::Unimplemented => Ok(Vec::new()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Begins to write the paused machine to a file. Dropping the stream cancels it.
+    pub async fn save_snapshot(
+        &self,
+        path: String,
+        manifest: SnapshotManifest,
+    ) -> Result<Streaming<SnapshotProgress>, ApiError> {
+        let request = SaveSnapshotRequest { fence: self.fence(), path, manifest: Some(manifest) };
+        call(COMMAND, self.client().save_snapshot(request)).await
     }
 
     /// Source: begins copying.

@@ -11,6 +11,8 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::grant::Refused;
 use crate::hypervisor::HvError;
+use crate::lazy::LazyError;
+use crate::snapshot::SnapshotError;
 use crate::vcpu::state::Refusal;
 
 /// `ErrorInfo.domain` of every error of this crate.
@@ -137,6 +139,12 @@ pub enum WorkerError {
         /// What is wrong.
         problem: String,
     },
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// Memory that comes while the guest runs.
+    #[error(transparent)]
+    Lazy(#[from] LazyError),
 }
 
 impl WorkerError {
@@ -166,6 +174,8 @@ impl WorkerError {
             Self::Deadline { .. } => "WORKER_TIMEOUT",
             Self::Cancelled { .. } => "CANCELLED",
             Self::BadState { .. } => "STATE_REJECTED",
+            Self::Snapshot(e) => e.reason(),
+            Self::Lazy(e) => e.reason(),
         }
     }
 
@@ -176,15 +186,18 @@ impl WorkerError {
             Self::Refused(_) | Self::Vcpu(_) | Self::Empty | Self::Occupied { .. } | Self::State { .. } => {
                 Code::FailedPrecondition
             }
-            Self::Hypervisor(HvError::Unsupported { .. }) | Self::Boot { .. } => Code::FailedPrecondition,
+            Self::Hypervisor(HvError::Unsupported { .. })
+            | Self::Boot { .. }
+            | Self::Lazy(LazyError::Unsupported { .. }) => Code::FailedPrecondition,
             Self::Memory(_) => Code::ResourceExhausted,
             Self::Hypervisor(HvError::State { .. }) | Self::PmuImage { .. } | Self::BadState { .. } => {
                 Code::DataLoss
             }
-            Self::Hypervisor(_) | Self::Pmu { .. } | Self::Thread { .. } => Code::Internal,
+            Self::Hypervisor(_) | Self::Pmu { .. } | Self::Thread { .. } | Self::Lazy(_) => Code::Internal,
             Self::Deadline { .. } => Code::DeadlineExceeded,
             Self::Migration { .. } => Code::Aborted,
             Self::Cancelled { .. } => Code::Cancelled,
+            Self::Snapshot(error) => snapshot_code(error),
         }
     }
 
@@ -198,6 +211,23 @@ impl WorkerError {
         let message = self.to_string();
         let details = ErrorDetails::with_error_info(self.reason(), DOMAIN, []);
         Status::with_error_details(self.code(), message, details)
+    }
+}
+
+fn snapshot_code(error: &SnapshotError) -> Code {
+    match error {
+        SnapshotError::Unreadable { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            Code::NotFound
+        }
+        SnapshotError::Unreadable { .. }
+        | SnapshotError::NotOne { .. }
+        | SnapshotError::Version { .. }
+        | SnapshotError::Memory { .. } => Code::FailedPrecondition,
+        SnapshotError::Unwritable { .. } => Code::ResourceExhausted,
+        SnapshotError::Busy { .. } => Code::Aborted,
+        SnapshotError::Length { .. } | SnapshotError::Damaged { .. } => Code::DataLoss,
+        SnapshotError::Cancelled => Code::Cancelled,
+        SnapshotError::Guest(_) => Code::Internal,
     }
 }
 

@@ -7,6 +7,7 @@
 //! - [`lazy`] lets a guest run before its memory is there (userfaultfd);
 //! - [`kvm_pmu`] saves and restores KVM's own vPMU (PMU mode `kvm`);
 //! - [`sandbox`] confines a worker that is a process;
+//! - [`snapshot`] puts a machine into a file and out of it;
 //! - [`boot`] and [`probe`] fill the memory; [`migrate`] drives the [`dataplane`].
 //!
 //! `unsafe` is allowed only in files that say so at their head: memory, system calls, clocks, KVM's dirty log, the probe.
@@ -33,6 +34,7 @@ pub mod probe;
 pub mod process;
 pub mod sandbox;
 pub mod service;
+pub mod snapshot;
 mod sys;
 #[doc(hidden)]
 pub mod testing;

@@ -15,6 +15,7 @@ use crate::console::Console;
 use crate::devices::Devices;
 use crate::error::WorkerError;
 use crate::hypervisor::Vm;
+use crate::lazy::LazyMemory;
 use crate::memory::GuestMemory;
 use crate::pmu_glue::image_to_proto;
 use crate::vcpu::request::{Answer, Request};
@@ -22,6 +23,7 @@ use crate::vcpu::state::State;
 use crate::vcpu::{Left, Listener, VcpuHandle, VcpuLink};
 
 pub mod build;
+mod lazy;
 pub mod snapshot;
 
 pub use build::BuildOptions;
@@ -84,6 +86,8 @@ pub struct Machine {
     probe: bool,
     incoming: bool,
     looks: Semaphore,
+    /// Memory that is yet to come. Dropped before the vCPUs, which may wait for it.
+    lazy: Mutex<Option<LazyMemory>>,
     vcpus: Vec<VcpuHandle>,
 }
 
@@ -203,6 +207,11 @@ impl Machine {
 
     /// Ends every vCPU thread and waits for it; returns the last images.
     pub async fn stop(self: Arc<Self>) -> Result<Vec<PmuImage>, WorkerError> {
+        let machine = Arc::clone(&self);
+        // Before the vCPUs are asked: one may wait for a page inside KVM's emulator, where no kick reaches it.
+        if let Err(error) = tokio::task::spawn_blocking(move || machine.end_lazy()).await {
+            tracing::error!(%error, "giving up on memory that has not come");
+        }
         let images = self.ask("stopping the vCPUs", |v| v.ask(|reply| Request::Stop(Some(reply)))).await;
         let machine = Arc::clone(&self);
         let joined = tokio::task::spawn_blocking(move || machine.vcpus.iter().for_each(VcpuHandle::join));

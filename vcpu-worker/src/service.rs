@@ -23,6 +23,7 @@ use crate::grant::{Grant, Rights, RunRight};
 use crate::host::boottime_ns;
 use crate::machine::Machine;
 use crate::migrate::{IncomingMigration, OutgoingMigration, Phase};
+use crate::snapshot::write::Progress;
 
 mod console;
 mod create;
@@ -30,6 +31,7 @@ mod events;
 mod migration;
 mod placement;
 mod rpc;
+mod snapshot;
 
 /// Events that a slow watcher may miss; it then sees the present state.
 const EVENTS: usize = 16;
@@ -84,6 +86,8 @@ struct Held {
     incoming: Option<Arc<IncomingMigration>>,
     /// Certificate of the migration that is about to begin here.
     identity: Option<(String, Arc<Identity>)>,
+    /// A snapshot that is being written.
+    saving: Option<Arc<Progress>>,
 }
 
 impl Worker {
@@ -138,6 +142,9 @@ impl Worker {
         }
         if let Some(incoming) = incoming {
             incoming.cancel();
+        }
+        if let Some(saving) = &self.inner.held().saving {
+            saving.cancel.store(true, std::sync::atomic::Ordering::Relaxed);
         }
         let _control = self.inner.control.lock().await;
         let result = self.inner.release().await;

@@ -198,6 +198,12 @@ impl VcpuHandle {
         self.shared.state()
     }
 
+    /// Tells where it is, also to who does not hold it.
+    pub fn watcher(&self) -> impl Fn() -> State + Send + Sync + use<> {
+        let shared = Arc::clone(&self.shared);
+        move || shared.state()
+    }
+
     /// Its figures.
     pub fn stats(&self) -> Snapshot {
         self.shared.stats.snapshot()

@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 use std::fmt::Write as _;
 use std::process::ExitCode;
-use vpmu_client::api::VirtualMachine;
+use vpmu_client::api::{Snapshot, VirtualMachine};
 use vpmu_client::longrunning::Operation;
 use vpmu_client::units;
 use vpmu_client::view::{BootView, PlacementView, VmEventView, VmView};
@@ -25,6 +25,10 @@ pub(crate) enum VmCommand {
     Pause(NameArgs),
     /// Resume a paused machine.
     Resume(NameArgs),
+    /// Write a machine, state and memory, to a file; one that runs is paused for as long as that takes.
+    Snapshot(SnapshotArgs),
+    /// Make a new machine that goes on where a snapshot was taken.
+    Restore(RestoreArgs),
     /// Show one machine.
     Get(NameArgs),
     /// Delete a machine, ending it first if it runs.
@@ -44,6 +48,32 @@ pub(crate) struct NameArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct SnapshotArgs {
+    /// The machine.
+    name: String,
+    /// File name in the host's snapshot directory (vpmud's --snapshot-dir); replaced if it is there. Default: the
+    /// machine's name with .vpmusnap behind it.
+    #[arg(long, value_name = "FILE")]
+    file: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// Name of the new machine.
+    name: String,
+    /// File name in the host's snapshot directory.
+    #[arg(long, value_name = "FILE")]
+    file: String,
+    /// Run at once: read pages as the guest touches them, and the rest in the background. The file must stay as it is
+    /// until all are there.
+    #[arg(long)]
+    lazy: bool,
+    /// Leave it paused.
+    #[arg(long)]
+    paused: bool,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct WatchArgs {
     /// One machine; all if not given.
     name: Option<String>,
@@ -60,6 +90,11 @@ pub(crate) async fn run(context: &Context, command: VmCommand) -> Result<ExitCod
         }
         VmCommand::Stop(args) => {
             let operation = client.stop_vm(&args.name).await?;
+            show(context, &finish(context, operation).await?)?;
+        }
+        VmCommand::Snapshot(args) => snapshot(context, args).await?,
+        VmCommand::Restore(args) => {
+            let operation = client.restore_vm(&args.name, &args.file, args.lazy, args.paused).await?;
             show(context, &finish(context, operation).await?)?;
         }
         VmCommand::Pause(args) => show(context, &client.pause_vm(&args.name).await?)?,
@@ -198,6 +233,32 @@ fn placement(view: &PlacementView) -> String {
         parts.push(format!("SCHED_FIFO {}", view.fifo_priority));
     }
     parts.join(", ")
+}
+
+async fn snapshot(context: &Context, args: SnapshotArgs) -> Result<(), Failure> {
+    let file = args.file.unwrap_or_else(|| format!("{}.vpmusnap", vpmu_client::names::short(&args.name)));
+    let operation = context.client.snapshot_vm(&args.name, &file).await?;
+    let snapshot: Snapshot = context.client.wait_for(operation, context.timeout).await?;
+    if context.json() {
+        output::json(&json!({
+            "file": snapshot.file,
+            "vm_uid": snapshot.vm_uid,
+            "memory_bytes": snapshot.memory_bytes,
+            "file_bytes": snapshot.file_bytes,
+            "pages": snapshot.pages,
+            "pause_us": snapshot.pause_us,
+        }))?;
+    } else {
+        output::line(&format!(
+            "{}: written to {}, {} of {} of memory, guest out for {:.1} ms",
+            args.name,
+            snapshot.file,
+            units::bytes(snapshot.pages * 4096),
+            units::bytes(snapshot.memory_bytes),
+            snapshot.pause_us as f64 / 1000.0
+        ))?;
+    }
+    Ok(())
 }
 
 async fn list(context: &Context) -> Result<(), Failure> {

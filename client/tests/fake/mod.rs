@@ -193,6 +193,14 @@ impl VirtualMachinesService for Script {
         unscripted()
     }
 
+    async fn snapshot_virtual_machine(&self, _: Request<SnapshotVirtualMachineRequest>) -> Answer<Operation> {
+        unscripted()
+    }
+
+    async fn restore_virtual_machine(&self, _: Request<RestoreVirtualMachineRequest>) -> Answer<Operation> {
+        unscripted()
+    }
+
     type WatchVirtualMachinesStream = Items<WatchVirtualMachinesResponse>;
 
     async fn watch_virtual_machines(

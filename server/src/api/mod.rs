@@ -6,6 +6,7 @@ pub mod migrations;
 pub mod operations;
 pub mod peer;
 pub mod pmu;
+pub(crate) mod snapshots;
 pub mod vms;
 
 use std::pin::Pin;

@@ -30,8 +30,9 @@ impl OperationsApi {
     }
 
     fn cancel(&self, name: &str) -> Result<(), ApiError> {
-        let operation = self.daemon.ops.get(names::parse_operation("name", name)?)?;
-        if operation.done {
+        let id = names::parse_operation("name", name)?;
+        let operation = self.daemon.ops.get(id)?;
+        if operation.done || self.daemon.ops.cancel(id) {
             return Ok(());
         }
         let migration = operation

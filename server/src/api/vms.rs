@@ -106,12 +106,13 @@ impl Vms {
     }
 }
 
-fn metadata(name: &VmName, verb: &str) -> prost_types::Any {
+pub(super) fn metadata(name: &VmName, verb: &str) -> prost_types::Any {
     let metadata = OperationMetadata {
         target: name.to_string(),
         verb: verb.to_owned(),
         create_time: Some(now()),
         end_time: None,
+        ..OperationMetadata::default()
     };
     pack("OperationMetadata", &metadata)
 }
@@ -184,6 +185,20 @@ impl VirtualMachinesService for Vms {
         let name = VmName::parse("name", &request.get_ref().name, "")?;
         let vm = self.daemon.registry.get(&name)?.ask(|reply| Command::Resume { reply }).await?;
         Ok(Response::new(vm))
+    }
+
+    async fn snapshot_virtual_machine(
+        &self,
+        request: Request<SnapshotVirtualMachineRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        Ok(Response::new(super::snapshots::take(&self.daemon, request.get_ref()).await?))
+    }
+
+    async fn restore_virtual_machine(
+        &self,
+        request: Request<RestoreVirtualMachineRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        Ok(Response::new(super::snapshots::restore(&self.daemon, request.get_ref()).await?))
     }
 
     type WatchVirtualMachinesStream = BoxStream<WatchVirtualMachinesResponse>;

@@ -186,6 +186,7 @@ impl Incoming {
             incarnation: INCARNATION,
             spec: &spec,
             incoming: true,
+            restore: None,
         };
         let (worker, built) = WorkerLink::launch(&self.daemon.workers, grant, launch).await?;
         self.worker = Some(worker.clone());

@@ -15,6 +15,7 @@ use prost::Message;
 use prost_types::Any;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vpmu_proto::longrunning::{Operation, operation};
 use vpmu_proto::store::OperationRecord;
@@ -32,6 +33,8 @@ pub struct Ops {
 struct Live {
     /// Unfinished operations.
     running: HashMap<Uuid, watch::Receiver<Operation>>,
+    /// Those of them that stop when they are asked to.
+    cancellable: HashMap<Uuid, CancellationToken>,
     /// Request ids between `admit` and `begin` or refusal; closed when that is decided.
     pending: HashMap<Uuid, watch::Receiver<()>>,
 }
@@ -152,6 +155,12 @@ impl Ops {
         self.get(id)
     }
 
+    /// Asks an operation to stop; false if it is none that does.
+    pub fn cancel(&self, id: Uuid) -> bool {
+        let token = self.live().cancellable.get(&id).cloned();
+        token.inspect(CancellationToken::cancel).is_some()
+    }
+
     /// Removes a finished operation's record.
     pub async fn delete(&self, id: Uuid) -> Result<(), ApiError> {
         if !self.get(id)?.done {
@@ -163,6 +172,12 @@ impl Ops {
             ));
         }
         Ok(self.store.delete_operation(&id.to_string()).await?)
+    }
+
+    fn forget(&self, id: Uuid) {
+        let mut live = self.live();
+        live.running.remove(&id);
+        live.cancellable.remove(&id);
     }
 
     fn live(&self) -> std::sync::MutexGuard<'_, Live> {
@@ -228,6 +243,11 @@ impl Running {
         self.id
     }
 
+    /// Lets it be cancelled: the token says when somebody asked for that.
+    pub fn cancellable(&self) -> CancellationToken {
+        self.ops.live().cancellable.entry(self.id).or_default().clone()
+    }
+
     /// Shows progress; not durable.
     pub fn progress(&self, metadata: Any) {
         self.view.send_modify(|o| o.metadata = Some(metadata));
@@ -247,7 +267,7 @@ impl Running {
             tracing::error!(operation = %operation.name, %error, "the end of an operation could not be made durable");
         }
         self.view.send_replace(operation);
-        self.ops.live().running.remove(&self.id);
+        self.ops.forget(self.id);
     }
 }
 
@@ -261,7 +281,7 @@ impl Drop for Running {
             o.done = true;
             o.result = Some(operation::Result::Error(ApiError::shutting_down().to_rpc()));
         });
-        self.ops.live().running.remove(&self.id);
+        self.ops.forget(self.id);
     }
 }
 

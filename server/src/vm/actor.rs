@@ -8,12 +8,13 @@
 //! * readers never wait for the actor: they use the published snapshot.
 //!
 //! What it does is in [`lifecycle`] (users), [`moving`] (migrations), [`reattach`] (workers that outlived a daemon),
-//! [`restarting`] (the restart policy) and the table of `transitions`.
+//! [`restarting`] (the restart policy), [`snapshot`] and the table of `transitions`.
 
 mod lifecycle;
 mod moving;
 mod reattach;
 mod restarting;
+mod snapshot;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -118,6 +119,10 @@ impl Actor {
     async fn handle(&mut self, command: Command) {
         match command {
             Command::Create { seed, start, reply } => self.create(seed, start, reply).await,
+            Command::Restore { from, paused, seed, reply } => {
+                Box::pin(self.restore(from, paused, seed, reply)).await;
+            }
+            Command::Snapshot { file, seed, reply } => Box::pin(self.snapshot(&file, seed, reply)).await,
             Command::Start { seed, reply } => self.start(seed, reply).await,
             command @ (Command::Stop { .. } | Command::Delete { .. }) => self.stop_or_delete(command).await,
             Command::Pause { reply } => {

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vpmu_proto::api::VirtualMachine;
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
-use vpmu_proto::worker::{PmuImage, WorkerEvent};
+use vpmu_proto::worker::{PmuImage, RestoreFrom, WorkerEvent};
 
 use crate::ops::Seed;
 use crate::status::ApiError;
@@ -25,6 +25,26 @@ pub enum Command {
         seed: Seed,
         /// Start it at once.
         start: bool,
+        /// The operation's id.
+        reply: Reply<Uuid>,
+    },
+    /// First command of a machine that comes from a snapshot.
+    Restore {
+        /// Where from.
+        from: RestoreFrom,
+        /// Leave it paused.
+        paused: bool,
+        /// Its operation.
+        seed: Seed,
+        /// The operation's id.
+        reply: Reply<Uuid>,
+    },
+    /// Write it to a file.
+    Snapshot {
+        /// The file's name.
+        file: String,
+        /// Its operation.
+        seed: Seed,
         /// The operation's id.
         reply: Reply<Uuid>,
     },

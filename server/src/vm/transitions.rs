@@ -31,12 +31,22 @@ pub enum Action {
     Migrate,
     /// Let a copy arrive under this name and uid.
     Receive,
+    /// Write it to a file.
+    Snapshot,
 }
 
 impl Action {
     /// Every action.
-    pub const ALL: [Self; 7] =
-        [Self::Start, Self::Stop, Self::Pause, Self::Resume, Self::Delete, Self::Migrate, Self::Receive];
+    pub const ALL: [Self; 8] = [
+        Self::Start,
+        Self::Stop,
+        Self::Pause,
+        Self::Resume,
+        Self::Delete,
+        Self::Migrate,
+        Self::Receive,
+        Self::Snapshot,
+    ];
 
     /// The verb, for messages.
     pub fn verb(self) -> &'static str {
@@ -48,6 +58,7 @@ impl Action {
             Self::Delete => "delete",
             Self::Migrate => "migrate",
             Self::Receive => "receive",
+            Self::Snapshot => "snapshot",
         }
     }
 }
@@ -75,6 +86,8 @@ pub fn verdict(state: State, action: Action) -> Verdict {
         (S::Paused, A::Resume) => Verdict::Via(S::Running),
         (S::Stopped | S::Failed | S::Running | S::Paused | S::Moved, A::Delete) => Verdict::Via(S::Stopping),
         (S::Running | S::Paused, A::Migrate) => Verdict::Via(S::MigratingOut),
+        // It is what it was afterwards.
+        (S::Running | S::Paused, A::Snapshot) => Verdict::Via(state),
         (S::Moved, A::Receive) => Verdict::Via(S::Incoming),
         (S::MigratingOut, A::Stop | A::Delete) => Verdict::AfterAbort,
         _ => Verdict::Illegal,

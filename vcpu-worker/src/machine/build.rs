@@ -68,6 +68,8 @@ pub struct Plan {
     fifo: Option<u8>,
     /// NUMA nodes that memory is bound to.
     memory_nodes: Vec<u32>,
+    /// State comes from a snapshot.
+    restored: bool,
     warnings: Vec<String>,
 }
 
@@ -89,6 +91,10 @@ impl Plan {
         if spec.memory_bytes == 0 || spec.memory_bytes % MEMORY_UNIT != 0 {
             let remedy = "give a multiple of 2 MiB, at least 2 MiB";
             return Err(WorkerError::invalid("spec.memory_bytes", spec.memory_bytes, remedy));
+        }
+        if request.incoming && request.restore.is_some() {
+            let remedy = "state comes from a migration or from a snapshot: set one of incoming and restore";
+            return Err(WorkerError::invalid("restore", "set", remedy));
         }
         let kind = match request.hypervisor.as_str() {
             "kvm" => Kind::Kvm,
@@ -144,6 +150,7 @@ impl Plan {
             incoming: request.incoming,
             fifo: fifo(placement.fifo_priority)?,
             memory_nodes: placement.memory_nodes,
+            restored: request.restore.is_some(),
             warnings,
         })
     }
@@ -205,7 +212,7 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
         GuestMemory::new(&plan.name, plan.memory_bytes).map_err(|e| WorkerError::Memory(e.to_string()))?;
     // Before anything is touched: pages stay where they are first put.
     memory.bind(&plan.memory_nodes).map_err(|e| WorkerError::Memory(e.to_string()))?;
-    let loads = if plan.incoming { Vec::new() } else { boot(&plan, &memory)? };
+    let loads = if plan.incoming || plan.restored { Vec::new() } else { boot(&plan, &memory)? };
     let cpuid = plan.shape.as_ref().filter(|_| plan.exposed).map(cpuid_pmu).transpose()?;
     let vm: Arc<dyn Vm> = match plan.kind {
         Kind::Kvm => KvmVm::new(
@@ -248,6 +255,7 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
         probe: matches!(plan.boot, Boot::Probe(_)),
         incoming: plan.incoming,
         looks: tokio::sync::Semaphore::new(super::LOOKS),
+        lazy: std::sync::Mutex::default(),
         vcpus,
     };
     Ok((machine, loads, plan.warnings))

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use vpmu_proto::worker::{CreateVmRequest, CreateVmResponse};
 
-use super::{Inner, events};
+use super::{Inner, events, snapshot};
 use crate::error::WorkerError;
 use crate::machine::build::{BuildOptions, Plan, build};
 use crate::pmu_glue::shape_to_proto;
@@ -31,7 +31,11 @@ pub(super) async fn create(
         .map_err(|e| WorkerError::Thread { thread: "building the VM".to_owned(), problem: e.to_string() })?;
     let (machine, loads, warnings) = built?;
     let machine = Arc::new(machine);
-    if let Err(error) = machine.load(loads).await {
+    let loaded = match request.restore {
+        Some(from) => snapshot::restore(&machine, from).await,
+        None => machine.load(loads).await,
+    };
+    if let Err(error) = loaded {
         // The threads end before the answer goes out.
         if let Err(stop) = machine.stop().await {
             tracing::error!(error = %stop, "after a failed load");

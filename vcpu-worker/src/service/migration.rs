@@ -111,6 +111,8 @@ pub(super) async fn migrate_out(inner: &Arc<Inner>, r: &MigrateOutRequest) -> Re
     if let Some(end) = machine.end() {
         return refuse(format!("ENDED ({})", end.kind().as_str_name()), "start the VM again");
     }
+    // The sender takes pages that are not there for zero.
+    machine.memory_is_here("migrating")?;
     let max_blackout =
         if r.max_blackout_us == 0 { BLACKOUT } else { Duration::from_micros(r.max_blackout_us) };
     let max_duration = (r.max_duration_ms != 0).then(|| Duration::from_millis(r.max_duration_ms));

@@ -7,7 +7,7 @@ use vpmu_proto::api::ProbeReport;
 use vpmu_proto::worker as proto;
 use vpmu_proto::worker::worker_service_server::WorkerService;
 
-use super::{Worker, console, create, events, migration, placement};
+use super::{Worker, console, create, events, migration, placement, snapshot};
 use crate::error::WorkerError;
 use crate::grant::Grant;
 use crate::migrate::Phase;
@@ -193,6 +193,17 @@ impl WorkerService for Worker {
         let r = request.into_inner();
         self.inner.fence(r.fence.as_ref())?;
         Ok(Response::new(migration::watch_incoming(&self.inner, &r.migration_id)?))
+    }
+
+    type SaveSnapshotStream = snapshot::SaveStream;
+
+    async fn save_snapshot(
+        &self,
+        request: Request<proto::SaveSnapshotRequest>,
+    ) -> Answer<Self::SaveSnapshotStream> {
+        let r = request.into_inner();
+        self.inner.fence(r.fence.as_ref())?;
+        Ok(Response::new(snapshot::save(&self.inner, r)?))
     }
 
     async fn shutdown(&self, request: Request<proto::ShutdownRequest>) -> Answer<proto::ShutdownResponse> {

@@ -94,7 +94,7 @@ impl Host {
             pmu_mode: "model".to_owned(),
             model_pmu: MODEL.to_owned(),
             incoming,
-            placement: None,
+            ..Default::default()
         }
     }
 

@@ -6,6 +6,7 @@ use vpmu_proto::api::watch_virtual_machines_response::Kind;
 use vpmu_proto::api::{VirtualMachine, VirtualMachineSpec};
 use vpmu_proto::store::OwnershipRecord;
 use vpmu_proto::store::ownership_record::Phase;
+use vpmu_proto::worker::RestoreFrom;
 
 use super::Actor;
 use super::restarting::{note, wall_ms};
@@ -18,7 +19,7 @@ use crate::worker_link::{Launch, WorkerLink};
 
 impl Actor {
     /// Begins an operation and answers with its id; none if the caller was refused.
-    async fn begin(&self, seed: Seed, reply: Reply<Uuid>) -> Option<Running> {
+    pub(super) async fn begin(&self, seed: Seed, reply: Reply<Uuid>) -> Option<Running> {
         match seed.begin().await {
             Ok(running) => {
                 let _ = reply.send(Ok(running.id()));
@@ -56,7 +57,7 @@ impl Actor {
         }
     }
 
-    async fn do_create(&mut self) -> Result<(), ApiError> {
+    pub(super) async fn do_create(&mut self) -> Result<(), ApiError> {
         let first = OwnershipRecord {
             vm_uid: self.vm.uid.clone(),
             epoch: 1,
@@ -100,7 +101,7 @@ impl Actor {
                 return Err(error);
             }
         };
-        match self.launch_and_run(grant, &spec).await {
+        match self.launch_and_run(grant, &spec, None, true).await {
             Ok(()) => {
                 let edit = |vm: &mut VirtualMachine| {
                     vm.set_desired_state(DesiredState::Running);
@@ -120,17 +121,20 @@ impl Actor {
         }
     }
 
-    async fn launch_and_run(
+    /// Gets a worker and gives it the right to run; `run` says whether it does at once.
+    pub(super) async fn launch_and_run(
         &mut self,
         grant: crate::capacity::Grant,
         spec: &VirtualMachineSpec,
+        restore: Option<RestoreFrom>,
+        run: bool,
     ) -> Result<(), ApiError> {
         let next = OwnershipRecord { incarnation: self.ownership.incarnation + 1, ..self.owned() };
         self.ownership = self.daemon.store.append_ownership(next).await?;
-        self.launch(grant, spec).await?;
+        self.launch(grant, spec, restore).await?;
         let Some(worker) = self.worker.clone() else { return Ok(()) };
         self.follow_worker(&worker).await?;
-        worker.grant(self.ownership.epoch, true).await?;
+        worker.grant(self.ownership.epoch, run).await?;
         Ok(())
     }
 
@@ -138,6 +142,7 @@ impl Actor {
         &mut self,
         grant: crate::capacity::Grant,
         spec: &VirtualMachineSpec,
+        restore: Option<RestoreFrom>,
     ) -> Result<(), ApiError> {
         let launch = Launch {
             vm_uid: &self.vm.uid,
@@ -145,6 +150,7 @@ impl Actor {
             incarnation: self.ownership.incarnation,
             spec,
             incoming: false,
+            restore,
         };
         let (worker, built) = WorkerLink::launch(&self.daemon.workers, grant, launch).await?;
         for warning in &built.warnings {
@@ -236,7 +242,7 @@ impl Actor {
         Ok(())
     }
 
-    async fn do_delete(&mut self) -> Result<(), ApiError> {
+    pub(super) async fn do_delete(&mut self) -> Result<(), ApiError> {
         self.end_unheld().await?;
         let gone = OwnershipRecord { phase: Phase::Deleted as i32, ..self.ownership.clone() };
         self.ownership = self.daemon.store.append_ownership(gone).await?;

@@ -2,6 +2,7 @@
 
 mod figures;
 mod guest;
+mod hops;
 mod lazy;
 
 use std::collections::BTreeSet;
@@ -290,66 +291,6 @@ fn the_dirty_log_is_exact_in_both_regions() {
         assert!(pages.is_empty(), "cycle {cycle}: nothing ran: {pages:?}");
         vm.stop_dirty_tracking().expect("stopped");
         assert!(vm.collect_dirty(&mut pages).is_err());
-    }
-}
-
-/// A computing guest moved through 20 fresh VMs ends with the same bits in general, SSE and AVX registers.
-#[test]
-fn state_is_bit_exact_over_twenty_hops() {
-    if !require_kvm() {
-        return;
-    }
-    if !std::arch::is_x86_feature_detected!("avx2") {
-        println!("skipped: no AVX2");
-        return;
-    }
-    let rounds = 150_000_000u64;
-    let memory = memory(4 * MIB);
-    let seed: [u64; 8] = [3, 5, 7, 11, 0x1111_2222_3333, 0x9999_0000_1111, u64::MAX, 13];
-    for (at, word) in (0u64..).zip(seed) {
-        memory.store_u64(RESULT + 64 + at * 8, word).expect("inside");
-    }
-    let (first_vm, mut vcpu) = start(&memory, guest::lcg(), EntryMode::LongUser);
-    set_general(&vcpu, |r| (r.rdi, r.rax, r.r8) = (rounds, 42, 1));
-    enable_avx(&vcpu);
-    let mut vm = first_vm;
-    let mut hops = 0;
-    let mut timer = crate::host::TickTimer::new(Duration::from_millis(1)).expect("timer");
-    timer.arm().expect("armed");
-    let done = loop {
-        match vcpu.run().expect("run") {
-            Exit::Interrupted => vcpu.clear_kick(),
-            exit => break exit,
-        }
-        if hops < 20 {
-            assert_eq!(vcpu.finish_pending().expect("finished"), None);
-            let pieces = vcpu.save().expect("saved");
-            let vm_pieces = vm.save().expect("saved");
-            let next = make_vm(&memory, 1);
-            let mut other = next.make_vcpu(0).expect("vcpu");
-            assert_eq!(other.cpuid, vcpu.cpuid, "the same CPUID is set beforehand");
-            other.restore(&pieces).expect("restored");
-            next.restore(&vm_pieces).expect("restored");
-            for (a, b) in pieces.iter().zip(other.save().expect("saved")) {
-                assert!(a.kind == "tsc" || *a == b, "piece {} reads back differently", a.kind);
-            }
-            (vm, vcpu) = (next, other);
-            hops += 1;
-        }
-    };
-    assert_eq!(hops, 20, "the guest ended too early");
-    let (mut x, mut y) = (42u64, 1u64);
-    for _ in 0..rounds {
-        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        y = y.wrapping_mul(3).wrapping_add(1);
-    }
-    assert_eq!(done, Exit::MmioWrite { addr: DEVICE, size: 8, data: x });
-    let word = |at: u64| memory.load_u64(RESULT + at).expect("inside");
-    assert_eq!((word(0), word(8)), (x, y));
-    assert_eq!((word(16), word(24)), (seed[0], seed[1]), "xmm7");
-    for lane in 0..4 {
-        let expected = seed[lane].wrapping_add(seed[4 + lane].wrapping_mul(rounds));
-        assert_eq!(word(32 + lane as u64 * 8), expected, "ymm0 lane {lane}");
     }
 }
 

@@ -23,19 +23,28 @@ std::arch::global_asm!(
     .section .rodata.vpmu_test_guests, "a"
     .balign 16
     .globl vpmu_guest_lcg, vpmu_guest_lcg_end
-    /* Ring 3. rdi rounds; rax, r8 and ymm0 grow; results at [rsi]; then a store to [rbx]. */
+    /* Ring 3. rdi rounds; rax, r8, ymm0 and st(0) grow, and a word of 4096 from [rsi+0x1000] changes with each; results
+       at [rsi]; then a store to [rbx]. */
     vpmu_guest_lcg:
         mov r9, 6364136223846793005
         mov r10, 1442695040888963407
         vmovdqu ymm0, [rsi + 64]
         vmovdqu ymm1, [rsi + 96]
         movdqu xmm7, [rsi + 64]
+        fninit
+        fild qword ptr [rsi + 128]
+        fldz
     2:  imul rax, r9
         add rax, r10
         lea r8, [r8 + r8*2 + 1]
         vpaddq ymm0, ymm0, ymm1
+        fadd st(0), st(1)
+        mov rdx, rax
+        shr rdx, 52
+        xor [rsi + rdx*8 + 0x1000], rax
         dec rdi
         jnz 2b
+        fistp qword ptr [rsi + 136]
         mov [rsi], rax
         mov [rsi + 8], r8
         vmovdqu [rsi + 32], ymm0
