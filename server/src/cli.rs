@@ -82,9 +82,14 @@ struct ServeArgs {
     /// Where snapshots are written and read; made if it is not there. Default: `snapshots` in the state directory.
     #[arg(long, value_name = "DIR")]
     snapshot_dir: Option<PathBuf>,
-    /// For tests: print a JSON line and stop this process before:STEP or after:STEP of a handover.
+    /// How long another host or a worker may be silent in a migration before it counts as unreachable, in milliseconds.
+    /// Shorter waits shrink with it. Nothing that was committed is ever given up by it.
+    #[arg(long, value_name = "MS", default_value_t = 30_000,
+          value_parser = clap::value_parser!(u32).range(200..=600_000))]
+    handover_timeout: u32,
+    /// For tests: print a JSON line and stop this process before:STEP or after:STEP of a handover, once. Repeatable.
     #[arg(long, value_name = "POINT", hide = true)]
-    hold_at: Option<crate::handover::step::HoldPoint>,
+    hold_at: Vec<crate::handover::step::HoldPoint>,
 }
 
 impl From<ServeArgs> for ServeConfig {
@@ -104,6 +109,7 @@ impl From<ServeArgs> for ServeConfig {
             local_migration: args.local_migration,
             exit_with_parent: args.exit_with_parent,
             snapshot_dir: args.snapshot_dir,
+            handover_timeout: args.handover_timeout,
             hold_at: args.hold_at,
         }
     }

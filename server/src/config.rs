@@ -212,11 +212,18 @@ pub struct ServeConfig {
     pub exit_with_parent: bool,
     /// Where snapshots are written and read; none means `snapshots` in the state directory.
     pub snapshot_dir: Option<PathBuf>,
-    /// For tests: stop this process at a point of a handover.
-    pub hold_at: Option<crate::handover::step::HoldPoint>,
+    /// How long another host or a worker may be silent in a handover, in milliseconds.
+    pub handover_timeout: u32,
+    /// For tests: stop this process at these points of a handover, once at each.
+    pub hold_at: Vec<crate::handover::step::HoldPoint>,
 }
 
 impl ServeConfig {
+    /// What migrations wait for, and how long.
+    pub fn limits(&self) -> crate::migration::limits::Limits {
+        crate::migration::limits::Limits::of(std::time::Duration::from_millis(self.handover_timeout.into()))
+    }
+
     /// What can be judged without looking at the host.
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.listen.is_empty() {

@@ -66,8 +66,10 @@ pub struct Daemon {
     pub tasks: TaskTracker,
     /// A machine that moves to another vpmud on this machine hands its memory over unless its request says otherwise.
     pub auto_local: bool,
-    /// For tests: where to stop this process.
-    pub hold_at: Option<crate::handover::step::HoldPoint>,
+    /// For tests: where to stop this process, once at each.
+    pub hold_at: Vec<crate::migration::hold::Hold>,
+    /// What migrations wait for, and how long.
+    pub limits: crate::migration::limits::Limits,
 }
 
 impl Daemon {

@@ -8,14 +8,11 @@ use vpmu_proto::peer::migration_peer_service_client::MigrationPeerServiceClient;
 use vpmu_proto::peer::*;
 
 use crate::config::Address;
+use crate::migration::limits::Limits;
 use crate::status::ApiError;
 
 /// Version of the peer protocol that this daemon speaks.
 pub const VERSION: u32 = 1;
-/// Bound on connecting.
-const CONNECT: Duration = Duration::from_secs(3);
-/// Bound on one call.
-const CALL: Duration = Duration::from_secs(30);
 
 /// Another vpmud.
 #[derive(Clone)]
@@ -23,15 +20,17 @@ pub struct Peer {
     /// Its address.
     pub address: Address,
     client: MigrationPeerServiceClient<Channel>,
+    /// Bound on one call.
+    bound: Duration,
 }
 
 impl Peer {
     /// Connects.
-    pub async fn connect(address: &Address) -> Result<Self, ApiError> {
+    pub async fn connect(address: &Address, limits: &Limits) -> Result<Self, ApiError> {
         let endpoint = Endpoint::from_static("http://peer.invalid")
-            .connect_timeout(CONNECT)
-            .http2_keep_alive_interval(Duration::from_secs(5))
-            .keep_alive_timeout(Duration::from_secs(5))
+            .connect_timeout(limits.connect)
+            .http2_keep_alive_interval(limits.keep_alive)
+            .keep_alive_timeout(limits.keep_alive)
             .keep_alive_while_idle(true);
         let target = address.clone();
         let connector = tower::service_fn(move |_: Uri| {
@@ -47,13 +46,13 @@ impl Peer {
             )
             .with("destination", address)
         };
-        match tokio::time::timeout(CONNECT, endpoint.connect_with_connector(connector)).await {
+        match tokio::time::timeout(limits.connect, endpoint.connect_with_connector(connector)).await {
             Ok(Ok(channel)) => {
                 let client = MigrationPeerServiceClient::new(channel).max_decoding_message_size(16 << 20);
-                Ok(Self { address: address.clone(), client })
+                Ok(Self { address: address.clone(), client, bound: limits.call })
             }
             Ok(Err(error)) => Err(unreachable(root_cause(&error))),
-            Err(_) => Err(unreachable(format!("no connection within {} s", CONNECT.as_secs()))),
+            Err(_) => Err(unreachable(format!("no connection within {:?}", limits.connect))),
         }
     }
 
@@ -61,7 +60,7 @@ impl Peer {
     pub async fn negotiate(&self, host_id: &str) -> Result<NegotiateResponse, ApiError> {
         let request = NegotiateRequest { versions: vec![VERSION], host_id: host_id.to_owned() };
         let mut client = self.client.clone();
-        let answer = call(client.negotiate(request)).await?;
+        let answer = call(self.bound, client.negotiate(request)).await?;
         if answer.version == VERSION {
             return Ok(answer);
         }
@@ -79,13 +78,13 @@ impl Peer {
     pub async fn check(&self, requirements: Requirements) -> Result<CheckResponse, ApiError> {
         let request = CheckRequest { version: VERSION, requirements: Some(requirements) };
         let mut client = self.client.clone();
-        call(client.check(request)).await
+        call(self.bound, client.check(request)).await
     }
 
     /// Reserves.
     pub async fn prepare(&self, request: PrepareRequest) -> Result<PrepareResponse, ApiError> {
         let mut client = self.client.clone();
-        call(client.prepare(request)).await
+        call(self.bound, client.prepare(request)).await
     }
 
     /// Opens the stream of one migration.
@@ -94,13 +93,13 @@ impl Peer {
         messages: tokio::sync::mpsc::Receiver<SourceMessage>,
     ) -> Result<tonic::Streaming<DestinationMessage>, ApiError> {
         let mut client = self.client.clone();
-        call(client.handover(tokio_stream::wrappers::ReceiverStream::new(messages))).await
+        call(self.bound, client.handover(tokio_stream::wrappers::ReceiverStream::new(messages))).await
     }
 
     /// Asks for a decision.
     pub async fn resolve(&self, request: ResolveRequest) -> Result<ResolveResponse, ApiError> {
         let mut client = self.client.clone();
-        call(client.resolve(request)).await
+        call(self.bound, client.resolve(request)).await
     }
 }
 
@@ -165,17 +164,15 @@ impl tokio::io::AsyncWrite for Duplex {
 }
 
 async fn call<T>(
+    bound: Duration,
     future: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 ) -> Result<T, ApiError> {
-    match tokio::time::timeout(CALL, future).await {
+    match tokio::time::timeout(bound, future).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(ApiError::from_status("destination", &status)),
         Err(_) => Err(ApiError::unavailable(
             "DESTINATION_TIMEOUT",
-            format!(
-                "the destination did not answer within {} s; look at its log and try again",
-                CALL.as_secs()
-            ),
+            format!("the destination did not answer within {bound:?}; look at its log and try again"),
         )),
     }
 }

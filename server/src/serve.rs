@@ -153,6 +153,7 @@ async fn serve(
         store_id: store.store_id().to_owned(),
         term: store.term(),
         shutdown: end_workers.clone(),
+        command: config.limits().command,
         processes: Arc::new(crate::worker_process::Processes {
             run_dir,
             cores: host.cores.clone(),
@@ -187,7 +188,8 @@ async fn serve(
         recovered: CancellationToken::new(),
         tasks: TaskTracker::new(),
         auto_local: config.local_migration == crate::config::LocalMigration::Auto,
-        hold_at: config.hold_at,
+        hold_at: config.hold_at.iter().copied().map(Into::into).collect(),
+        limits: config.limits(),
         store,
     });
     let survivors = crate::adopt::before_recovery(&daemon).await.map_err(ServeError::Recovery)?;
@@ -337,9 +339,10 @@ fn router(
     health: HealthServer<impl Health>,
 ) -> Router<tower::layer::util::Stack<DetailsLayer, tower::layer::util::Identity>> {
     let d = || Arc::clone(daemon);
+    let silence = daemon.limits.listener;
     let router = Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(30)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(20)))
+        .http2_keepalive_interval(Some(silence))
+        .http2_keepalive_timeout(Some(silence.mul_f64(2.0 / 3.0)))
         .max_concurrent_streams(Some(MAX_STREAMS))
         .concurrency_limit_per_connection(MAX_STREAMS as usize)
         .layer(DetailsLayer)

@@ -20,8 +20,8 @@ use crate::capacity::Grant;
 use crate::status::ApiError;
 use crate::worker_process::{Processes, WorkerProcess};
 
-/// Deadline of an ordinary command.
-const COMMAND: Duration = Duration::from_secs(15);
+/// The reason of an error that says nothing about the worker but that it did not answer in time: it may live.
+pub const SILENT: &str = "WORKER_TIMEOUT";
 /// Deadline of building a machine: it may allocate and load much.
 const BUILD: Duration = Duration::from_secs(120);
 /// The same with all of its memory read from a snapshot.
@@ -48,6 +48,8 @@ pub struct WorkerFactory {
     pub term: u64,
     /// Ends workers in this process with the daemon.
     pub shutdown: CancellationToken,
+    /// Deadline of an ordinary command.
+    pub command: Duration,
     /// Workers in processes of their own.
     pub processes: Arc<Processes>,
 }
@@ -96,6 +98,8 @@ struct Inner {
     thread: tokio::sync::Mutex<Option<vcpu_worker::channel::InProcessWorker>>,
     process: Option<WorkerProcess>,
     outlives: bool,
+    /// Deadline of an ordinary command.
+    command: Duration,
 }
 
 /// Console output of an ended machine.
@@ -143,6 +147,7 @@ impl WorkerLink {
                 thread: tokio::sync::Mutex::new(thread),
                 process,
                 outlives: !factory.processes.stop_vms,
+                command: factory.command,
             }),
         };
         let built = async {
@@ -153,7 +158,7 @@ impl WorkerLink {
                 incarnation: launch.incarnation,
                 term: factory.term,
             };
-            call(COMMAND, client.attach(attach)).await?;
+            call(factory.command, client.attach(attach)).await?;
             let request = CreateVmRequest {
                 fence: Some(fence),
                 vm_name: launch.vm_name.to_owned(),
@@ -211,7 +216,7 @@ impl WorkerLink {
             incarnation,
             term: factory.term,
         };
-        let attached = call(COMMAND, client.clone().attach(attach)).await;
+        let attached = call(factory.command, client.clone().attach(attach)).await;
         let status = match attached {
             Ok(answer) => answer.status.unwrap_or_default(),
             Err(error) => {
@@ -232,6 +237,7 @@ impl WorkerLink {
             thread: tokio::sync::Mutex::new(None),
             process: Some(process),
             outlives: !factory.processes.stop_vms,
+            command: factory.command,
         };
         Ok((Self { inner: Arc::new(inner) }, status))
     }
@@ -279,6 +285,13 @@ impl WorkerLink {
         ApiError::internal(reason, end.detail)
     }
 
+    /// Whether a call failed because its process has ended: then the error has no words of the worker's own.
+    pub async fn died_of(&self, error: &ApiError) -> bool {
+        const BROKEN: [&str; 4] =
+            ["WORKER_UNAVAILABLE", "WORKER_UNKNOWN", "WORKER_CANCELLED", "WORKER_INTERNAL"];
+        BROKEN.contains(&error.reason()) && self.is_dead().await
+    }
+
     /// What to make of a worker whose event stream broke: how its guest had ended, or that it died.
     pub async fn death(&self, detail: &str) -> WorkerEvent {
         let mut event = crate::vm::actor::worker_died(detail);
@@ -314,44 +327,48 @@ impl WorkerLink {
     pub async fn grant(&self, epoch: u64, run: bool) -> Result<u64, ApiError> {
         let seq = self.inner.seq.fetch_add(1, Ordering::Relaxed) + 1;
         let request = GrantRequest { fence: self.fence(), epoch, seq, deadline_boottime_ns: 0, run };
-        Ok(call(COMMAND, self.client().grant(request)).await?.running_monotonic_ns)
+        Ok(call(self.inner.command, self.client().grant(request)).await?.running_monotonic_ns)
     }
 
     /// Takes every right to run at `epoch` and below.
     pub async fn seal(&self, migration_id: &str, epoch: u64) -> Result<(), ApiError> {
         let request = SealRequest { fence: self.fence(), migration_id: migration_id.to_owned(), epoch };
-        call(COMMAND, self.client().seal(request)).await.map(drop)
+        call(self.inner.command, self.client().seal(request)).await.map(drop)
     }
 
     /// Lets a paused machine run on.
     pub async fn run(&self) -> Result<(), ApiError> {
-        call(COMMAND, self.client().run(RunRequest { fence: self.fence() })).await.map(drop)
+        call(self.inner.command, self.client().run(RunRequest { fence: self.fence() })).await.map(drop)
     }
 
     /// Gets every vCPU out and returns the PMU images.
     pub async fn pause(&self) -> Result<Vec<PmuImage>, ApiError> {
-        Ok(call(COMMAND, self.client().pause(PauseRequest { fence: self.fence() })).await?.pmu)
+        Ok(call(self.inner.command, self.client().pause(PauseRequest { fence: self.fence() })).await?.pmu)
     }
 
     /// What the worker is.
     pub async fn status(&self) -> Result<WorkerStatus, ApiError> {
-        call(COMMAND, self.client().get_status(GetStatusRequest { fence: self.fence() })).await
+        call(self.inner.command, self.client().get_status(GetStatusRequest { fence: self.fence() })).await
     }
 
     /// PMU images now.
     pub async fn pmu(&self) -> Result<Vec<PmuImage>, ApiError> {
-        Ok(call(COMMAND, self.client().get_pmu(GetPmuRequest { fence: self.fence() })).await?.pmu)
+        Ok(call(self.inner.command, self.client().get_pmu(GetPmuRequest { fence: self.fence() })).await?.pmu)
     }
 
     /// Where its threads that run no vCPU may be.
     pub async fn set_housekeeping(&self, cores: Vec<u32>) -> Result<(), ApiError> {
         let request = SetHousekeepingRequest { fence: self.fence(), cores };
-        call(COMMAND, self.client().set_housekeeping(request)).await.map(drop)
+        call(self.inner.command, self.client().set_housekeeping(request)).await.map(drop)
     }
 
     /// The probe guest's report.
     pub async fn probe_report(&self) -> Result<ProbeReport, ApiError> {
-        call(COMMAND, self.client().get_probe_report(GetProbeReportRequest { fence: self.fence() })).await
+        call(
+            self.inner.command,
+            self.client().get_probe_report(GetProbeReportRequest { fence: self.fence() }),
+        )
+        .await
     }
 
     /// Console output.
@@ -361,20 +378,20 @@ impl WorkerLink {
         follow: bool,
     ) -> Result<Streaming<ReadConsoleResponse>, ApiError> {
         let request = ReadConsoleRequest { fence: self.fence(), offset, follow };
-        call(COMMAND, self.client().read_console(request)).await
+        call(self.inner.command, self.client().read_console(request)).await
     }
 
     /// Console input; returns how many bytes were taken.
     pub async fn write_console(&self, data: Vec<u8>) -> Result<u32, ApiError> {
         let request = WriteConsoleRequest { fence: self.fence(), data };
-        Ok(call(COMMAND, self.client().write_console(request)).await?.accepted)
+        Ok(call(self.inner.command, self.client().write_console(request)).await?.accepted)
     }
 
     /// What there is of console output, bounded.
     pub async fn console_history(&self) -> ConsoleHistory {
         let mut history = ConsoleHistory::default();
         let Ok(mut stream) = self.read_console(0, false).await else { return history };
-        while let Ok(Ok(Some(piece))) = tokio::time::timeout(COMMAND, stream.message()).await {
+        while let Ok(Ok(Some(piece))) = tokio::time::timeout(self.inner.command, stream.message()).await {
             if history.data.is_empty() {
                 history.offset = piece.offset;
             }
@@ -390,13 +407,13 @@ impl WorkerLink {
 
     /// State changes that the guest or KVM caused.
     pub async fn watch_events(&self) -> Result<Streaming<WorkerEvent>, ApiError> {
-        call(COMMAND, self.client().watch_events(WatchEventsRequest { fence: self.fence() })).await
+        call(self.inner.command, self.client().watch_events(WatchEventsRequest { fence: self.fence() })).await
     }
 
     /// Source: makes a certificate for a migration. Empty where the worker is of a version that cannot.
     pub async fn prepare_outgoing(&self, migration_id: &str) -> Result<Vec<u8>, ApiError> {
         let request = PrepareOutgoingRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
-        match call(COMMAND, self.client().prepare_outgoing(request)).await {
+        match call(self.inner.command, self.client().prepare_outgoing(request)).await {
             Ok(answer) => Ok(answer.certificate_sha256),
             Err(error) if error.code() == tonic::Code::Unimplemented => Ok(Vec::new()),
             Err(error) => Err(error),
@@ -410,7 +427,7 @@ impl WorkerLink {
         manifest: SnapshotManifest,
     ) -> Result<Streaming<SnapshotProgress>, ApiError> {
         let request = SaveSnapshotRequest { fence: self.fence(), path, manifest: Some(manifest) };
-        call(COMMAND, self.client().save_snapshot(request)).await
+        call(self.inner.command, self.client().save_snapshot(request)).await
     }
 
     /// Source: begins copying.
@@ -419,7 +436,7 @@ impl WorkerLink {
         mut request: MigrateOutRequest,
     ) -> Result<Streaming<MigrateOutProgress>, ApiError> {
         request.fence = self.fence();
-        call(COMMAND, self.client().migrate_out(request)).await
+        call(self.inner.command, self.client().migrate_out(request)).await
     }
 
     /// Source: stops, seals and sends the rest.
@@ -437,7 +454,7 @@ impl WorkerLink {
     /// Source: gives up.
     pub async fn cancel_migration(&self, migration_id: &str) -> Result<(), ApiError> {
         let request = CancelMigrationRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
-        call(COMMAND, self.client().cancel_migration(request)).await.map(drop)
+        call(self.inner.command, self.client().cancel_migration(request)).await.map(drop)
     }
 
     /// Destination: opens the data listener; answers its real address and certificate.
@@ -446,18 +463,19 @@ impl WorkerLink {
         mut request: PrepareIncomingRequest,
     ) -> Result<PrepareIncomingResponse, ApiError> {
         request.fence = self.fence();
-        call(COMMAND, self.client().prepare_incoming(request)).await
+        call(self.inner.command, self.client().prepare_incoming(request)).await
     }
 
     /// Destination: progress until ready.
     pub async fn watch_incoming(&self, migration_id: &str) -> Result<Streaming<IncomingProgress>, ApiError> {
         let request = WatchIncomingRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
-        call(COMMAND, self.client().watch_incoming(request)).await
+        call(self.inner.command, self.client().watch_incoming(request)).await
     }
 
     /// Ends the machine and returns its last PMU images; then ends the worker and gives its resources back.
     pub async fn shutdown(&self) -> Result<Vec<PmuImage>, ApiError> {
-        let answer = call(COMMAND, self.client().shutdown(ShutdownRequest { fence: self.fence() })).await;
+        let answer =
+            call(self.inner.command, self.client().shutdown(ShutdownRequest { fence: self.fence() })).await;
         self.end().await;
         Ok(answer?.pmu)
     }
@@ -482,11 +500,8 @@ async fn call<T>(
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(ApiError::from_status("worker", &status)),
         Err(_) => Err(ApiError::unavailable(
-            "WORKER_TIMEOUT",
-            format!(
-                "the worker did not answer within {} s; stop the machine if this persists",
-                deadline.as_secs()
-            ),
+            SILENT,
+            format!("the worker did not answer within {deadline:?}; stop the machine if this persists"),
         )),
     }
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vpmu_proto::peer::resolve_response::Decision;
 use vpmu_proto::peer::{ResolveRequest, ResolveResponse};
 
+use super::limits::Limits;
 use crate::config::Address;
 use crate::handover::{self, Handover, PeerAnswer};
 use crate::peer::Peer;
@@ -50,9 +51,9 @@ impl Drop for Voice {
 }
 
 /// Asks the other host once. Whatever is no answer is `Unreachable` or `Unknown`.
-pub(super) async fn ask(handover: &Handover) -> PeerAnswer {
+pub(super) async fn ask(handover: &Handover, limits: &Limits) -> PeerAnswer {
     let Ok(address) = handover.peer_address.parse::<Address>() else { return PeerAnswer::Unreachable };
-    let Ok(peer) = Peer::connect(&address).await else { return PeerAnswer::Unreachable };
+    let Ok(peer) = Peer::connect(&address, limits).await else { return PeerAnswer::Unreachable };
     let request = ResolveRequest {
         migration_id: handover.migration_id.clone(),
         vm_uid: handover.vm_uid.clone(),

@@ -6,11 +6,10 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Status, Streaming};
-use vpmu_proto::api::virtual_machine::DesiredState;
+use vpmu_proto::api::virtual_machine::{DesiredState, State};
 use vpmu_proto::api::{MigrationSpec, VirtualMachine};
 use vpmu_proto::peer::{DestinationMessage, PrepareRequest, PrepareResponse, SourceMessage};
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
@@ -27,14 +26,12 @@ use crate::status::ApiError;
 use crate::vm::registry::VmHandle;
 use crate::worker_link::{Launch, WorkerLink};
 
-/// A reservation without a stream ends after this long.
-pub(super) const LEASE: Duration = Duration::from_secs(8);
+/// How the names of data sockets begin.
+const DATA_SOCKET: &str = "in-";
 /// Longest socket path that workers can use.
 const MAX_DATA_PATH: usize = 100;
 /// Incarnation of the worker that receives: the first on this host at its epoch.
 const INCARNATION: u64 = 1;
-/// How long a new arrival waits for an interrupted earlier one to be settled.
-const SETTLE: Duration = Duration::from_secs(10);
 
 /// A stream from the source, handed to the task of its migration.
 pub struct Conversation {
@@ -127,7 +124,7 @@ pub async fn prepare(
 /// An earlier arrival of the machine, cut off by a restart of this daemon, is over: its source is asked about it.
 async fn settled(daemon: &Daemon, uid: &str) -> Result<(), ApiError> {
     let Some(over) = daemon.migrations.settling().get(uid).cloned() else { return Ok(()) };
-    tokio::time::timeout(SETTLE, over.cancelled()).await.map_err(|_| {
+    tokio::time::timeout(daemon.limits.settle, over.cancelled()).await.map_err(|_| {
         ApiError::unavailable(
             "EARLIER_MIGRATION_OPEN",
             "an earlier migration of this machine to this host is not settled: its source does not answer; see that it is up",
@@ -147,6 +144,8 @@ pub(super) fn arriving(mut vm: VirtualMachine) -> VirtualMachine {
     vm.message.clear();
     vm.worker_pid = 0;
     vm.sandbox.clear();
+    // It came as it is at its source: here it does not run yet.
+    vm.set_observed_state(State::Incoming);
     vm
 }
 
@@ -212,22 +211,29 @@ impl Incoming {
             data_address: listening.data_address,
             certificate_sha256: listening.certificate_sha256,
             token,
-            lease_ms: u64::try_from(LEASE.as_millis()).unwrap_or(u64::MAX),
+            lease_ms: u64::try_from(self.daemon.limits.lease.as_millis()).unwrap_or(u64::MAX),
             store_id: self.daemon.host.host_id.clone(),
         })
     }
 
+    /// Where the worker listens if it listens on a Unix socket.
+    fn data_socket(&self) -> PathBuf {
+        let file = format!("{DATA_SOCKET}{}.sock", &self.id.simple().to_string()[..12]);
+        let path = state_dir(&self.daemon).join(&file);
+        if path.as_os_str().len() > MAX_DATA_PATH {
+            return std::env::temp_dir().join(format!("vpmud-{file}"));
+        }
+        path
+    }
+
+    /// The worker removes its socket when it has everything; one that died does not.
+    pub(super) fn remove_data_socket(&self) {
+        let _ = std::fs::remove_file(self.data_socket());
+    }
+
     fn data_address(&self) -> String {
         match &self.way {
-            Way::Unix => {
-                let file = format!("in-{}.sock", &self.id.simple().to_string()[..12]);
-                let dir = std::path::absolute(self.daemon.store.dir()).unwrap_or_else(|_| PathBuf::from("."));
-                let mut path = dir.join(&file);
-                if path.as_os_str().len() > MAX_DATA_PATH {
-                    path = std::env::temp_dir().join(format!("vpmud-{file}"));
-                }
-                format!("unix:{}", path.display())
-            }
+            Way::Unix => format!("unix:{}", self.data_socket().display()),
             Way::Tcp(ip) => format!("tcp:{}", std::net::SocketAddr::new(*ip, 0)),
         }
     }
@@ -255,4 +261,21 @@ impl Incoming {
             ),
         }
     }
+}
+
+/// Removes the data sockets of arrivals that were cut off with the last daemon: none is open when this one starts.
+pub fn remove_data_sockets(daemon: &Daemon) {
+    let entries = std::fs::read_dir(state_dir(daemon)).into_iter().flatten().flatten();
+    for entry in entries {
+        let name = entry.file_name();
+        let ours =
+            name.to_str().is_some_and(|n| n.starts_with(DATA_SOCKET) && n.split('.').nth(1) == Some("sock"));
+        if ours && let Err(error) = std::fs::remove_file(entry.path()) {
+            tracing::warn!(path = %entry.path().display(), %error, "a left socket cannot be removed");
+        }
+    }
+}
+
+fn state_dir(daemon: &Daemon) -> PathBuf {
+    std::path::absolute(daemon.store.dir()).unwrap_or_else(|_| PathBuf::from("."))
 }

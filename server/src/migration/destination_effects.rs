@@ -11,7 +11,7 @@ use vpmu_proto::store::OwnershipRecord;
 use vpmu_proto::store::ownership_record::Phase;
 use vpmu_proto::worker::worker_status;
 
-use super::destination::{Incoming, LEASE, arriving};
+use super::destination::{Incoming, arriving};
 use super::hold;
 use super::record::{Written, write};
 use super::source::micros;
@@ -19,18 +19,17 @@ use crate::handover::destination::{Effect, Event, Outcome};
 use crate::handover::step::HandoverStep;
 use crate::status::ApiError;
 use crate::vm::command::{Arrival, Command};
+use crate::worker_link::SILENT;
 
 /// How long the guest is given to measure its own hole.
 const GAP: Duration = Duration::from_secs(2);
-/// A source that does not read for this long is treated like one that went away.
-const SEND: Duration = Duration::from_secs(5);
 /// A worker that refuses this many grants is ended.
 const GRANTS: u32 = 3;
 
 impl Incoming {
     pub(super) async fn execute(&mut self, effect: Effect) {
         let step = HandoverStep::of_destination(&effect);
-        hold::at(self.daemon.hold_at, false, step);
+        hold::at(&self.daemon.hold_at, false, step);
         match effect {
             Effect::Persist(record) if record.phase() == Phase::Incoming => self.announce(record).await,
             Effect::Persist(record) => self.persist(record).await,
@@ -63,7 +62,7 @@ impl Incoming {
             Effect::Done(_) => {}
         }
         // Returned is only queued by now.
-        hold::at(self.daemon.hold_at, true, step.filter(|s| *s != HandoverStep::DestinationSendReturned));
+        hold::at(&self.daemon.hold_at, true, step.filter(|s| *s != HandoverStep::DestinationSendReturned));
     }
 
     fn why(&self, otherwise: &str) -> ApiError {
@@ -110,7 +109,7 @@ impl Incoming {
                 let (door, streams) = mpsc::channel(1);
                 self.daemon.migrations.incoming().insert(self.id, door);
                 self.work.streams = Some(streams);
-                self.work.lease = Some(tokio::time::Instant::now() + LEASE);
+                self.work.lease = Some(tokio::time::Instant::now() + self.daemon.limits.lease);
                 if let Some(prepared) = self.work.prepared.take() {
                     let _ = prepared.send(Ok(response));
                 }
@@ -138,7 +137,7 @@ impl Incoming {
     async fn send(&mut self, epoch: u64, message: FromDestination) {
         let message = self.message(epoch, message);
         let sent = match &self.work.talk {
-            Some(talk) => tokio::time::timeout(SEND, talk.to.send(Ok(message))).await,
+            Some(talk) => tokio::time::timeout(self.daemon.limits.send, talk.to.send(Ok(message))).await,
             None => return self.work.events.push_back(Event::SourceLost),
         };
         if !matches!(sent, Ok(Ok(()))) {
@@ -165,6 +164,10 @@ impl Incoming {
             Err(error) => error,
         };
         tracing::error!(vm = %self.handle.name, epoch, %error, "the machine entered but its worker does not run it");
+        if error.reason() == SILENT {
+            // It may live, with the only copy: it is asked until it answers or its death is seen.
+            return self.retry(Event::GrantFailed).await;
+        }
         self.work.failed_grants += 1;
         let status = worker.status().await;
         if status.is_ok_and(|s| s.state() == worker_status::State::Ended) {
@@ -277,7 +280,7 @@ impl Incoming {
             let returned = matches!(message, FromDestination::Returned(_));
             let step = returned.then_some(HandoverStep::DestinationSendReturned);
             self.send(epoch, message).await;
-            hold::at(self.daemon.hold_at, true, step);
+            hold::at(&self.daemon.hold_at, true, step);
         }
     }
 }

@@ -2,7 +2,7 @@
 //! (`destination_effects`). Invariants as in `source`: one task, short effects at once.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
@@ -22,9 +22,6 @@ use crate::handover::destination::{Destination as Machine, Effect, Event, State}
 use crate::handover::{self, PeerAnswer};
 use crate::status::ApiError;
 use crate::worker_link::WorkerLink;
-
-/// Before each question to a source that went away.
-const ASK: Duration = Duration::from_secs(1);
 
 /// What a driver has in its hands.
 pub(super) struct Work {
@@ -128,6 +125,7 @@ impl Incoming {
         if let Some(worker) = self.worker.take().filter(|_| !self.work.adopted) {
             worker.end().await;
         }
+        self.remove_data_socket();
         self.daemon.migrations.incoming().remove(&self.id);
     }
 
@@ -179,8 +177,7 @@ impl Incoming {
                     self.work.death_heard = true;
                     if let Some(worker) = worker {
                         let why = worker.obituary().await;
-                        self.worker = None;
-                        worker.end().await;
+                        self.work.lost.get_or_insert_with(|| why.clone());
                         self.fail(Event::WorkerDied, why);
                     }
                 }
@@ -291,10 +288,10 @@ impl Incoming {
             return;
         }
         self.work.asking = true;
-        let handover = self.work.machine.handover.clone();
+        let (handover, limits) = (self.work.machine.handover.clone(), self.daemon.limits);
         self.work.jobs.push(Box::pin(async move {
-            tokio::time::sleep(ASK).await;
-            super::answer::ask(&handover).await
+            tokio::time::sleep(limits.ask).await;
+            super::answer::ask(&handover, &limits).await
         }));
     }
 

@@ -2,18 +2,34 @@
 //! exactly there. Without the option it does nothing.
 
 use std::io::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::handover::step::{HandoverStep, HoldPoint};
 
 /// How long the kernel is given to stop every thread.
 const SETTLE: std::time::Duration = std::time::Duration::from_millis(200);
 
-/// Holds if this is the point. `SIGCONT` lets it go on.
-pub(super) fn at(hold: Option<HoldPoint>, after: bool, step: Option<HandoverStep>) {
-    let (Some(hold), Some(step)) = (hold, step) else { return };
-    if hold != (HoldPoint { after, step }) {
+/// A point and whether the process has stopped there.
+#[derive(Debug)]
+pub struct Hold {
+    point: HoldPoint,
+    done: AtomicBool,
+}
+
+impl From<HoldPoint> for Hold {
+    fn from(point: HoldPoint) -> Self {
+        Self { point, done: AtomicBool::new(false) }
+    }
+}
+
+/// Holds if this is one of the points, the first time that it is reached. `SIGCONT` lets it go on.
+pub(super) fn at(holds: &[Hold], after: bool, step: Option<HandoverStep>) {
+    let Some(point) = step.map(|step| HoldPoint { after, step }) else { return };
+    let Some(hold) = holds.iter().find(|h| h.point == point) else { return };
+    if hold.done.swap(true, Ordering::SeqCst) {
         return;
     }
+    let hold = point;
     let line = serde_json::json!({ "hold": hold.to_string(), "pid": std::process::id() });
     // Nobody may be reading any more; it is held all the same.
     let mut out = std::io::stdout();

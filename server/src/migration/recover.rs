@@ -37,6 +37,7 @@ const RESTARTED: &str =
 
 /// Brings every known machine back as what it is.
 pub async fn recover(daemon: &Arc<Daemon>) -> Result<(), ApiError> {
+    super::destination::remove_data_sockets(daemon);
     let mut records: std::collections::BTreeMap<String, VmRecord> = daemon
         .store
         .list_vms()

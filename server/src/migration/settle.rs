@@ -19,11 +19,6 @@ use crate::handover::recovery::Worker;
 use crate::handover::{Digest, Handover, PeerAnswer, destination, source};
 use crate::peer::Peer;
 
-/// Between two questions to the other host.
-const ASK: Duration = Duration::from_secs(1);
-/// Bound on the answer to a late Go.
-const GO: Duration = Duration::from_secs(20);
-
 /// What both sides need.
 struct Settler {
     daemon: Arc<Daemon>,
@@ -62,9 +57,10 @@ impl Settler {
 
     /// Asks at once the first time, then with pauses.
     async fn ask(&mut self, handover: &Handover) -> PeerAnswer {
-        let pause = if std::mem::replace(&mut self.asked, true) { ASK } else { Duration::ZERO };
+        let pause =
+            if std::mem::replace(&mut self.asked, true) { self.daemon.limits.ask } else { Duration::ZERO };
         tokio::select! {
-            answer = async { tokio::time::sleep(pause).await; ask(handover).await } => answer,
+            answer = async { tokio::time::sleep(pause).await; ask(handover, &self.daemon.limits).await } => answer,
             () = self.daemon.shutdown.cancelled() => PeerAnswer::Unreachable,
         }
     }
@@ -199,7 +195,7 @@ async fn go(daemon: &Daemon, handover: &Handover, epoch: u64, digest: Digest) ->
     let open = message(handover.epoch, FromSource::Open(Open {}));
     let order = message(epoch, FromSource::Go(Go { state_digest: digest.to_vec(), vm, keep_paused }));
     let answered = async {
-        let peer = Peer::connect(&handover.peer_address.parse().ok()?).await.ok()?;
+        let peer = Peer::connect(&handover.peer_address.parse().ok()?, &daemon.limits).await.ok()?;
         let (to, outbox) = mpsc::channel(2);
         to.try_send(open).ok()?;
         to.try_send(order).ok()?;
@@ -218,7 +214,7 @@ async fn go(daemon: &Daemon, handover: &Handover, epoch: u64, digest: Digest) ->
         None
     };
     let answered = tokio::select! {
-        answered = tokio::time::timeout(GO, answered) => answered.ok().flatten(),
+        answered = tokio::time::timeout(daemon.limits.go, answered) => answered.ok().flatten(),
         () = daemon.shutdown.cancelled() => None,
     };
     answered.unwrap_or(source::Event::PeerLost)

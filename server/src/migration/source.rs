@@ -211,14 +211,9 @@ impl Source {
             let bound = work.bound.as_ref().map_or_else(tokio::time::Instant::now, |b| b.at);
             tokio::select! {
                 message = next_of(work.talk.as_mut().map(|t| &mut t.from)) => self.hear(message),
-                progress = next_of(work.copying.as_mut()) => self.copied(progress),
-                Some(job) = work.jobs.next(), if !work.jobs.is_empty() => self.done(job),
-                () = worker.died(), if lives => {
-                    self.work.death_heard = true;
-                    let why = worker.obituary().await;
-                    self.work.lost.get_or_insert(why.clone());
-                    self.fail(Event::WorkerDied, why);
-                }
+                progress = next_of(work.copying.as_mut()) => self.copied(progress).await,
+                Some(job) = work.jobs.next(), if !work.jobs.is_empty() => self.done(job).await,
+                () = worker.died(), if lives => self.worker_died().await,
                 () = self.cancel.cancelled(), if stoppable => self.stop(),
                 () = self.daemon.shutdown.cancelled(), if stoppable => self.stop(),
                 () = self.daemon.shutdown.cancelled(), if !work.machine.can_cancel() => {
@@ -252,7 +247,25 @@ impl Source {
         }
     }
 
-    fn done(&mut self, job: Job) {
+    /// Its process has ended: nothing but a copy that is complete at the destination is left.
+    async fn worker_died(&mut self) {
+        if !std::mem::replace(&mut self.work.death_heard, true) {
+            let why = self.lease.worker.obituary().await;
+            self.work.lost.get_or_insert_with(|| why.clone());
+            self.fail(Event::WorkerDied, why);
+        }
+    }
+
+    /// The copy failed; because of the worker's death, if it is that.
+    async fn copy_failed(&mut self, error: ApiError) {
+        if self.lease.worker.died_of(&error).await {
+            self.worker_died().await;
+        } else {
+            self.fail(Event::CopyFailed, error);
+        }
+    }
+
+    async fn done(&mut self, job: Job) {
         match job {
             Job::Prepared(Ok((prepared, talk))) => {
                 self.work.prepared = Some(prepared);
@@ -261,7 +274,7 @@ impl Source {
             }
             Job::Prepared(Err(error)) => self.fail(Event::PeerFailed, error),
             Job::Copying(Ok(stream)) => self.work.copying = Some(stream),
-            Job::Copying(Err(error)) | Job::Finished(Err(error)) => self.fail(Event::CopyFailed, error),
+            Job::Copying(Err(error)) | Job::Finished(Err(error)) => self.copy_failed(error).await,
             Job::Finished(Ok(finish)) => self.sealed(finish),
             Job::Answered(answer) => {
                 self.work.asking = false;
@@ -273,7 +286,7 @@ impl Source {
         }
     }
 
-    fn copied(&mut self, progress: Result<Option<MigrateOutProgress>, Status>) {
+    async fn copied(&mut self, progress: Result<Option<MigrateOutProgress>, Status>) {
         let error = match progress {
             Ok(Some(p)) => {
                 self.progress.send_modify(|m| {
@@ -301,7 +314,7 @@ impl Source {
             Err(status) => ApiError::from_status("worker", &status),
         };
         self.work.copying = None;
-        self.fail(Event::CopyFailed, error);
+        self.copy_failed(error).await;
     }
 
     /// A message of the destination, or the end of its stream.

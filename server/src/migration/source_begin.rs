@@ -46,7 +46,7 @@ pub async fn check(
     address: &Address,
 ) -> Result<Checked, ApiError> {
     let view = handle.view();
-    let peer = Peer::connect(address).await?;
+    let peer = Peer::connect(address, &daemon.limits).await?;
     let who = peer.negotiate(&daemon.host.host_id).await?;
     let local = is_local(daemon, spec, address, &who.boot_id);
     let pmu = match &view.worker {

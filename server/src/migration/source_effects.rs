@@ -21,6 +21,7 @@ use crate::handover::step::HandoverStep;
 use crate::handover::{self, Digest};
 use crate::peer::{Peer, VERSION};
 use crate::status::ApiError;
+use crate::worker_link::SILENT;
 
 /// Goal if none is given.
 const MAX_BLACKOUT: Duration = Duration::from_millis(300);
@@ -28,14 +29,6 @@ const MAX_BLACKOUT: Duration = Duration::from_millis(300);
 const MAX_DURATION: Duration = Duration::from_secs(600);
 /// The worker gives up by itself; this is for a worker that does not.
 const GRACE: Duration = Duration::from_secs(10);
-/// Bound on the stop: final pages, state, receipt.
-const FINISH: Duration = Duration::from_secs(60);
-/// Bound on the destination's Ready once the source has sent everything.
-const READY: Duration = Duration::from_secs(30);
-/// How long the destination's clean-up after an abort is waited for.
-const ABORTED: Duration = Duration::from_secs(3);
-/// Before each question to a destination that went away.
-const RETRY: Duration = Duration::from_millis(500);
 /// Messages on the way to the destination.
 const OUTBOX: usize = 8;
 /// A worker that refuses this many grants is ended.
@@ -45,7 +38,7 @@ impl Source {
     pub(super) async fn execute(&mut self, effect: Effect) {
         // The PMU state is stored later: see below.
         let step = HandoverStep::of_source(&effect).filter(|s| *s != HandoverStep::SourcePersistPmu);
-        hold::at(self.daemon.hold_at, false, step);
+        hold::at(&self.daemon.hold_at, false, step);
         match effect {
             Effect::Persist(record) => self.persist(record).await,
             Effect::Prepare => self.prepare(),
@@ -71,7 +64,7 @@ impl Source {
             // The API refuses by the `committed` flag.
             Effect::RefuseCancel | Effect::Done(_) => {}
         }
-        hold::at(self.daemon.hold_at, true, step);
+        hold::at(&self.daemon.hold_at, true, step);
     }
 
     async fn persist(&mut self, record: OwnershipRecord) {
@@ -188,10 +181,11 @@ impl Source {
 
     fn finish_copy(&mut self, epoch: u64) {
         self.show(Shown::Stopped, "vCPUs are stopped, the rest is on its way");
-        let (worker, id) = (self.lease.worker.clone(), self.id.to_string());
+        let (worker, id, finish) =
+            (self.lease.worker.clone(), self.id.to_string(), self.daemon.limits.finish);
         self.work
             .jobs
-            .push(Box::pin(async move { Job::Finished(worker.finish_migration(&id, epoch, FINISH).await) }));
+            .push(Box::pin(async move { Job::Finished(worker.finish_migration(&id, epoch, finish).await) }));
     }
 
     /// The worker has stopped, is sealed and has sent everything.
@@ -200,8 +194,9 @@ impl Source {
             return self.fail(Event::CopyFailed, source_end::mismatch());
         };
         self.work.finish = Some(finish);
-        let text = format!("the destination was not ready within {} s", READY.as_secs());
-        self.bound(READY, ApiError::unavailable("DESTINATION_TIMEOUT", text));
+        let ready = self.daemon.limits.ready;
+        let text = format!("the destination was not ready within {ready:?}");
+        self.bound(ready, ApiError::unavailable("DESTINATION_TIMEOUT", text));
         self.work.events.push_back(Event::Sealed(digest));
     }
 
@@ -213,7 +208,7 @@ impl Source {
     async fn send_go(&mut self, epoch: u64, digest: Digest) {
         if self.work.talk.is_none() {
             let open = self.message(epoch.saturating_sub(1), FromSource::Open(source_message::Open {}));
-            let talk = match Peer::connect(&self.peer.address).await {
+            let talk = match Peer::connect(&self.peer.address, &self.daemon.limits).await {
                 Ok(peer) => open_stream(&peer, open).await,
                 Err(error) => Err(error),
             };
@@ -252,7 +247,7 @@ impl Source {
                 }
             }
         };
-        let _ = tokio::time::timeout(ABORTED, answered).await;
+        let _ = tokio::time::timeout(self.daemon.limits.aborted, answered).await;
     }
 
     fn ask_peer(&mut self) {
@@ -261,10 +256,10 @@ impl Source {
         }
         self.work.asking = true;
         self.show(Shown::Committed, "the destination does not answer; asking again until it does");
-        let handover = self.work.machine.handover.clone();
+        let (handover, limits) = (self.work.machine.handover.clone(), self.daemon.limits);
         self.work.jobs.push(Box::pin(async move {
-            tokio::time::sleep(RETRY).await;
-            Job::Answered(ask(&handover).await)
+            tokio::time::sleep(limits.ask_peer).await;
+            Job::Answered(ask(&handover, &limits).await)
         }));
     }
 
@@ -276,6 +271,10 @@ impl Source {
             return;
         };
         tracing::error!(vm = %self.handle.name, epoch, %error, "the worker does not run on");
+        if error.reason() == SILENT {
+            // It may live, with the only copy: it is asked until it answers or its death is seen.
+            return self.retry(Event::GrantFailed).await;
+        }
         self.work.failed_grants += 1;
         let status = self.lease.worker.status().await;
         if status.is_ok_and(|s| s.state() == worker_status::State::Ended) {
@@ -300,14 +299,20 @@ impl Source {
 
     async fn seal(&mut self, epoch: u64) {
         self.cancel_copy().await;
-        if let Err(error) = self.lease.worker.seal(&self.id.to_string(), epoch).await {
+        while let Err(error) = self.lease.worker.seal(&self.id.to_string(), epoch).await {
+            if error.reason() == SILENT {
+                if self.work.backoff.pause(&self.daemon.shutdown).await {
+                    continue;
+                }
+                self.work.left = Some(ApiError::shutting_down());
+                return;
+            }
             tracing::error!(vm = %self.handle.name, epoch, %error, "the worker cannot be sealed and is ended");
             self.work.death_heard = true;
             self.lease.worker.end().await;
-            self.work.events.push_back(Event::WorkerDied);
-        } else {
-            self.work.events.push_back(Event::WorkerSealed);
+            return self.work.events.push_back(Event::WorkerDied);
         }
+        self.work.events.push_back(Event::WorkerSealed);
     }
 
     /// PMU state at the stop: durable before the release.
@@ -323,14 +328,14 @@ impl Source {
             "migrate-out",
             self.daemon.host.pmu_mode,
         );
-        hold::at(self.daemon.hold_at, false, step);
+        hold::at(&self.daemon.hold_at, false, step);
         if let Err(error) = self.daemon.store.put_pmu(&records).await {
             tracing::error!(vm = %self.handle.name, %error, "PMU state at the stop could not be stored; trying again");
             self.retry(Event::PmuFailed).await;
         } else {
             self.work.backoff.reset();
             self.work.events.push_back(Event::PmuPersisted);
-            hold::at(self.daemon.hold_at, true, step);
+            hold::at(&self.daemon.hold_at, true, step);
         }
     }
 }

@@ -70,18 +70,31 @@ impl Host {
 
     /// Waits until the process has stopped itself at its `--hold-at` point, and kills it there.
     pub async fn kill_at_hold(&mut self) {
-        let stat = format!("/proc/{}/stat", self.child.id().expect("running"));
+        self.until_held().await;
+        self.kill().await;
+    }
+
+    /// Waits until the process has stopped itself at its `--hold-at` point.
+    pub async fn until_held(&self) {
         let begin = Instant::now();
-        loop {
-            let text = std::fs::read_to_string(&stat).expect("a process of ours");
-            // The state follows the name, which is in parentheses.
-            if text.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T')) {
-                break;
-            }
-            assert!(begin.elapsed() < DEADLINE, "the hold point is not reached: {text}");
+        while !self.is_held() {
+            assert!(begin.elapsed() < DEADLINE, "the hold point is not reached");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        self.kill().await;
+    }
+
+    /// Whether the process has stopped itself.
+    pub fn is_held(&self) -> bool {
+        let stat = format!("/proc/{}/stat", self.child.id().expect("running"));
+        let text = std::fs::read_to_string(&stat).expect("a process of ours");
+        // The state follows the name, which is in parentheses.
+        text.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+    }
+
+    /// Sends the daemon a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(self.child.id().expect("running").cast_signed());
+        rustix::process::kill_process(pid.expect("a pid"), signal).expect("signalled");
     }
 
     /// Starts it again with other options.
@@ -233,7 +246,9 @@ pub async fn spawn(
     dir: &Path,
     options: &[String],
 ) -> Result<(Child, serde_json::Value), (Option<i32>, String)> {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vpmud"));
+    // Another build of the same, e.g. an optimised one, may be tested in place of cargo's.
+    let vpmud = std::env::var_os("VPMU_TEST_VPMUD").unwrap_or_else(|| env!("CARGO_BIN_EXE_vpmud").into());
+    let mut command = Command::new(vpmud);
     command
         .arg("serve")
         .arg("--state-dir")
