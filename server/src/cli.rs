@@ -21,6 +21,9 @@ enum Command {
     Serve(ServeArgs),
     /// Shows the whole path in front of you: two hosts, a machine, its counters, a live migration, a host that dies.
     Demo(crate::demo::DemoArgs),
+    /// Measures this host: each figure of vpmud beside what the bare kernel takes, or QEMU, in the same run.
+    #[command(subcommand)]
+    Bench(crate::bench::BenchCommand),
     /// One machine in a process of its own; started by `serve --isolation process`.
     #[command(hide = true)]
     Worker(vcpu_worker::process::Args),
@@ -128,6 +131,7 @@ pub fn main() -> ExitCode {
     match cli.command {
         Command::Serve(args) => serve(args.into()),
         Command::Demo(args) => crate::demo::main(&args),
+        Command::Bench(command) => crate::bench::main(&command),
         Command::Worker(args) => match vcpu_worker::process::main(&args) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

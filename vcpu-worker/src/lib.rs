@@ -21,6 +21,8 @@ pub mod cores;
 pub mod dataplane;
 pub mod devices;
 pub mod error;
+#[doc(hidden)]
+pub mod floor;
 pub mod grant;
 pub mod host;
 pub mod hypervisor;

@@ -6,7 +6,7 @@ use vpmu_client::{ClientError, EndpointError};
 
 /// Why the demo did not finish. Checks that do not hold are in the report instead.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum DemoError {
+pub(crate) enum DemoError {
     /// A file, directory or process of ours.
     #[error("cannot {what}: {source}")]
     Io {
@@ -68,7 +68,7 @@ pub(super) enum DemoError {
 
 impl DemoError {
     /// Stable code.
-    pub(super) fn reason(&self) -> &str {
+    pub(crate) fn reason(&self) -> &str {
         match self {
             Self::Io { .. } => "IO",
             Self::NotReady { .. } => "HOST_NOT_READY",
@@ -82,13 +82,13 @@ impl DemoError {
     }
 
     /// An I/O failure of something of ours.
-    pub(super) fn io(what: impl Into<String>, source: io::Error) -> Self {
+    pub(crate) fn io(what: impl Into<String>, source: io::Error) -> Self {
         Self::Io { what: what.into(), source }
     }
 }
 
 /// Adds the step to a client's error.
-pub(super) trait Step<T> {
+pub(crate) trait Step<T> {
     /// Names what was tried.
     fn step(self, step: &'static str) -> Result<T, DemoError>;
 }

@@ -21,14 +21,14 @@ const END: Duration = Duration::from_secs(15);
 
 /// A running host.
 #[derive(Debug)]
-pub(super) struct Host {
+pub(crate) struct Host {
     name: &'static str,
     child: Child,
     log: PathBuf,
     /// The host's API.
-    pub(super) client: Client,
+    pub(crate) client: Client,
     /// Where other hosts reach it.
-    pub(super) peer: Endpoint,
+    pub(crate) peer: Endpoint,
 }
 
 /// The first line that `vpmud serve` prints.
@@ -44,8 +44,19 @@ impl Host {
         directory: &Path,
         hypervisor: &str,
     ) -> Result<Self, DemoError> {
-        let api = Endpoint::unix(&directory.join(format!("{name}.sock")))?;
         let peer = Endpoint::unix(&directory.join(format!("{name}-peer.sock")))?;
+        Self::start_with(name, directory, hypervisor, peer, &[]).await
+    }
+
+    /// [`Self::start`] with a peer listener of the caller's choice and more options of `vpmud serve`.
+    pub(crate) async fn start_with(
+        name: &'static str,
+        directory: &Path,
+        hypervisor: &str,
+        peer: Endpoint,
+        options: &[&str],
+    ) -> Result<Self, DemoError> {
+        let api = Endpoint::unix(&directory.join(format!("{name}.sock")))?;
         let log = directory.join(format!("{name}.log"));
         let log_file = File::options()
             .create(true)
@@ -62,6 +73,7 @@ impl Host {
             .args(["--hypervisor", hypervisor, "--exit-with-parent"])
             // The two stand for two machines: memory is copied between them.
             .args(["--local-migration", "asked"])
+            .args(options)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log_file)
@@ -87,7 +99,7 @@ impl Host {
     }
 
     /// Its process id.
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id().unwrap_or_default()
     }
 
@@ -97,7 +109,7 @@ impl Host {
     }
 
     /// SIGTERM, then waits for a clean end; SIGKILL for what does not end.
-    pub(super) async fn end(mut self) -> Result<(), DemoError> {
+    pub(crate) async fn end(mut self) -> Result<(), DemoError> {
         let failed = |problem: String| DemoError::NotEnded { host: self.name, problem };
         if let Some(pid) = self.child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw) {
             kill_process(pid, Signal::TERM).map_err(|error| failed(error.to_string()))?;
@@ -115,7 +127,7 @@ impl Host {
     }
 
     /// The last lines of its log, on standard error.
-    pub(super) fn show_log(&self) {
+    pub(crate) fn show_log(&self) {
         eprintln!("--- last lines of host {}'s log ---\n{}", self.name, tail(&self.log, 15));
     }
 }

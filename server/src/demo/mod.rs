@@ -7,12 +7,12 @@
 //! nothing is left behind that keeps the next demo from running. Standard output carries the result and nothing else with
 //! `--output json`; the story is then told on standard error.
 
-mod error;
-mod host;
+pub(crate) mod error;
+pub(crate) mod host;
 mod report;
 mod say;
 mod scenario;
-mod workdir;
+pub(crate) mod workdir;
 
 use clap::{Args, ValueEnum};
 use error::DemoError;

@@ -22,7 +22,7 @@ const MAX_BASE: usize = 40;
 
 /// The directory, for as long as the value lives.
 #[derive(Debug)]
-pub(super) struct WorkDir {
+pub(crate) struct WorkDir {
     path: PathBuf,
     keep: bool,
     _lock: File,
@@ -30,7 +30,7 @@ pub(super) struct WorkDir {
 
 impl WorkDir {
     /// Sweeps what killed demos left, then makes a new directory.
-    pub(super) fn new(keep: bool) -> Result<Self, DemoError> {
+    pub(crate) fn new(keep: bool) -> Result<Self, DemoError> {
         Self::new_in(&base(), keep)
     }
 
@@ -59,7 +59,7 @@ impl WorkDir {
     }
 
     /// Where it is.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 }

@@ -18,6 +18,7 @@ mod vcpu;
 mod tests;
 
 pub use cpuid::{CpuidDifference, CpuidPmu};
+pub(crate) use vcpu::{KvmVcpu, initial_sregs};
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -81,7 +82,9 @@ fn system() -> Result<&'static System, HvError> {
 
 /// Repeats a call that a signal to this thread (a tick, a kick) cut short: making VMs and vCPUs starts kernel threads,
 /// which a pending signal stops.
-fn uninterrupted<T>(call: impl Fn() -> Result<T, kvm_ioctls::Error>) -> Result<T, kvm_ioctls::Error> {
+pub(crate) fn uninterrupted<T>(
+    call: impl Fn() -> Result<T, kvm_ioctls::Error>,
+) -> Result<T, kvm_ioctls::Error> {
     loop {
         match call() {
             Err(e) if e.errno() == libc::EINTR => {}
@@ -163,8 +166,8 @@ impl KvmVm {
     }
 
     /// Makes a vCPU as its own type; see [`Vm::create_vcpu`].
-    fn make_vcpu(&self, index: u32) -> Result<vcpu::KvmVcpu, HvError> {
-        vcpu::KvmVcpu::new(Arc::clone(&self.shared), index)
+    pub(crate) fn make_vcpu(&self, index: u32) -> Result<KvmVcpu, HvError> {
+        KvmVcpu::new(Arc::clone(&self.shared), index)
     }
 }
 

@@ -31,7 +31,7 @@ enum Pending {
 }
 
 /// A vCPU on KVM.
-pub(super) struct KvmVcpu {
+pub(crate) struct KvmVcpu {
     pub(super) fd: VcpuFd,
     pub(super) shared: Arc<Shared>,
     pub(super) index: u32,
@@ -103,6 +103,11 @@ impl KvmVcpu {
             );
         }
         Ok(())
+    }
+
+    /// Its descriptor, for who enters it by the ioctl alone.
+    pub(crate) fn descriptor(&mut self) -> &mut VcpuFd {
+        &mut self.fd
     }
 
     /// How CPUID as the guest sees it differs from what was asked for.
@@ -369,7 +374,7 @@ fn segment(selector: u16, kind: u8, dpl: u8, long: bool) -> kvm_segment {
     }
 }
 
-fn initial_sregs(sregs: &mut kvm_sregs, regs: &InitialRegs) {
+pub(crate) fn initial_sregs(sregs: &mut kvm_sregs, regs: &InitialRegs) {
     const PE: u64 = 1;
     const ET: u64 = 1 << 4;
     // PG, AM, WP, NE, ET, MP, PE.
