@@ -85,6 +85,11 @@ async fn settle(daemon: &Arc<Daemon>, uid: &str, process: WorkerProcess) -> Opti
         process.end().await;
         return None;
     }
+    if daemon.store.get_vm(uid).is_none() && daemon.store.damaged().is_empty() {
+        // The last daemon died while it created this machine and had acknowledged nothing.
+        process.end().await;
+        return None;
+    }
     let pid = process.pid();
     let (worker, status) = match attach(daemon, &held, process).await {
         Ok(attached) => attached,

@@ -195,7 +195,9 @@ impl WorkerLink {
         if !broken.contains(&error.reason()) || self.inner.process.is_none() || !self.is_dead().await {
             return error;
         }
-        self.obituary().await
+        let words = self.inner.process.as_ref().map(WorkerProcess::last_words).unwrap_or_default();
+        let why = self.obituary().await;
+        ApiError::internal(why.reason(), format!("{}; {words}", why.message()))
     }
 
     /// Takes over a process that a former daemon of the same store started. One that does not obey is ended if it is

@@ -8,7 +8,7 @@
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -27,10 +27,6 @@ use vpmu_proto::worker::GuestEnd;
 
 use crate::config::MAX_SOCKET_PATH;
 
-/// How long a new worker may take until it listens.
-const START: Duration = Duration::from_secs(20);
-/// How often a starting worker is looked at.
-const LOOK: Duration = Duration::from_millis(2);
 /// How long a worker may take to end in order.
 const TERM: Duration = Duration::from_secs(10);
 /// How long the kernel may take to end one that was killed.
@@ -155,29 +151,14 @@ impl Processes {
             move || cgroups.place(&uid, pid, &dir)
         });
         *process.placing.lock().unwrap_or_else(PoisonError::into_inner) = Some(placing);
-        let connected = async {
-            loop {
-                if UnixStream::connect(&process.socket).await.is_ok() {
-                    return Ok(());
-                }
-                tokio::select! {
-                    () = process.exited() => return Err(io::Error::other(process.last_words())),
-                    () = tokio::time::sleep(LOOK) => {}
-                }
-            }
-        };
-        let connected = match tokio::time::timeout(START, connected).await {
-            Ok(connected) => connected,
-            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the worker process does not listen")),
-        };
-        if let Err(error) = connected {
-            process.end().await;
-            return Err(error);
-        }
         Ok((process.connect(), process))
     }
 
+    /// The worker gets its listener as standard input: what is sent to it waits there until it is ready, and nobody has
+    /// to look when that is.
     fn spawn(&self, dir: &Path, socket: &Path, name: &str) -> io::Result<WorkerProcess> {
+        let listener = std::os::unix::net::UnixListener::bind(socket)?;
+        std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
         let log = File::create(dir.join("log"))?;
         let sandbox = format!("seccomp={} cgroup={}", self.seccomp.as_str(), self.cgroups.describe());
         std::fs::write(dir.join("sandbox"), sandbox)?;
@@ -190,13 +171,14 @@ impl Processes {
             .arg("worker")
             .arg("--socket")
             .arg(socket)
+            .arg("--listen-stdin")
             .arg("--runtime-dir")
             .arg(dir)
             .arg(format!("--name={name}"))
             .args(["--cores", &cores.join(","), "--model-pmu", &self.model_pmu])
             .args(["--seccomp", self.seccomp.as_str()])
             .args(violate.map(|kind| format!("--violate={}", kind.get_name())))
-            .stdin(Stdio::null())
+            .stdin(Stdio::from(OwnedFd::from(listener)))
             .stdout(Stdio::null())
             .stderr(log);
         let mut child = command.spawn()?;
@@ -315,13 +297,11 @@ impl WorkerProcess {
         }
     }
 
-    fn last_words(&self) -> String {
+    /// The end of its log, for one that has ended early.
+    pub fn last_words(&self) -> String {
         let log = std::fs::read(self.dir.join("log")).unwrap_or_default();
         let tail = log.get(log.len().saturating_sub(512)..).unwrap_or_default();
-        format!(
-            "the worker process ended at its start: {}",
-            crate::status::clip(&String::from_utf8_lossy(tail), 512)
-        )
+        format!("the end of its log: {}", crate::status::clip(&String::from_utf8_lossy(tail), 512))
     }
 }
 

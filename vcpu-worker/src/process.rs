@@ -3,8 +3,8 @@
 //!
 //! | file | written | holds |
 //! |---|---|---|
-//! | `worker.sock` | by the worker | where it listens, mode 0600; `socket` names a shorter path if this one is too long |
-//! | `pid` | by the worker, before it listens | process id, start time (field 22 of /proc/PID/stat), boot id |
+//! | `worker.sock` | by the daemon, which hands it over as standard input | where it listens, mode 0600; `socket` names a shorter path if this one is too long |
+//! | `pid` | by the worker, before it answers | process id, start time (field 22 of /proc/PID/stat), boot id |
 //! | `exit` | by the worker, when the guest ends | how, as a `GuestEnd`: a guest that shut down unseen is Stopped, not Failed |
 //! | `violation` | by the worker, when it makes a forbidden system call | which, and what thread made it; see [`crate::sandbox`] |
 //! | `log` | standard error | at most [`LOG_BYTES`] of warnings |
@@ -47,6 +47,9 @@ pub struct Args {
     /// Where to listen; made with mode 0600, must not exist.
     #[arg(long)]
     pub socket: PathBuf,
+    /// Standard input is the listener, bound to that path already.
+    #[arg(long)]
+    pub listen_stdin: bool,
     /// Where to leave the process id and how the guest ended, for a later daemon.
     #[arg(long)]
     pub runtime_dir: Option<PathBuf>,
@@ -110,7 +113,11 @@ impl Identity {
     }
 
     fn write(&self, dir: &Path) -> io::Result<()> {
-        replace(&dir.join("pid"), format!("{} {} {}\n", self.pid, self.start_time, self.boot_id).as_bytes())
+        // Of no use after a crash of the host: no sync.
+        replace_unsynced(
+            &dir.join("pid"),
+            format!("{} {} {}\n", self.pid, self.start_time, self.boot_id).as_bytes(),
+        )
     }
 }
 
@@ -133,6 +140,12 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = std::fs::File::create(&fresh)?;
     file.write_all(bytes)?;
     file.sync_all()?;
+    std::fs::rename(&fresh, path)
+}
+
+fn replace_unsynced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let fresh = path.with_extension("new");
+    std::fs::write(&fresh, bytes)?;
     std::fs::rename(&fresh, path)
 }
 
@@ -164,6 +177,17 @@ pub fn main(args: &Args) -> io::Result<()> {
         .block_on(serve(args))
 }
 
+fn listen(args: &Args) -> io::Result<UnixListener> {
+    if args.listen_stdin {
+        let socket = std::os::unix::net::UnixListener::from(rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?);
+        socket.set_nonblocking(true)?;
+        return UnixListener::from_std(socket);
+    }
+    let listener = UnixListener::bind(&args.socket)?;
+    std::fs::set_permissions(&args.socket, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
 async fn serve(args: &Args) -> io::Result<()> {
     let shape = args.model_pmu.parse().map_err(|e| failed("--model-pmu", &args.model_pmu, &e))?;
     let cores = Arc::new(HostCores::new(shape, &args.cores));
@@ -175,8 +199,7 @@ async fn serve(args: &Args) -> io::Result<()> {
             .write(dir)
             .map_err(|e| failed("writing the pid file in", &dir.display().to_string(), &e))?;
     }
-    let listener = UnixListener::bind(&args.socket).map_err(|e| failed("listening on", &shown, &e))?;
-    std::fs::set_permissions(&args.socket, std::fs::Permissions::from_mode(0o600))?;
+    let listener = listen(args).map_err(|e| failed("listening on", &shown, &e))?;
     let worker = Worker::new(WorkerOptions::new(cores, shutdown.clone()));
     tokio::spawn({
         let (shutdown, worker) = (shutdown.clone(), worker.clone());

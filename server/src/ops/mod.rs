@@ -21,7 +21,7 @@ use vpmu_proto::longrunning::{Operation, operation};
 use vpmu_proto::store::OperationRecord;
 
 use crate::status::ApiError;
-use crate::store::Store;
+use crate::store::{Batch, Store, StoreError};
 
 /// Operations of this daemon.
 pub struct Ops {
@@ -254,19 +254,50 @@ impl Running {
     }
 
     /// Ends it, durably.
-    pub async fn finish(mut self, result: Result<Any, ApiError>) {
-        self.finished = true;
+    pub async fn finish(self, result: Result<Any, ApiError>) {
+        // Its own record's failure is logged there, and there is no other.
+        let _ = self.finish_with(Batch::new(), result).await;
+    }
+
+    /// Ends it in one durable write with other records; says whether that could be done. It is seen to be done in any case.
+    pub async fn finish_with(
+        mut self,
+        batch: Batch,
+        result: Result<Any, ApiError>,
+    ) -> Result<(), StoreError> {
+        let stored = match self.record_end(batch, result) {
+            Ok(batch) => self.ops.store.commit(batch).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = &stored {
+            let name = self.view.borrow().name.clone();
+            tracing::error!(operation = %name, %error, "the end of an operation could not be made durable");
+        }
+        self.show_end();
+        stored
+    }
+
+    /// Adds its end to a batch. Nobody sees it before [`Self::show_end`].
+    ///
+    /// # Errors
+    /// Those of [`Batch::put_operation`].
+    pub fn record_end(&mut self, batch: Batch, result: Result<Any, ApiError>) -> Result<Batch, StoreError> {
         let mut operation = self.view.borrow().clone();
         operation.done = true;
         operation.result = Some(match result {
             Ok(response) => operation::Result::Response(response),
             Err(error) => operation::Result::Error(error.to_rpc()),
         });
-        self.record.operation = Some(operation.clone());
-        if let Err(error) = self.ops.store.put_operation(&self.record).await {
-            tracing::error!(operation = %operation.name, %error, "the end of an operation could not be made durable");
+        self.record.operation = Some(operation);
+        batch.put_operation(&self.record)
+    }
+
+    /// Lets everybody see the end that was recorded.
+    pub fn show_end(mut self) {
+        self.finished = true;
+        if let Some(operation) = self.record.operation.clone() {
+            self.view.send_replace(operation);
         }
-        self.view.send_replace(operation);
         self.ops.forget(self.id);
     }
 }

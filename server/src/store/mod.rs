@@ -106,6 +106,21 @@ pub struct StoreStats {
     pub journal_fdatasyncs: u64,
 }
 
+/// A write that is on its way.
+#[derive(Debug)]
+#[must_use = "wait for it, or drop it where its failure is of no interest"]
+pub struct Queued(oneshot::Receiver<Result<(), StoreError>>);
+
+impl Queued {
+    /// Waits until it is durable.
+    ///
+    /// # Errors
+    /// [`StoreError::ReadOnly`], [`StoreError::OperationsFull`], [`StoreError::Io`].
+    pub async fn durable(self) -> Result<(), StoreError> {
+        self.0.await.map_err(|_| StoreError::ReadOnly { cause: "the writer's thread ended".to_owned() })?
+    }
+}
+
 impl Store {
     /// Opens or makes the store in a directory and takes the next term. Blocking.
     ///
@@ -205,12 +220,19 @@ impl Store {
         if batch.ops.is_empty() {
             return Ok(());
         }
+        self.enqueue(batch).await?.durable().await
+    }
+
+    /// Puts a batch into the queue. It becomes durable in its turn, whether or not that is waited for.
+    ///
+    /// # Errors
+    /// [`StoreError::Closed`]; the others come from [`Queued::durable`].
+    pub async fn enqueue(&self, batch: Batch) -> Result<Queued, StoreError> {
         let sender = self.inner.requests.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let sender = sender.ok_or(StoreError::Closed)?;
         let (reply, answer) = oneshot::channel();
         sender.send(Request { ops: batch.ops, reply }).await.map_err(|_| StoreError::Closed)?;
-        drop(sender);
-        answer.await.map_err(|_| StoreError::ReadOnly { cause: "the writer's thread ended".to_owned() })?
+        Ok(Queued(answer))
     }
 
     /// [`Batch::put_vm`] by itself.

@@ -1,7 +1,9 @@
 //! One tokio task a machine: it alone changes the machine's state, in the order of its mailbox.
 //!
 //! Invariants:
-//! * an acknowledged change is durable before its answer leaves, and published only then;
+//! * an acknowledged change is durable before its answer leaves, and published only then. The one exception is whether
+//!   a machine with a worker is paused or runs: that is the worker's to know (a daemon that comes back asks it), so the
+//!   record follows the answer. The PMU state of a pause is durable before it;
 //! * states in passing (Starting, Stopping, MigratingOut, Incoming) are published but not stored: `observed_state` is
 //!   recomputed at start;
 //! * a right to run is journalled before the worker is told (grant), and taken from the worker before it is journalled;
@@ -34,6 +36,7 @@ use super::view::{ActiveMigration, VmView};
 use crate::daemon::Daemon;
 use crate::names::VmName;
 use crate::status::ApiError;
+use crate::store::Batch;
 use crate::worker_link::{ConsoleHistory, WorkerLink};
 
 /// How often a running machine's PMU state is stored.
@@ -57,6 +60,8 @@ pub(crate) struct Actor {
     migration: Option<ActiveMigration>,
     /// What waits for the end of a migration.
     deferred: VecDeque<Command>,
+    /// A record that follows the answer that was just given.
+    after: Option<Batch>,
     mailbox: mpsc::Receiver<Command>,
     to_self: mpsc::WeakSender<Command>,
     publish: watch::Sender<Arc<VmView>>,
@@ -87,6 +92,7 @@ impl Actor {
             console: Arc::default(),
             migration: None,
             deferred: VecDeque::new(),
+            after: None,
             mailbox,
             to_self,
             publish,
@@ -117,6 +123,11 @@ impl Actor {
     }
 
     async fn handle(&mut self, command: Command) {
+        self.act(command).await;
+        self.store_after().await;
+    }
+
+    async fn act(&mut self, command: Command) {
         match command {
             Command::Create { seed, start, reply } => self.create(seed, start, reply).await,
             Command::Restore { from, paused, seed, reply } => {
@@ -251,6 +262,14 @@ impl Actor {
         kind: Kind,
         edit: impl FnOnce(&mut VirtualMachine),
     ) -> Result<(), ApiError> {
+        self.edit(state, reason, message, edit);
+        let stored = self.daemon.store.put_vm(&self.record()).await;
+        self.announce(kind);
+        Ok(stored?)
+    }
+
+    /// Changes the record in memory.
+    fn edit(&mut self, state: State, reason: &str, message: &str, edit: impl FnOnce(&mut VirtualMachine)) {
         self.vm.set_observed_state(state);
         reason.clone_into(&mut self.vm.reason);
         message.clone_into(&mut self.vm.message);
@@ -262,20 +281,25 @@ impl Actor {
         self.vm.sandbox = self.worker.as_ref().map(|w| w.sandbox().to_owned()).unwrap_or_default();
         self.vm.update_time = Some(crate::ops::now());
         self.vm.etag = uuid::Uuid::new_v4().simple().to_string();
-        let stored = self.daemon.store.put_vm(&self.record()).await;
-        self.announce(kind);
-        Ok(stored?)
     }
 
     /// Stores PMU images.
     async fn store_pmu(&self, images: Vec<PmuImage>, cores: &[u32], cause: &str) -> Result<(), ApiError> {
-        if images.is_empty() {
-            return Ok(());
-        }
+        Ok(self.daemon.store.commit(self.with_pmu(Batch::new(), images, cores, cause)?).await?)
+    }
+
+    /// Adds PMU images to a batch.
+    fn with_pmu(
+        &self,
+        batch: Batch,
+        images: Vec<PmuImage>,
+        cores: &[u32],
+        cause: &str,
+    ) -> Result<Batch, ApiError> {
         let mode = self.daemon.host.pmu_mode;
         let records =
             crate::pmu_view::records(&self.vm.uid, images, cores, self.ownership.epoch, cause, mode);
-        Ok(self.daemon.store.put_pmu(&records).await?)
+        Ok(records.iter().try_fold(batch, Batch::put_pmu)?)
     }
 
     async fn checkpoint(&mut self) {

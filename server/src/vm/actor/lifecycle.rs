@@ -12,6 +12,7 @@ use super::Actor;
 use super::restarting::{note, wall_ms};
 use crate::ops::{Running, Seed, pack, pack_empty};
 use crate::status::ApiError;
+use crate::store::Batch;
 use crate::vm::command::Reply;
 use crate::vm::restart::Event;
 use crate::vm::transitions::Action;
@@ -41,15 +42,15 @@ impl Actor {
             )));
             return;
         }
+        if start {
+            return self.create_started(seed, reply).await;
+        }
         let Some(running) = self.begin(seed, reply).await else {
             self.forget();
             return;
         };
         match self.do_create().await {
-            Ok(()) => {
-                let started = if start { self.do_start().await } else { Ok(()) };
-                running.finish(started.map(|()| pack("VirtualMachine", &self.vm))).await;
-            }
+            Ok(()) => running.finish(Ok(pack("VirtualMachine", &self.vm))).await,
             Err(error) => {
                 self.forget();
                 running.finish(Err(error)).await;
@@ -57,15 +58,105 @@ impl Actor {
         }
     }
 
-    pub(super) async fn do_create(&mut self) -> Result<(), ApiError> {
-        let first = OwnershipRecord {
+    /// Creates a machine that is to run at once. The operation's and the ownership's records are made durable while the
+    /// worker builds the machine, which it cannot run before it is granted; the machine's record and the operation's end
+    /// are one write. A daemon that dies in between leaves no machine: what it finds of the worker it ends.
+    async fn create_started(&mut self, seed: Seed, reply: Reply<Uuid>) {
+        let spec = self.vm.spec.clone().unwrap_or_default();
+        let grant = self.daemon.capacity.grant(self.name.vm(), &spec);
+        let refused = grant.is_err();
+        let incarnation = u64::from(!refused);
+        let first = self.first(incarnation);
+        let daemon = std::sync::Arc::clone(&self.daemon);
+        let (begun, owned, launched) =
+            tokio::join!(self.begin(seed, reply), daemon.store.append_ownership(first), async {
+                WorkerLink::launch(&daemon.workers, grant?, self.plan(incarnation, &spec, None)).await
+            },);
+        let failed = match (&begun, &owned) {
+            (Some(_), Ok(_)) => None,
+            (_, Err(error)) => Some(ApiError::from(error.clone())),
+            (None, Ok(_)) => Some(ApiError::shutting_down()),
+        };
+        if let Ok(owned) = owned {
+            self.ownership = owned;
+        }
+        let Some(running) = begun else {
+            // The caller was refused: nothing of it stays.
+            if let Ok((worker, _)) = launched {
+                worker.end().await;
+            }
+            let gone = OwnershipRecord { phase: Phase::Deleted as i32, ..self.ownership.clone() };
+            if let Err(error) = daemon.store.append_ownership(gone).await {
+                tracing::warn!(vm = %self.name, %error, "the record of a machine that was refused stays");
+            }
+            return self.forget();
+        };
+        if let Some(error) = failed {
+            if let Ok((worker, _)) = launched {
+                worker.end().await;
+            }
+            self.forget();
+            return running.finish(Err(error)).await;
+        }
+        let mut running = running;
+        let started = match launched {
+            Ok(launched) => {
+                self.take_worker(launched);
+                self.run_and_record(&mut running).await
+            }
+            Err(error) => Err(error),
+        };
+        self.born = true;
+        let Err(mut error) = started else {
+            self.announce(Kind::Created);
+            return running.show_end();
+        };
+        if let Some(worker) = self.worker.take() {
+            error = worker.cause(error).await;
+            worker.end().await;
+        }
+        // Without room for it nothing of the machine failed: it waits to be started.
+        let (state, reason, message) =
+            if refused { (State::Stopped, "", "") } else { (State::Failed, error.reason(), error.message()) };
+        self.edit(state, reason, message, |vm| {
+            vm.set_desired_state(DesiredState::Stopped);
+            vm.create_time = Some(crate::ops::now());
+        });
+        let batch = Batch::new().put_vm(&self.record()).unwrap_or_default();
+        // Logged there.
+        let _ = running.finish_with(batch, Err(error)).await;
+        self.announce(Kind::Created);
+    }
+
+    /// Lets a new machine run while its record and the operation's end are made durable. Nobody sees either before both
+    /// are done; if the daemon dies in between, it is as if it had died right afterwards.
+    async fn run_and_record(&mut self, running: &mut Running) -> Result<(), ApiError> {
+        self.edit(State::Running, "", "", |vm| {
+            vm.set_desired_state(DesiredState::Running);
+            vm.create_time = Some(crate::ops::now());
+            note(vm, Event::Running { now: wall_ms() });
+        });
+        let batch = Batch::new().put_vm(&self.record())?;
+        let batch = running.record_end(batch, Ok(pack("VirtualMachine", &self.vm)))?;
+        let (runs, stored) = tokio::join!(self.let_run(true), self.daemon.store.commit(batch));
+        runs?;
+        Ok(stored?)
+    }
+
+    /// The first ownership record.
+    fn first(&self, incarnation: u64) -> OwnershipRecord {
+        OwnershipRecord {
             vm_uid: self.vm.uid.clone(),
             epoch: 1,
             owner_host: self.daemon.host.host_id.clone(),
+            incarnation,
             phase: Phase::Owned as i32,
             ..OwnershipRecord::default()
-        };
-        self.ownership = self.daemon.store.append_ownership(first).await?;
+        }
+    }
+
+    pub(super) async fn do_create(&mut self) -> Result<(), ApiError> {
+        self.ownership = self.daemon.store.append_ownership(self.first(0)).await?;
         self.change(State::Stopped, "", "", Kind::Created, |vm| {
             vm.set_desired_state(DesiredState::Stopped);
             vm.create_time = Some(crate::ops::now());
@@ -131,28 +222,23 @@ impl Actor {
     ) -> Result<(), ApiError> {
         let next = OwnershipRecord { incarnation: self.ownership.incarnation + 1, ..self.owned() };
         self.ownership = self.daemon.store.append_ownership(next).await?;
-        self.launch(grant, spec, restore).await?;
-        let Some(worker) = self.worker.clone() else { return Ok(()) };
-        self.follow_worker(&worker).await?;
-        worker.grant(self.ownership.epoch, run).await?;
-        Ok(())
+        let incarnation = self.ownership.incarnation;
+        let launched =
+            WorkerLink::launch(&self.daemon.workers, grant, self.plan(incarnation, spec, restore)).await?;
+        self.take_worker(launched);
+        self.let_run(run).await
     }
 
-    async fn launch(
-        &mut self,
-        grant: crate::capacity::Grant,
-        spec: &VirtualMachineSpec,
+    fn plan<'a>(
+        &'a self,
+        incarnation: u64,
+        spec: &'a VirtualMachineSpec,
         restore: Option<RestoreFrom>,
-    ) -> Result<(), ApiError> {
-        let launch = Launch {
-            vm_uid: &self.vm.uid,
-            vm_name: self.name.vm(),
-            incarnation: self.ownership.incarnation,
-            spec,
-            incoming: false,
-            restore,
-        };
-        let (worker, built) = WorkerLink::launch(&self.daemon.workers, grant, launch).await?;
+    ) -> Launch<'a> {
+        Launch { vm_uid: &self.vm.uid, vm_name: self.name.vm(), incarnation, spec, incoming: false, restore }
+    }
+
+    fn take_worker(&mut self, (worker, built): (WorkerLink, vpmu_proto::worker::CreateVmResponse)) {
         for warning in &built.warnings {
             tracing::warn!(vm = %self.name, %warning);
         }
@@ -161,7 +247,15 @@ impl Actor {
         self.console = std::sync::Arc::default();
         self.daemon.host.hypervisor.clone_into(&mut self.vm.hypervisor);
         self.daemon.host.pmu_mode.clone_into(&mut self.vm.pmu_mode);
-        Ok(())
+    }
+
+    /// Gives the worker its right and follows what it says; both at once, each is a call.
+    async fn let_run(&self, run: bool) -> Result<(), ApiError> {
+        let Some(worker) = self.worker.clone() else { return Ok(()) };
+        let (followed, granted) =
+            tokio::join!(self.follow_worker(&worker), worker.grant(self.ownership.epoch, run));
+        followed?;
+        granted.map(drop)
     }
 
     /// The ownership record as plain Owned at its epoch.
@@ -280,9 +374,18 @@ impl Actor {
                 return Err(error);
             }
         };
-        let stored = self.store_pmu(images, worker.cores(), "pause").await;
         let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Paused);
-        self.change(State::Paused, "", "", Kind::Updated, edit).await?;
+        self.edit(State::Paused, "", "", edit);
+        let counts = !images.is_empty();
+        let batch = match Batch::new().put_vm(&self.record()) {
+            Ok(batch) => self.with_pmu(batch, images, worker.cores(), "pause"),
+            Err(error) => Err(error.into()),
+        };
+        let stored = match batch {
+            Ok(batch) => self.store_state(batch, counts).await,
+            Err(error) => Err(error),
+        };
+        self.announce(Kind::Updated);
         stored?;
         Ok(self.vm.clone())
     }
@@ -292,7 +395,43 @@ impl Actor {
         let worker = self.worker.clone().ok_or_else(|| self.refuse(Action::Resume))?;
         worker.run().await?;
         let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Running);
-        self.change(State::Running, "", "", Kind::Updated, edit).await?;
+        self.edit(State::Running, "", "", edit);
+        let stored = match Batch::new().put_vm(&self.record()) {
+            Ok(batch) => self.store_state(batch, false).await,
+            Err(error) => Err(error.into()),
+        };
+        self.announce(Kind::Updated);
+        stored?;
         Ok(self.vm.clone())
+    }
+
+    /// Stores what a live worker knows better: at once if asked, else once the caller has its answer.
+    async fn store_state(&mut self, batch: Batch, wait: bool) -> Result<(), ApiError> {
+        if wait {
+            return Ok(self.daemon.store.commit(batch).await?);
+        }
+        if let crate::store::Health::ReadOnly { cause } = self.daemon.store.health() {
+            return Err(crate::store::StoreError::ReadOnly { cause }.into());
+        }
+        self.after = Some(batch);
+        Ok(())
+    }
+
+    /// What follows an answer; in order with all other writes of this machine.
+    pub(super) async fn store_after(&mut self) {
+        let Some(batch) = self.after.take() else { return };
+        let queued = match self.daemon.store.enqueue(batch).await {
+            Ok(queued) => queued,
+            Err(error) => {
+                tracing::error!(vm = %self.name, %error, "whether it is paused could not be stored");
+                return;
+            }
+        };
+        let vm = self.name.to_string();
+        self.daemon.tasks.spawn(async move {
+            if let Err(error) = queued.durable().await {
+                tracing::error!(%vm, %error, "whether it is paused could not be stored");
+            }
+        });
     }
 }
