@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::Load;
+use super::{Load, Way};
 
 /// One combination.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -11,6 +11,21 @@ pub(super) struct Cell {
     pub(super) load: Load,
     pub(super) limit_ms: u32,
     pub(super) connections: u32,
+    pub(super) way: Way,
+}
+
+impl Cell {
+    /// For people.
+    pub(super) fn name(&self) -> String {
+        let way = match self.way {
+            Way::Plain => "",
+            Way::Tls => ", TLS",
+            Way::Local => ", local",
+        };
+        let connections =
+            if self.connections > 1 { format!(", {} connections", self.connections) } else { String::new() };
+        format!("{} MiB, {}, limit {} ms{connections}{way}", self.memory_mib, self.load.name(), self.limit_ms)
+    }
 }
 
 /// One migration.

@@ -38,6 +38,9 @@ pub struct MigrateArgs {
     /// Data connections of ours and channels of QEMU's multifd; 1 is QEMU without multifd.
     #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16))]
     connections: u32,
+    /// How ours moves: plaintext beside QEMU, with TLS beside our own plaintext, or handed over within the host; repeatable.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "plain")]
+    way: Vec<Way>,
     /// Our machines in threads of the daemon, or in processes.
     #[arg(long, value_enum, default_value = "process")]
     isolation: Isolation,
@@ -58,6 +61,18 @@ enum Isolation {
     Thread,
     /// A process for each machine.
     Process,
+}
+
+/// How ours moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Way {
+    /// TCP without TLS.
+    Plain,
+    /// TCP with TLS 1.3.
+    Tls,
+    /// Mode local: memory is not copied.
+    Local,
 }
 
 /// What the guest does while it moves.
@@ -109,7 +124,7 @@ impl Load {
 pub(super) async fn run(args: &MigrateArgs) -> Result<Table, BenchError> {
     let site = Site::new()?;
     let floors = floors::measure(&site).await?;
-    if !args.without_qemu {
+    if !args.without_qemu && args.way.contains(&Way::Plain) {
         qemu::check(&args.qemu).await?;
     }
     let isolation = if args.isolation == Isolation::Thread { "thread" } else { "process" };
@@ -117,21 +132,25 @@ pub(super) async fn run(args: &MigrateArgs) -> Result<Table, BenchError> {
     for &memory_mib in &args.memory {
         for &load in &args.load {
             for &limit_ms in &args.limit {
-                let cell = Cell { memory_mib, load, limit_ms, connections: args.connections };
-                let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-                for run in 0..args.runs {
-                    say(&format!(
-                        "{memory_mib} MiB, {}, limit {limit_ms} ms: run {} of {}",
-                        load.name(),
-                        run + 1,
-                        args.runs
-                    ));
-                    ours.push(ours::run(&site, isolation, &cell).await?);
-                    if !args.without_qemu {
-                        theirs.push(qemu::run(&site, &args.qemu, &cell).await?);
+                for &way in &args.way {
+                    let cell = Cell { memory_mib, load, limit_ms, connections: args.connections, way };
+                    let (mut ours, mut beside) = (Vec::new(), Vec::new());
+                    for run in 0..args.runs {
+                        say(&format!("{}: run {} of {}", cell.name(), run + 1, args.runs));
+                        ours.push(ours::run(&site, isolation, &cell).await?);
+                        match way {
+                            Way::Plain if !args.without_qemu => {
+                                beside.push(qemu::run(&site, &args.qemu, &cell).await?);
+                            }
+                            Way::Tls => {
+                                let plain = Cell { way: Way::Plain, ..cell };
+                                beside.push(ours::run(&site, isolation, &plain).await?);
+                            }
+                            Way::Plain | Way::Local => {}
+                        }
                     }
+                    cells.push(table::Row::new(cell, &ours, &beside));
                 }
-                cells.push(table::Row::new(cell, &ours, &theirs));
             }
         }
     }

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use vpmu_client::{Client, ConsoleOptions, Endpoint};
+use vpmu_proto::api::migration_spec::Mode;
 use vpmu_proto::api::{Migration, MigrationSpec};
 
+use super::Way;
 use super::cell::{Cell, Run, first_gap};
 use crate::bench::error::{BenchError, Step as _};
 use crate::bench::site::{self, Site};
@@ -61,7 +63,12 @@ async fn migrate(
         max_blackout: duration(Duration::from_millis(cell.limit_ms.into())),
         max_duration: duration(MIGRATION / 2),
         connections: cell.connections,
-        allow_plaintext: true,
+        allow_plaintext: cell.way != Way::Tls,
+        require_tls: cell.way == Way::Tls,
+        mode: match cell.way {
+            Way::Local => Mode::Local.into(),
+            Way::Plain | Way::Tls => Mode::PrecopyOnly.into(),
+        },
         ..MigrationSpec::default()
     };
     // Reads along, so that what the guest said here is told from what it says there.
