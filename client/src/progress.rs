@@ -113,6 +113,7 @@ mod tests {
                 bytes_per_second: 1 << 30,
                 dirty_bytes_per_second: 8 << 20,
                 predicted_blackout_us: 12_300,
+                throttle_percent: 0,
             }),
             ..Migration::default()
         };

@@ -269,6 +269,15 @@ pub fn migration(spec: Option<MigrationSpec>) -> Result<(MigrationSpec, Address)
             "leave one of them out, or name a TCP peer listener",
         ));
     }
+    if migration_spec::Compression::try_from(spec.compression).is_err() {
+        return Err(ApiError::invalid(
+            "spec.compression",
+            spec.compression,
+            "BAD_COMPRESSION",
+            "is no compression",
+            "use NONE, LZ4, ZSTD or ADAPTIVE",
+        ));
+    }
     match migration_spec::Mode::try_from(spec.mode) {
         Ok(_) => {}
         Err(_) => {

@@ -43,13 +43,24 @@ async fn over_tls_and_back_without() {
     a.create("vm", probe_spec(2, 64)).await;
     a.start_vm("vm").await;
     a.until_counting("vm").await;
-    let spec = MigrationSpec { destination: tcp(&b), require_tls: true, ..MigrationSpec::default() };
-    let result = run(&a, "vm", spec).await.result.expect("result");
-    assert_eq!(result.transport, "tcp+tls");
+    let spec = MigrationSpec {
+        destination: tcp(&b),
+        require_tls: true,
+        compression: migration_spec::Compression::Zstd.into(),
+        ..MigrationSpec::default()
+    };
+    let migration = run(&a, "vm", spec).await;
+    let said: Vec<_> = migration.actions.iter().map(|action| action.code.as_str()).collect();
+    assert_eq!(said.last(), Some(&"CONVERGED"), "{:?}", migration.actions);
+    let result = migration.result.expect("result");
+    assert_eq!((result.transport.as_str(), result.compression.as_str()), ("tcp+tls", "zstd"));
+    assert!(result.page_wire_bytes < result.page_bytes, "{result:?}");
     assert_eq!(b.until_counting("vm").await.vcpus.len(), 2);
     // Loopback leaves no host, so nothing is encrypted there unasked.
     let spec = MigrationSpec { destination: tcp(&a), ..MigrationSpec::default() };
-    assert_eq!(run(&b, "vm", spec).await.result.expect("result").transport, "tcp");
+    let result = run(&b, "vm", spec).await.result.expect("result");
+    assert_eq!((result.transport.as_str(), result.compression.as_str()), ("tcp", "none"));
+    assert!(result.page_wire_bytes > result.page_bytes, "{result:?}");
     assert_eq!(a.get("vm").await.observed_state(), State::Running);
 
     let spec = MigrationSpec { destination: b.peer(), require_tls: true, ..MigrationSpec::default() };

@@ -20,11 +20,13 @@ use crate::memory::GuestMemory;
 use crate::pmu_glue::image_to_proto;
 use crate::vcpu::request::{Answer, Request};
 use crate::vcpu::state::State;
+use crate::vcpu::throttle::Throttle;
 use crate::vcpu::{Left, Listener, VcpuHandle, VcpuLink};
 
 pub mod build;
 mod lazy;
 pub mod snapshot;
+pub mod throttle;
 
 pub use build::BuildOptions;
 
@@ -88,6 +90,7 @@ pub struct Machine {
     looks: Semaphore,
     /// Memory that is yet to come. Dropped before the vCPUs, which may wait for it.
     lazy: Mutex<Option<LazyMemory>>,
+    throttle: Arc<Throttle>,
     vcpus: Vec<VcpuHandle>,
 }
 

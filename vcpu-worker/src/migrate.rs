@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use crate::dataplane::{DataplaneError, SessionId};
 use crate::error::WorkerError;
 
+mod actions;
 mod finish;
 mod incoming;
 mod outgoing;

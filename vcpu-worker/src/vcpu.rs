@@ -24,10 +24,12 @@ pub mod request;
 mod run;
 pub mod state;
 pub mod stats;
+pub mod throttle;
 
 use request::{Answer, LoadFrom, Request};
 use state::State;
 use stats::{Snapshot, Stats};
+use throttle::Throttle;
 
 /// Requests that may wait. A machine sends one at a time and a few looks.
 const INBOX: usize = 64;
@@ -69,6 +71,8 @@ pub struct VcpuSetup {
     pub right: Arc<RunRight>,
     /// Whom to tell.
     pub listener: Arc<dyn Listener>,
+    /// How much it rests.
+    pub throttle: Arc<Throttle>,
 }
 
 /// What the thread shares with its handle.
@@ -107,6 +111,11 @@ pub struct VcpuLink {
 }
 
 impl VcpuLink {
+    /// Gets it out of the guest for a moment, without a request.
+    pub fn nudge(&self) {
+        self.kick.kick();
+    }
+
     /// Sends a request and kicks the thread. Never blocks.
     pub fn send(&self, request: Request) -> Result<(), WorkerError> {
         let problem = match self.inbox.try_send(request) {

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use dataplane_support::*;
 use vcpu_worker::bitmap::PageBitmap;
 use vcpu_worker::dataplane::frame::{
-    DoneTotals, ErrorBody, ErrorCode, Frame, FrameKey, HEADER_BYTES, Header, Hello, Kind, PAGE_BYTES,
-    PageRange, RoundCounts, StateChunk, encode_ranges,
+    DoneTotals, ErrorBody, ErrorCode, FLAG_LZ4, FLAG_ZSTD, Frame, FrameKey, HEADER_BYTES, Header, Hello,
+    Kind, PAGE_BYTES, PageRange, RoundCounts, StateChunk, encode_ranges,
 };
 use vcpu_worker::dataplane::{CancelFlag, DataAddress, DataplaneError, SessionId};
 use vcpu_worker::memory::GuestMemory;
@@ -49,7 +49,11 @@ impl Raw {
     }
 
     fn hello(&mut self, token: [u8; 32], connections: u16, memory_bytes: u64) {
-        let hello = Hello { token, version_min: 1, version_max: 1, connections, memory_bytes };
+        self.hello_of(token, connections, memory_bytes, 2);
+    }
+
+    fn hello_of(&mut self, token: [u8; 32], connections: u16, memory_bytes: u64, version: u16) {
+        let hello = Hello { token, version_min: 1, version_max: version, connections, memory_bytes };
         self.send(Kind::Hello, 0, 0, &hello.encode(), &[]);
     }
 
@@ -132,6 +136,54 @@ fn lies_about_pages() {
         encode_ranges(&[PageRange { first: 0, pages: 3 }], &mut meta);
         raw.send(Kind::Pages, 1, 2, &meta, &[1; 8192]);
     });
+}
+
+/// A frame of compressed pages whose data is `data`, said to be `pages` pages.
+fn packed(raw: &mut Raw, flags: u8, pages: u64, data: &[u8]) {
+    let mut meta = Vec::new();
+    encode_ranges(&[PageRange { first: 5, pages }], &mut meta);
+    let mut frame = raw.frame(Kind::Packed, 1, pages as u32, &meta, data);
+    frame.header.flags = flags;
+    raw.raw(&frame.to_bytes());
+}
+
+#[test]
+fn lies_about_compressed_pages() {
+    let page = [7; PAGE_BYTES as usize];
+    let lz4 = lz4_flex::block::compress(&page);
+    let zstd = zstd::bulk::compress(&page, 1).expect("compressed");
+    let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 1).expect("compressed");
+    // Damaged, of another length than said, of the other algorithm, a bomb.
+    lie("FRAME_PACKED", ErrorCode::Frame, |raw| packed(raw, FLAG_LZ4, 1, &[0xff; 200]));
+    lie("FRAME_PACKED", ErrorCode::Frame, |raw| packed(raw, FLAG_LZ4, 2, &lz4));
+    lie("FRAME_PACKED", ErrorCode::Frame, |raw| packed(raw, FLAG_ZSTD, 2, &zstd));
+    lie("FRAME_PACKED", ErrorCode::Frame, |raw| packed(raw, FLAG_ZSTD, 1, &lz4));
+    lie("FRAME_PACKED", ErrorCode::Frame, |raw| packed(raw, FLAG_LZ4, 1, &zstd));
+    lie("FRAME_PACKED", ErrorCode::Frame, |raw| packed(raw, FLAG_ZSTD, 256, &bomb));
+    // No algorithm, two of them, not smaller, more pages than a frame has.
+    lie("FRAME_FIELD", ErrorCode::Frame, |raw| packed(raw, 0, 1, &lz4));
+    lie("FRAME_FIELD", ErrorCode::Frame, |raw| packed(raw, FLAG_LZ4 | FLAG_ZSTD, 1, &lz4));
+    lie("FRAME_FIELD", ErrorCode::Frame, |raw| packed(raw, FLAG_LZ4, 1, &page));
+    lie("FRAME_FIELD", ErrorCode::Frame, |raw| packed(raw, FLAG_LZ4, 257, &lz4));
+    lie("FRAME_RANGE", ErrorCode::Frame, |raw| {
+        let mut meta = Vec::new();
+        encode_ranges(&[PageRange { first: PAGES, pages: 1 }], &mut meta);
+        let mut frame = raw.frame(Kind::Packed, 1, 1, &meta, &lz4);
+        frame.header.flags = FLAG_LZ4;
+        raw.raw(&frame.to_bytes());
+    });
+}
+
+#[test]
+fn a_peer_of_protocol_1_may_not_send_what_it_has_not() {
+    let destination = destination(&tcp(), 1, MEMORY);
+    let mut raw = Raw::open(&destination.address, 0);
+    raw.hello_of(session().token, 1, MEMORY, 1);
+    let ack = raw.answer();
+    assert_eq!((ack.header.kind, ack.meta), (Kind::HelloAck, vec![1, 0]));
+    packed(&mut raw, FLAG_LZ4, 1, &lz4_flex::block::compress(&[7; PAGE_BYTES as usize]));
+    assert_eq!(raw.refusal(), ErrorCode::Order);
+    assert_eq!(destination.join().expect_err("refused").reason(), "DATA_ORDER");
 }
 
 #[test]

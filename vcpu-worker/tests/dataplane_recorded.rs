@@ -1,6 +1,7 @@
-//! A recorded stream of protocol version 1 is still understood, and this build still writes the same bytes.
+//! Recorded streams of every protocol version are still understood, and this build still writes the same bytes to a peer
+//! of that version.
 //!
-//! `VPMU_RECORD=1` writes the recording anew; that is right only together with a new protocol version.
+//! `VPMU_RECORD=1` writes the recordings anew; that is right only together with a new protocol version.
 
 mod dataplane_support;
 
@@ -12,27 +13,30 @@ use std::time::Duration;
 use dataplane_support::*;
 use vcpu_worker::bitmap::PageBitmap;
 use vcpu_worker::dataplane::frame::{Frame, FrameKey, Header, HelloAck, Kind, Receipt, RoundCounts};
-use vcpu_worker::dataplane::{CancelFlag, DataAddress, Outgoing};
+use vcpu_worker::dataplane::{CancelFlag, Compression, ConnectOptions, DataAddress, Outgoing};
 use vcpu_worker::memory::{GuestMemory, PAGE_SIZE};
 
 const MEMORY: u64 = 2 * MIB;
 const STATE: &[u8] = b"the state of a machine";
 
-fn path() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/dataplane_v1.stream")
+fn path(version: u16) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/data/dataplane_v{version}.stream"))
 }
 
-/// Three pages, one of them zeroed in the second round.
-fn source() -> GuestMemory {
+/// Three pages, one of them zeroed in the second round; with version 2 a fourth that shrinks.
+fn source(version: u16) -> GuestMemory {
     let memory = GuestMemory::new("source", MEMORY).expect("memory");
     for page in [1, 2, 40] {
         memory.write_at(page * PAGE_SIZE, &Random(page).page()).expect("inside memory");
+    }
+    if version > 1 {
+        memory.write_at(3 * PAGE_SIZE, &[b'a'; PAGE_SIZE as usize]).expect("inside memory");
     }
     memory
 }
 
 /// What the source of [`source`] writes on its one connection, caught by a listener that answers as a destination would.
-fn written_now() -> Vec<u8> {
+fn written_now(version: u16) -> Vec<u8> {
     let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
     let address = DataAddress::Tcp(listener.local_addr().expect("address"));
     let catcher = std::thread::spawn(move || {
@@ -50,7 +54,7 @@ fn written_now() -> Vec<u8> {
             while let Ok((frame, length)) = Frame::parse(&all[read_to..], MEMORY / PAGE_SIZE) {
                 read_to += length;
                 let (kind, meta) = match frame.header.kind {
-                    Kind::Hello => (Kind::HelloAck, HelloAck { version: 1 }.encode()),
+                    Kind::Hello => (Kind::HelloAck, HelloAck { version }.encode()),
                     Kind::RoundEnd => {
                         counts.add(&RoundCounts::decode(&frame.meta).expect("counts"));
                         if frame.header.flags == 0 {
@@ -74,17 +78,11 @@ fn written_now() -> Vec<u8> {
             }
         }
     });
-    let memory = source();
-    let mut out = Outgoing::connect(
-        &address,
-        &session(),
-        1,
-        memory.clone(),
-        0,
-        CancelFlag::new(),
-        Duration::from_secs(30),
-    )
-    .expect("connect");
+    let memory = source(version);
+    let compression = if version > 1 { Compression::Lz4 } else { Compression::None };
+    let options = ConnectOptions { versions: version..=version, compression, ..options(1) };
+    let mut out =
+        Outgoing::open(&address, &session(), memory.clone(), CancelFlag::new(), options).expect("connect");
     out.send_round(1, &PageBitmap::full(memory.pages()), true).expect("round 1");
     memory.write_at(2 * PAGE_SIZE, &[0; PAGE_SIZE as usize]).expect("inside memory");
     memory.write_at(40 * PAGE_SIZE, b"changed").expect("inside memory");
@@ -96,19 +94,17 @@ fn written_now() -> Vec<u8> {
     catcher.join().expect("no panic")
 }
 
-#[test]
-fn version_1_is_written_as_recorded() {
-    let now = written_now();
+fn is_written(version: u16) {
+    let now = written_now(version);
     if std::env::var_os("VPMU_RECORD").is_some() {
-        std::fs::write(path(), &now).expect("written");
+        std::fs::write(path(version), &now).expect("written");
     }
-    let recorded = std::fs::read(path()).expect("the recording");
-    assert!(now == recorded, "this build writes another stream than version 1");
+    let recorded = std::fs::read(path(version)).expect("the recording");
+    assert!(now == recorded, "this build writes another stream than version {version}");
 }
 
-#[test]
-fn version_1_is_read() {
-    let recorded = std::fs::read(path()).expect("the recording");
+fn is_read(version: u16) {
+    let recorded = std::fs::read(path(version)).expect("the recording");
     let destination = destination(&tcp(), 1, MEMORY);
     let DataAddress::Tcp(address) = destination.address else { panic!("TCP") };
     let mut stream = TcpStream::connect(address).expect("connect");
@@ -116,10 +112,43 @@ fn version_1_is_read() {
     let memory = destination.memory.clone();
     let received = destination.join().expect("received");
     assert_eq!(received.state, STATE);
-    assert_eq!((received.rounds, received.counts.pages, received.counts.zero_pages), (2, 4, 1));
+    let pages = if version > 1 { 5 } else { 4 };
+    assert_eq!((received.rounds, received.counts.pages, received.counts.zero_pages), (2, pages, 1));
     assert_eq!(received.bytes, recorded.len() as u64);
-    let expected = source();
+    let expected = source(version);
     expected.write_at(2 * PAGE_SIZE, &[0; PAGE_SIZE as usize]).expect("inside memory");
     expected.write_at(40 * PAGE_SIZE, b"changed").expect("inside memory");
     assert_same(&expected, &memory);
+}
+
+#[test]
+fn version_1_is_written_as_recorded() {
+    is_written(1);
+}
+
+#[test]
+fn version_1_is_read() {
+    is_read(1);
+}
+
+#[test]
+fn version_2_is_written_as_recorded() {
+    is_written(2);
+    let frames = frames(&std::fs::read(path(2)).expect("the recording"));
+    assert!(frames.contains(&Kind::Packed), "it shows what is new in it: {frames:?}");
+}
+
+#[test]
+fn version_2_is_read() {
+    is_read(2);
+}
+
+fn frames(mut stream: &[u8]) -> Vec<Kind> {
+    let mut kinds = Vec::new();
+    while !stream.is_empty() {
+        let (frame, length) = Frame::parse(stream, MEMORY / PAGE_SIZE).expect("a frame");
+        kinds.push(frame.header.kind);
+        stream = &stream[length..];
+    }
+    kinds
 }

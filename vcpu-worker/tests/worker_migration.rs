@@ -21,11 +21,23 @@ struct Pair {
 }
 
 async fn begin(
+    source: Host,
+    destination: Host,
+    hypervisor: &str,
+    attempt: u32,
+    listen: Option<&str>,
+) -> Pair {
+    let goals = MigrateOutRequest { max_blackout_us: 50_000, ..MigrateOutRequest::default() };
+    begin_with(source, destination, hypervisor, attempt, listen, goals).await
+}
+
+async fn begin_with(
     mut source: Host,
     mut destination: Host,
     hypervisor: &str,
     attempt: u32,
     listen: Option<&str>,
+    goals: MigrateOutRequest,
 ) -> Pair {
     destination.attach().await;
     destination.create(hypervisor, probe_spec(2, 64), true).await;
@@ -63,11 +75,9 @@ async fn begin(
         data_address: prepared.data_address,
         token: TOKEN.to_vec(),
         connections: 2,
-        max_blackout_us: 50_000,
-        max_bandwidth: 0,
-        max_duration_ms: 0,
         peer_certificate_sha256: prepared.certificate_sha256,
         local,
+        ..goals
     };
     let out = source.client.migrate_out(request).await.expect("migrate out").into_inner();
     Pair { source, destination, _dir: dir, out, arriving }
@@ -115,6 +125,7 @@ async fn a_running_probe_moves() {
         moves(hypervisor, Some("tcp:127.0.0.1:0")).await;
         moves(hypervisor, Some("tls:127.0.0.1:0")).await;
         tls_needs_what_was_prepared(hypervisor).await;
+        slowed_down_until_the_end(hypervisor).await;
         moves(hypervisor, Some(LOCAL)).await;
         for listen in [None, Some(LOCAL)] {
             println!("{}", listen.unwrap_or("copied"));
@@ -124,6 +135,60 @@ async fn a_running_probe_moves() {
             the_destination_goes_away(hypervisor, listen).await;
         }
         assert_eq!(worker_threads(), Vec::<String>::new(), "{hypervisor}: threads are left");
+    }
+}
+
+/// A guest that dirties without end is slowed down step by step, and is at full speed again whatever the end is.
+async fn slowed_down_until_the_end(hypervisor: &str) {
+    let goals = MigrateOutRequest {
+        // Nothing but a clean memory would do.
+        max_blackout_us: 2_001,
+        // The guest dirties twice as much.
+        max_bandwidth: 8 << 20,
+        allow_throttle: true,
+        ..MigrateOutRequest::default()
+    };
+    // One end on each hypervisor: a copy at this rate takes a second or two.
+    for cancel in [hypervisor == "simulated"] {
+        let source = started(hypervisor).await;
+        let destination = Host::new(&host_cores(), "vm-m");
+        let mut pair = begin_with(source, destination, hypervisor, 1, None, goals.clone()).await;
+        let slowest = loop {
+            let progress = pair.out.message().await.expect("progress").expect("it cannot converge");
+            if progress.throttle_percent >= 35 {
+                break progress;
+            }
+        };
+        let steps = slowest.actions.iter().filter(|a| a.code == "THROTTLE");
+        let shares: Vec<_> = steps.filter_map(|a| a.detail.split(' ').nth(2)).collect();
+        assert_eq!(shares[..2], ["20", "35"], "{:?}", slowest.actions);
+        assert!(worker_threads().iter().any(|t| t == "vpmud-throttle"), "{:?}", worker_threads());
+        if cancel {
+            let request = CancelMigrationRequest { fence: pair.source.fence(), migration_id: ID.to_owned() };
+            pair.source.client.cancel_migration(request).await.expect("cancelled");
+            assert!(!worker_threads().iter().any(|t| t == "vpmud-throttle"), "{:?}", worker_threads());
+            assert_eq!(pair.source.state().await, State::Running);
+            let then = pair.source.report().await;
+            pair.source
+                .report_until("it goes on", |r| {
+                    r.vcpus.iter().zip(&then.vcpus).all(|(now, then)| now.heartbeats > then.heartbeats + 100)
+                })
+                .await;
+            continue;
+        }
+        let request =
+            FinishMigrationRequest { fence: pair.source.fence(), migration_id: ID.to_owned(), epoch: 1 };
+        let finished = pair.source.client.finish_migration(request).await.expect("finish").into_inner();
+        assert!(finished.throttle_percent_max >= 35, "{finished:?}");
+        assert!(finished.throttled_us > 0, "{finished:?}");
+        ready(&mut pair.arriving).await.expect("ready");
+        pair.destination.grant(2, 1, true).await.expect("grant");
+        let then = pair.destination.report().await;
+        pair.destination
+            .report_until("it goes on there", |r| {
+                r.vcpus.iter().zip(&then.vcpus).all(|(now, then)| now.heartbeats > then.heartbeats + 100)
+            })
+            .await;
     }
 }
 

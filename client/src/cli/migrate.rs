@@ -58,6 +58,12 @@ pub(crate) struct MigrateArgs {
     /// TLS for memory on loopback too.
     #[arg(long)]
     tls: bool,
+    /// Compression of memory on the wire; "auto" measures the network and takes what is fastest.
+    #[arg(long, value_enum, default_value = "none")]
+    compression: Compression,
+    /// The machine may be slowed down while copying does not keep up with it.
+    #[arg(long)]
+    allow_throttle: bool,
     /// Only check what is in the way.
     #[arg(long)]
     check: bool,
@@ -71,6 +77,14 @@ enum Mode {
     Precopy,
     /// Same machine: memory is handed over, not copied.
     Local,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Compression {
+    None,
+    Lz4,
+    Zstd,
+    Auto,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -128,6 +142,12 @@ fn spec(args: &MigrateArgs) -> Result<MigrationSpec, Failure> {
         PmuRestore::BestEffort => migration_spec::PmuRestore::BestEffort,
         PmuRestore::Reset => migration_spec::PmuRestore::Reset,
     };
+    let compression = match args.compression {
+        Compression::None => migration_spec::Compression::None,
+        Compression::Lz4 => migration_spec::Compression::Lz4,
+        Compression::Zstd => migration_spec::Compression::Zstd,
+        Compression::Auto => migration_spec::Compression::Adaptive,
+    };
     Ok(MigrationSpec {
         destination: args.to.to_string(),
         max_blackout: proto_duration(args.max_blackout, "--max-blackout")?,
@@ -138,6 +158,8 @@ fn spec(args: &MigrateArgs) -> Result<MigrationSpec, Failure> {
         pmu_restore: pmu_restore.into(),
         allow_plaintext: args.plaintext,
         require_tls: args.tls,
+        compression: compression.into(),
+        allow_throttle: args.allow_throttle,
     })
 }
 
@@ -189,6 +211,21 @@ pub(crate) fn show(context: &Context, migration: &Migration) -> Result<(), Failu
     let reason =
         if view.reason.is_empty() { String::new() } else { format!("[{}] {}", view.reason, view.message) };
     let digest = view.pmu_digest.filter(|digest| !digest.is_empty());
+    let compressed = match (&view.compression, view.page_bytes, view.page_wire_bytes) {
+        (Some(how), Some(before), Some(after)) if how != "none" && !how.is_empty() => {
+            format!("{how}, {} of pages in {}", units::bytes(before), units::bytes(after))
+        }
+        _ => String::new(),
+    };
+    let throttled = match view.throttle_percent_max {
+        0 => String::new(),
+        percent => format!("vCPUs rested up to {percent} % of the time"),
+    };
+    let actions: Vec<String> = view
+        .actions
+        .iter()
+        .map(|a| format!("{:.0} ms {}: {}", a.at_ms, a.code.to_lowercase(), a.detail))
+        .collect();
     output::facts(&[
         ("vm", view.vm),
         ("migration", names::short(&view.name).to_owned()),
@@ -204,6 +241,9 @@ pub(crate) fn show(context: &Context, migration: &Migration) -> Result<(), Failu
         ("rounds", view.rounds.to_string()),
         ("mode", view.mode.unwrap_or_default()),
         ("transport", view.transport.unwrap_or_default()),
+        ("compression", compressed),
+        ("throttled", throttled),
+        ("did", actions.join("\n")),
         ("pmu digest", digest.map(|digest| format!("{digest} on both hosts")).unwrap_or_default()),
     ])?;
     Ok(())

@@ -38,6 +38,17 @@ pub struct MigrationView {
     pub mode: Option<String>,
     /// `unix`, `tcp` or `tcp+tls`.
     pub transport: Option<String>,
+    /// `none`, `lz4`, `zstd` or `auto`.
+    pub compression: Option<String>,
+    /// Bytes of pages before compression.
+    pub page_bytes: Option<u64>,
+    /// Bytes of pages on the wire.
+    pub page_wire_bytes: Option<u64>,
+    /// Highest share of the time that vCPUs were made to rest, in hundredths.
+    pub throttle_percent_max: u32,
+    /// What was done and why, oldest first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub actions: Vec<ActionView>,
     /// The blackout's parts.
     pub breakdown: Option<BreakdownView>,
     /// Digest of the PMU state at the stop, hex.
@@ -66,6 +77,17 @@ pub struct MigrationView {
     pub create_time: Option<String>,
     /// When it ended.
     pub end_time: Option<String>,
+}
+
+/// Something that a migration did.
+#[derive(Clone, Debug, Serialize)]
+pub struct ActionView {
+    /// Since copying began, in milliseconds.
+    pub at_ms: f64,
+    /// Stable code.
+    pub code: String,
+    /// Why.
+    pub detail: String,
 }
 
 /// Where the blackout went, in milliseconds.
@@ -105,6 +127,15 @@ impl From<&Migration> for MigrationView {
             rounds: result.map_or(progress.round, |r| r.rounds),
             mode: result.map(|r| r.mode.clone()),
             transport: result.map(|r| r.transport.clone()),
+            compression: result.map(|r| r.compression.clone()),
+            page_bytes: result.map(|r| r.page_bytes),
+            page_wire_bytes: result.map(|r| r.page_wire_bytes),
+            throttle_percent_max: result.map_or(progress.throttle_percent, |r| r.throttle_percent_max),
+            actions: migration
+                .actions
+                .iter()
+                .map(|a| ActionView { at_ms: ms(a.at_us), code: a.code.clone(), detail: a.detail.clone() })
+                .collect(),
             breakdown: result.and_then(|r| r.breakdown).map(|b| BreakdownView {
                 stop_ms: ms(b.stop_us),
                 save_ms: ms(b.save_us),

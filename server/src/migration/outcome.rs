@@ -73,6 +73,11 @@ impl Cost<'_> {
             pmu_at_resume: crate::pmu_view::decode_all(&ready.pmu, &[]).unwrap_or_default(),
             pages_sent: finish.pages_sent,
             zero_pages: finish.zero_pages,
+            compression: finish.compression.clone(),
+            page_bytes: finish.page_bytes,
+            page_wire_bytes: finish.page_wire_bytes,
+            throttle_percent_max: finish.throttle_percent_max,
+            throttled_us: finish.throttled_us,
         }
     }
 }

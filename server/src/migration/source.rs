@@ -298,7 +298,9 @@ impl Source {
                         bytes_per_second: p.bytes_per_second,
                         dirty_bytes_per_second: p.dirty_bytes_per_second,
                         predicted_blackout_us: p.predicted_blackout_us,
+                        throttle_percent: p.throttle_percent,
                     });
+                    m.actions = p.actions;
                 });
                 self.report();
                 if p.converged {

@@ -166,6 +166,8 @@ impl Source {
             max_bandwidth: self.spec.max_bandwidth,
             max_duration_ms: micros(bound) / 1000,
             peer_certificate_sha256: prepared.certificate_sha256,
+            compression: self.spec.compression,
+            allow_throttle: self.spec.allow_throttle,
         };
         self.bound(
             bound + GRACE,
@@ -193,6 +195,7 @@ impl Source {
         let Some(digest) = handover::digest(&finish.state_digest) else {
             return self.fail(Event::CopyFailed, source_end::mismatch());
         };
+        self.progress.send_modify(|m| m.actions.clone_from(&finish.actions));
         self.work.finish = Some(finish);
         let ready = self.daemon.limits.ready;
         let text = format!("the destination was not ready within {ready:?}");

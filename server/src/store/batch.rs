@@ -9,10 +9,10 @@ use vpmu_proto::store::{MigrationRecord, OperationRecord, PmuVcpuRecord, VmRecor
 /// One change.
 #[derive(Debug, Clone)]
 pub(crate) enum Op {
-    PutVm(String, VmRecord),
+    PutVm(String, Box<VmRecord>),
     DeleteVm(String),
     PutPmu(String, PmuVcpuRecord),
-    PutMigration(String, String, MigrationRecord),
+    PutMigration(String, String, Box<MigrationRecord>),
     PutOperation(String, OperationRecord),
     DeleteOperation(String),
 }
@@ -37,7 +37,7 @@ impl Batch {
     pub fn put_vm(mut self, record: &VmRecord) -> Result<Self, StoreError> {
         let uid = check_id("vm.uid", record.vm.as_ref().map_or("", |vm| &vm.uid))?;
         check_size(&Key::Vm(uid.clone()), record)?;
-        self.ops.push(Op::PutVm(uid, record.clone()));
+        self.ops.push(Op::PutVm(uid, Box::new(record.clone())));
         Ok(self)
     }
 
@@ -75,7 +75,7 @@ impl Batch {
         let name = record.migration.as_ref().map_or("", |m| &m.name);
         let id = check_id("migration.name", last_segment(name))?;
         check_size(&Key::Migration(uid.clone(), id.clone()), record)?;
-        self.ops.push(Op::PutMigration(uid, id, record.clone()));
+        self.ops.push(Op::PutMigration(uid, id, Box::new(record.clone())));
         Ok(self)
     }
 

@@ -74,10 +74,10 @@ impl Books {
     /// Adds one change to the plan.
     pub(crate) fn plan(&mut self, op: Op, ownership: OwnershipOf<'_>, plan: &mut Plan) {
         match op {
-            Op::PutVm(uid, record) => self.put_vm(uid, record, ownership, plan),
+            Op::PutVm(uid, record) => self.put_vm(uid, *record, ownership, plan),
             Op::DeleteVm(uid) => self.delete_vm(uid, plan),
             Op::PutPmu(uid, record) => self.put_pmu(uid, record, plan),
-            Op::PutMigration(uid, id, record) => self.put_migration(&uid, id, record, plan),
+            Op::PutMigration(uid, id, record) => self.put_migration(&uid, id, *record, plan),
             Op::PutOperation(id, record) => self.put_operation(id, record, plan),
             Op::DeleteOperation(id) => self.remove_operation(&id, plan),
         }

@@ -9,12 +9,14 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::PROTOCOL_VERSIONS;
 use super::address::DataStream;
 use super::cancel::{CancelFlag, Interrupt};
+use super::compress::{Algorithm, Packer, Unpacker};
 use super::error::{DataplaneError, Result};
 use super::frame::{
-    ErrorBody, FrameError, FrameKey, HEADER_BYTES, Header, Kind, PAGE_BYTES, PageRange, check_sum,
-    encode_ranges,
+    ErrorBody, FLAG_LZ4, FLAG_ZSTD, FrameError, FrameKey, HEADER_BYTES, Header, Kind, PAGE_BYTES, PageRange,
+    check_sum, encode_ranges,
 };
 use crate::memory::GuestMemory;
 
@@ -78,6 +80,11 @@ pub(crate) struct Conn {
     bounce: Vec<u8>,
     /// Meta of the frame being received; never larger than its fixed bound.
     meta: Vec<u8>,
+    /// What both sides speak; the oldest until it is agreed on.
+    version: u16,
+    /// Pages of a packed frame, unpacked; at most 1 MiB.
+    unpacked: Vec<u8>,
+    unpacker: Unpacker,
 }
 
 impl Conn {
@@ -109,7 +116,15 @@ impl Conn {
             scratch: Vec::new(),
             bounce: Vec::new(),
             meta: Vec::new(),
+            version: *PROTOCOL_VERSIONS.start(),
+            unpacked: Vec::new(),
+            unpacker: Unpacker::default(),
         })
+    }
+
+    /// Both sides have agreed on a protocol.
+    pub(crate) fn speak(&mut self, version: u16) {
+        self.version = version;
     }
 
     pub(crate) fn index(&self) -> u16 {
@@ -214,6 +229,35 @@ impl Conn {
         result
     }
 
+    /// [`Self::send_copied_pages`], compressed if that is worth it; `turn` waits until so many bytes may be sent.
+    pub(crate) fn send_packed_pages(
+        &mut self,
+        round: u32,
+        ranges: &[PageRange],
+        memory: &GuestMemory,
+        packer: &mut Packer,
+        turn: impl FnOnce(u64) -> Result<()>,
+    ) -> Result<u64> {
+        let mut data = std::mem::take(&mut self.bounce);
+        let result = copy_pages(ranges, memory, &mut data).and_then(|pages| {
+            let mut meta = Vec::with_capacity(ranges.len() * 8);
+            encode_ranges(ranges, &mut meta);
+            let fixed = (HEADER_BYTES + meta.len()) as u64;
+            let (kind, flags, bytes) = match packer.pack(&data)? {
+                Some((Algorithm::Lz4, packed)) => (Kind::Packed, FLAG_LZ4, packed),
+                Some((Algorithm::Zstd, packed)) => (Kind::Packed, FLAG_ZSTD, packed),
+                None => (Kind::Pages, 0, data.as_slice()),
+            };
+            let begin = Instant::now();
+            turn(fixed + bytes.len() as u64)?;
+            let sent = self.send(kind, round, flags, pages as u32, &meta, bytes)?;
+            packer.sent(sent, begin.elapsed());
+            Ok(sent)
+        });
+        self.bounce = data;
+        result
+    }
+
     fn next_header(&mut self, kind: Kind, round: u32) -> Header {
         let header = Header::new(kind, self.key, round, self.next_out, self.index);
         self.next_out += 1;
@@ -264,6 +308,9 @@ impl Conn {
         if header.sequence != self.next_in {
             return Err(self.order(header.kind, "its sequence number is not the next one"));
         }
+        if header.kind.since() > self.version {
+            return Err(self.order(header.kind, "this kind is of a newer protocol than was agreed on"));
+        }
         self.next_in += 1;
         if header.kind == Kind::Error {
             let body = ErrorBody::decode(self.recv_meta(&header, 0, &mut Vec::new())?)
@@ -299,7 +346,7 @@ impl Conn {
         check_sum("data", data, header.data_crc).map_err(|source| self.frame_error(source))
     }
 
-    /// The bulk part of a `Pages` frame, straight into guest memory, then read back for its sum.
+    /// The bulk part of a page frame, straight into guest memory where it comes as it is, then read back for its sum.
     pub(crate) fn recv_guest_pages(
         &mut self,
         header: &Header,
@@ -308,7 +355,7 @@ impl Conn {
     ) -> Result<()> {
         let pieces: Vec<(u64, u64)> = ranges.iter().map(|r| byte_range(*r)).collect();
         let stream = Arc::clone(&self.stream);
-        let Some(fd) = stream.plain_fd() else {
+        let Some(fd) = stream.plain_fd().filter(|_| header.kind == Kind::Pages) else {
             return self
                 .recv_through_buffer(header, ranges, |offset, piece| Ok(memory.write_at(offset, piece)?));
         };
@@ -344,8 +391,8 @@ impl Conn {
         })
     }
 
-    /// The bulk part of a page frame, checked, each range given to `put` with its offset.
-    fn recv_through_buffer(
+    /// The bulk part of a page frame, checked and unpacked, each range given to `put` with its offset.
+    pub(crate) fn recv_through_buffer(
         &mut self,
         header: &Header,
         ranges: &[PageRange],
@@ -353,8 +400,18 @@ impl Conn {
     ) -> Result<()> {
         let mut data = std::mem::take(&mut self.bounce);
         data.clear();
+        let mut unpacked = std::mem::take(&mut self.unpacked);
         let result = self.recv_data(header, &mut data).and_then(|()| {
             let mut rest = data.as_slice();
+            if header.kind == Kind::Packed {
+                // At most MAX_DATA_BYTES: the header was checked.
+                unpacked.resize((u64::from(header.count) * PAGE_BYTES) as usize, 0);
+                let algorithm = if header.flags == FLAG_LZ4 { Algorithm::Lz4 } else { Algorithm::Zstd };
+                self.unpacker
+                    .unpack(algorithm, &data, &mut unpacked)
+                    .map_err(|problem| self.frame_error(FrameError::Packed(problem)))?;
+                rest = &unpacked;
+            }
             for range in ranges {
                 let (offset, len) = byte_range(*range);
                 let Some((piece, after)) = rest.split_at_checked(len as usize) else { break };
@@ -363,6 +420,7 @@ impl Conn {
             }
             Ok(())
         });
+        self.unpacked = unpacked;
         self.bounce = data;
         result
     }

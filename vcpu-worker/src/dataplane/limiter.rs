@@ -72,6 +72,42 @@ mod tests {
         assert!((9.97..=10.0).contains(&seconds), "1000 MiB at 100 MiB/s booked in {seconds} s");
     }
 
+    /// On a clock of our own: over any second, whatever the pieces and pauses, at most 5 % above the limit, and with
+    /// always something to send at most 5 % below.
+    #[test]
+    fn any_second_is_within_five_percent() {
+        let second = Duration::from_secs(1);
+        for limit in [1u64 << 20, 32 << 20, 1 << 30] {
+            let limiter = Limiter::new(limit);
+            let begin = Instant::now();
+            let (mut now, mut sent) = (begin, Vec::new());
+            let mut random = 0x9e37_79b9_u64;
+            while now < begin + 8 * second {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let bytes = 1 + random % limiter.chunk_bytes(256 << 10);
+                // In the last four seconds there are pauses; a send is as late as its turn.
+                if now > begin + 4 * second && random.is_multiple_of(50) {
+                    now += Duration::from_millis(random % 90);
+                }
+                now = now.max(limiter.book(bytes, now));
+                sent.push((now - begin, bytes));
+            }
+            let within = |from: Duration| -> u64 {
+                let window = sent.iter().filter(|(at, _)| *at >= from && *at < from + second);
+                window.map(|(_, bytes)| bytes).sum()
+            };
+            for tenth in 0..70u32 {
+                let from = second * tenth / 10;
+                let bytes = within(from);
+                assert!(bytes <= limit + limit / 20, "{limit}: {bytes} in the second from {from:?}");
+                let busy = from + second <= 4 * second;
+                assert!(!busy || bytes >= limit - limit / 20, "{limit}: {bytes} in the second from {from:?}");
+            }
+        }
+    }
+
     #[test]
     fn idle_time_is_not_saved_up() {
         let limiter = Limiter::new(1 << 20);

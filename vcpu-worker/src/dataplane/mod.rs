@@ -31,6 +31,7 @@ pub mod precopy;
 
 mod address;
 mod cancel;
+mod compress;
 mod conn;
 mod error;
 mod limiter;
@@ -41,6 +42,7 @@ mod tls;
 
 pub use address::DataAddress;
 pub use cancel::CancelFlag;
+pub use compress::{Algorithm, Compression};
 pub use conn::Timeouts;
 pub use error::{DataplaneError, Result};
 pub use local::hand_over;
@@ -48,8 +50,8 @@ pub use receiver::{Incoming, Received};
 pub use sender::{ConnectOptions, FinishStats, Outgoing, RoundStats, SendProgress};
 pub use tls::{Fingerprint, Identity, Tls};
 
-/// Oldest and newest protocol that this build speaks.
-pub const PROTOCOL_VERSIONS: std::ops::RangeInclusive<u16> = 1..=1;
+/// Oldest and newest protocol that this build speaks. 2 has compressed pages.
+pub const PROTOCOL_VERSIONS: std::ops::RangeInclusive<u16> = 1..=2;
 
 /// Which attempt of which migration, and the secret that its connections present.
 #[derive(Clone, PartialEq, Eq)]

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 #[cfg(test)]
 mod tests;
+pub mod throttle;
 
 use super::frame::PAGE_BYTES;
 
@@ -285,6 +286,12 @@ impl Policy {
                 }
             }
         }
+    }
+
+    /// Whether what is dirty takes so long to send that one more live round pays even now.
+    pub fn is_worth_a_round(&self, dirty_pages: u64) -> bool {
+        let rate = self.predict().bytes_per_second;
+        time_for(dirty_pages.saturating_mul(PAGE_BYTES), rate).is_none_or(|time| time > COMFORT)
     }
 
     /// Bytes that would be left after a voluntary round, if it is worth its bytes.

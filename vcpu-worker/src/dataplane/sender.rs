@@ -25,6 +25,7 @@ use rustix::event::PollFlags;
 use self::round::{Round, Tally, Work};
 use super::address::wait_one;
 use super::cancel::CancelFlag;
+use super::compress::{Compression, Packer};
 use super::conn::{Conn, Timeouts};
 use super::error::{DataplaneError, Result};
 use super::frame::{FLAG_ACK, Kind, PAGE_BYTES, RoundCounts};
@@ -76,6 +77,10 @@ pub struct SendProgress {
     pub round_pages: AtomicU64,
     /// Pages of the present round that were dealt with.
     pub round_done: AtomicU64,
+    /// Bytes of pages that were sent, before compression.
+    pub page_bytes: AtomicU64,
+    /// What those took on the wire, headers included.
+    pub page_wire_bytes: AtomicU64,
 }
 
 /// The source's end of a migration. Blocking; for one driving thread.
@@ -83,6 +88,8 @@ pub struct SendProgress {
 pub struct Outgoing {
     conns: Vec<Conn>,
     counts: Vec<RoundCounts>,
+    packers: Vec<Packer>,
+    compression: Compression,
     memory: GuestMemory,
     limiter: Limiter,
     cancel: CancelFlag,
@@ -101,6 +108,11 @@ impl Outgoing {
     /// "unix", "tcp" or "tcp+tls".
     pub fn transport(&self) -> &'static str {
         self.transport
+    }
+
+    /// What is done to pages, as far as the destination understands it.
+    pub fn compression(&self) -> Compression {
+        self.compression
     }
 
     /// The protocol that both sides speak.
@@ -184,18 +196,18 @@ impl Outgoing {
             error
         };
         let flags = if live { FLAG_ACK } else { 0 };
-        let one = |conn: &mut Conn, busy: bool| -> Result<Tally> {
-            let tally = if busy { shared.send(conn, &work)? } else { Tally::default() };
+        let one = |(conn, packer): (&mut Conn, &mut Packer), busy: bool| -> Result<Tally> {
+            let tally = if busy { shared.send(conn, packer, &work)? } else { Tally::default() };
             conn.send(Kind::RoundEnd, shared.number, flags, 0, &tally.counts.encode(), &[])?;
             Ok(tally)
         };
         let results: Vec<Result<Tally>> = std::thread::scope(|scope| {
-            let (busy, idle) = self.conns.split_at_mut(threads as usize);
-            let mut busy = busy.iter_mut();
+            let mut all = self.conns.iter_mut().zip(&mut self.packers);
+            let mut busy = all.by_ref().take(threads as usize);
             let own = busy.next();
             let spawned: Vec<_> = busy
                 .map(|conn| {
-                    let name = format!("vpmud-data-{}", conn.index());
+                    let name = format!("vpmud-data-{}", conn.0.index());
                     std::thread::Builder::new()
                         .name(name)
                         .spawn_scoped(scope, || one(conn, true).map_err(fail))
@@ -210,7 +222,7 @@ impl Outgoing {
                         .unwrap_or_else(|_| Err(fail(DataplaneError::Thread("a sender panicked".into()))))
                 }));
             }
-            results.extend(idle.iter_mut().map(|conn| one(conn, false).map_err(fail)));
+            results.extend(all.map(|conn| one(conn, false).map_err(fail)));
             results
         });
         let mut stats = RoundStats { round: self.round, ..RoundStats::default() };

@@ -24,6 +24,7 @@ use crate::hypervisor::{InitialRegs, Vm};
 use crate::memory::GuestMemory;
 use crate::probe::{ProbeConfig, ProbePmu};
 use crate::vcpu::request::LoadFrom;
+use crate::vcpu::throttle::Throttle;
 use crate::vcpu::{Listener, VcpuHandle, VcpuSetup};
 
 /// vCPUs of one machine.
@@ -224,6 +225,7 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
     let console = Arc::new(Console::default());
     let devices = Arc::new(Devices::new(Arc::clone(&vm), Arc::clone(&console)));
     let lifecycle = Arc::new(Lifecycle::new());
+    let throttle = Arc::new(Throttle::default());
     let mut vcpus = Vec::with_capacity(plan.slots.len());
     for (index, slot) in (0u32..).zip(plan.slots) {
         let listener: Arc<dyn Listener> = lifecycle.clone();
@@ -241,6 +243,7 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
             rates: options.rates,
             right: Arc::clone(&options.right),
             listener,
+            throttle: Arc::clone(&throttle),
         })?);
     }
     lifecycle.know(vcpus.iter().map(VcpuHandle::link).collect());
@@ -256,6 +259,7 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
         incoming: plan.incoming,
         looks: tokio::sync::Semaphore::new(super::LOOKS),
         lazy: std::sync::Mutex::default(),
+        throttle,
         vcpus,
     };
     Ok((machine, loads, plan.warnings))

@@ -3,11 +3,13 @@
 //! kick and pause all vCPUs (PMU put) → seal → begin saving on the vCPU threads → last dirty pages → state → receipt →
 //! applied. Each part is measured. An error after the seal leaves the machine paused and sealed: the owner decides.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use prost::Message as _;
 use vpmu_proto::worker::FinishMigrationResponse;
 
+use super::actions::Actions;
 use super::failed;
 use super::incoming::micros;
 use super::outgoing::Source;
@@ -15,6 +17,7 @@ use crate::bitmap::PageBitmap;
 use crate::dataplane::Outgoing;
 use crate::error::WorkerError;
 use crate::host::monotonic_ns;
+use crate::machine::throttle::Throttling;
 
 /// Bound on setting the state at the destination.
 const APPLY: Duration = Duration::from_secs(10);
@@ -27,6 +30,8 @@ pub(super) fn finish(
     out: &mut Outgoing,
     pages: Option<PageBitmap>,
     epoch: u64,
+    throttling: &Throttling,
+    actions: &Actions,
 ) -> Result<FinishMigrationResponse, WorkerError> {
     let machine = &source.machine;
     let runtime = &source.runtime;
@@ -85,5 +90,11 @@ pub(super) fn finish(
         zero_pages: stats.zero_pages,
         was_paused,
         transport: out.transport().to_owned(),
+        compression: out.compression().name().to_owned(),
+        page_bytes: out.progress().page_bytes.load(Ordering::Relaxed),
+        page_wire_bytes: out.progress().page_wire_bytes.load(Ordering::Relaxed),
+        throttle_percent_max: throttling.highest(),
+        throttled_us: throttling.rested_us(),
+        actions: actions.list(),
     })
 }

@@ -22,15 +22,18 @@ use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutProgress};
 
+use super::actions::Actions;
 use super::{Thread, failed, finish};
 use crate::bitmap::PageBitmap;
+use crate::dataplane::precopy::throttle::Stepper;
 use crate::dataplane::precopy::{Decision, Goals, Policy, Prediction, Round};
 use crate::dataplane::{
-    CancelFlag, ConnectOptions, DataAddress, Outgoing, SendProgress, SessionId, Tls, hand_over,
+    CancelFlag, Compression, ConnectOptions, DataAddress, Outgoing, SendProgress, SessionId, Tls, hand_over,
 };
 use crate::error::WorkerError;
 use crate::hypervisor::Vm;
 use crate::machine::Machine;
+use crate::machine::throttle::Throttling;
 
 /// Bound on opening the data connections.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -62,6 +65,10 @@ pub struct Source {
     pub bandwidth: u64,
     /// TLS on the data connections.
     pub tls: Option<Tls>,
+    /// Compression of pages.
+    pub compression: Compression,
+    /// vCPUs may be slowed down while it does not converge.
+    pub allow_throttle: bool,
     /// Seals the worker at an epoch.
     pub seal: Box<dyn Fn(u64) + Send>,
     /// For talking to vCPU threads.
@@ -145,7 +152,7 @@ impl OutgoingMigration {
 
     /// The last report, with the numbers of the round that is under way.
     pub fn progress(&self, last: &MigrateOutProgress) -> MigrateOutProgress {
-        let mut progress = *last;
+        let mut progress = last.clone();
         if let Some(sending) = self.sending.get() {
             let left = sending
                 .round_pages
@@ -212,6 +219,16 @@ impl Drop for Tracking<'_> {
     }
 }
 
+/// How a decision is called in the history.
+fn code(decision: Decision) -> &'static str {
+    match decision {
+        Decision::NextRound { voluntary: false } => "NEXT_ROUND",
+        Decision::NextRound { voluntary: true } => "ANOTHER_ROUND",
+        Decision::Converged => "CONVERGED",
+        Decision::GiveUp(_) => "GIVE_UP",
+    }
+}
+
 struct Driver {
     id: String,
     source: Source,
@@ -227,12 +244,14 @@ impl Driver {
             return self.run_local();
         }
         let Source { machine, session, address, connections, bandwidth, goals, tls, .. } = &self.source;
+        let mut actions = Actions::new();
         let memory = machine.memory().clone();
         let options = ConnectOptions {
             connections: *connections,
             bandwidth: *bandwidth,
             deadline: CONNECT,
             tls: tls.clone(),
+            compression: self.source.compression,
             ..ConnectOptions::default()
         };
         let mut out = Outgoing::open(address, session, memory.clone(), self.cancel.clone(), options)
@@ -242,8 +261,15 @@ impl Driver {
         let vm = machine.vm().as_ref();
         vm.start_dirty_tracking()?;
         let tracking = Tracking(vm);
+        if out.compression() != self.source.compression {
+            let detail = format!("none: the destination speaks data protocol {}", out.version());
+            actions.note("COMPRESSION", detail);
+        }
         let begin = Instant::now();
         let mut policy = Policy::new(*goals);
+        let mut stepper = Stepper::new(self.source.allow_throttle);
+        // Ends, at the latest, with this function.
+        let mut throttling = Throttling::new(Arc::clone(machine));
         let mut pages = PageBitmap::new(memory.pages());
         pages.set_range(0, memory.pages());
         let order = loop {
@@ -255,7 +281,13 @@ impl Driver {
             let verdict = policy.step(done, begin.elapsed());
             let converged = verdict.decision == Decision::Converged;
             tracing::debug!(migration = self.id, round, why = verdict.why, "pre-copy round");
-            self.report(&out, &verdict.prediction, round, converged);
+            actions.note(code(verdict.decision), verdict.why.clone());
+            if let Some(percent) = stepper.step(&verdict) {
+                throttling.set(percent)?;
+                let detail = format!("vCPUs rest {percent} % of the time; {}", verdict.why);
+                actions.note("THROTTLE", detail);
+            }
+            self.report(&out, &verdict.prediction, round, converged, &throttling, &actions);
             let wait = match verdict.decision {
                 Decision::NextRound { .. } => Duration::ZERO,
                 Decision::Converged => PAUSE_BETWEEN_ROUNDS,
@@ -278,7 +310,15 @@ impl Driver {
                 vm.collect_dirty(&mut pages)?;
             }
         };
-        let result = finish::finish(&self.id, &self.source, &mut out, Some(pages), order.epoch);
+        vm.collect_dirty(&mut pages)?;
+        if policy.is_worth_a_round(pages.count()) && !self.cancel.is_cancelled() {
+            // What was dirtied while the order was on its way goes over while the guest still runs.
+            out.send_round(out.rounds() + 1, &pages, true).map_err(|e| failed(&self.id, &e))?;
+            pages.clear_all();
+        }
+        let result =
+            finish::finish(&self.id, &self.source, &mut out, Some(pages), order.epoch, &throttling, &actions);
+        throttling.end();
         // The answer is what the handover waits for; ending the log can wait for it.
         let end = self.answer(order, result);
         drop(tracking);
@@ -311,7 +351,11 @@ impl Driver {
                 }
             }
         };
-        let result = finish::finish(&self.id, &self.source, &mut out, None, order.epoch);
+        let mut actions = Actions::new();
+        actions.note("LOCAL", "the memory's descriptor was handed over; no page is copied".to_owned());
+        let full_speed = Throttling::new(Arc::clone(machine));
+        let result =
+            finish::finish(&self.id, &self.source, &mut out, None, order.epoch, &full_speed, &actions);
         self.answer(order, result)
     }
 
@@ -329,7 +373,15 @@ impl Driver {
         end
     }
 
-    fn report(&self, out: &Outgoing, prediction: &Prediction, round: u32, converged: bool) {
+    fn report(
+        &self,
+        out: &Outgoing,
+        prediction: &Prediction,
+        round: u32,
+        converged: bool,
+        throttling: &Throttling,
+        actions: &Actions,
+    ) {
         self.state.send_replace(OutgoingState::Copying(MigrateOutProgress {
             round,
             bytes_sent: out.bytes(),
@@ -339,6 +391,8 @@ impl Driver {
             predicted_blackout_us: prediction.blackout.map_or(0, super::incoming::micros),
             converged,
             memory_bytes: self.source.machine.memory().bytes(),
+            actions: actions.list(),
+            throttle_percent: throttling.percent(),
         }));
     }
 }

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
+use vpmu_proto::api::migration_spec;
 use vpmu_proto::worker::{
     FinishMigrationResponse, IncomingProgress, MigrateOutProgress, MigrateOutRequest, PrepareIncomingRequest,
     PrepareIncomingResponse, PrepareOutgoingResponse,
@@ -16,7 +17,7 @@ use vpmu_proto::worker::{
 
 use super::Inner;
 use crate::dataplane::precopy::Goals;
-use crate::dataplane::{DataAddress, Fingerprint, Identity, Tls};
+use crate::dataplane::{Compression, DataAddress, Fingerprint, Identity, Tls};
 use crate::error::WorkerError;
 use crate::migrate::{
     IncomingMigration, IncomingState, OutgoingMigration, OutgoingState, Source, connections, session,
@@ -52,6 +53,17 @@ fn fingerprint(bytes: &[u8]) -> Result<Option<Fingerprint>, WorkerError> {
     bytes.try_into().map(Some).map_err(|_| {
         let found = format!("{} bytes", bytes.len());
         WorkerError::invalid("peer_certificate_sha256", found, "give the 32 bytes of a SHA-256, or none")
+    })
+}
+
+fn compression(wanted: i32) -> Result<Compression, WorkerError> {
+    use migration_spec::Compression as Asked;
+    Ok(match Asked::try_from(wanted) {
+        Ok(Asked::Unspecified | Asked::None) => Compression::None,
+        Ok(Asked::Lz4) => Compression::Lz4,
+        Ok(Asked::Zstd) => Compression::Zstd,
+        Ok(Asked::Adaptive) => Compression::Auto,
+        Err(_) => return Err(WorkerError::invalid("compression", wanted, "use NONE, LZ4, ZSTD or ADAPTIVE")),
     })
 }
 
@@ -127,6 +139,8 @@ pub(super) async fn migrate_out(inner: &Arc<Inner>, r: &MigrateOutRequest) -> Re
         goals,
         bandwidth: r.max_bandwidth,
         tls,
+        compression: compression(r.compression)?,
+        allow_throttle: r.allow_throttle,
         seal: Box::new(move |epoch| {
             if let Some(inner) = sealer.upgrade() {
                 inner.seal(epoch);

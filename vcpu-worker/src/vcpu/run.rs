@@ -7,13 +7,14 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vpmu_proto::worker::{GuestEnd, guest_end};
 
 use super::counting::{Counting, Pmi, TICK};
 use super::request::{LoadFrom, Reply, Request};
 use super::state::{Effect, Event, State, step};
+use super::throttle::Throttle;
 use super::{Left, Listener, Shared, VcpuSetup};
 use crate::devices::{Asked, Devices};
 use crate::error::WorkerError;
@@ -78,6 +79,8 @@ struct Driver {
     run_replies: Vec<Reply<u64>>,
     cpu_seen: u64,
     finishing: bool,
+    throttle: Arc<Throttle>,
+    throttle_seen: u64,
 }
 
 impl Driver {
@@ -86,7 +89,8 @@ impl Driver {
         shared: Arc<Shared>,
         inbox: Receiver<Request>,
     ) -> Result<(Self, Arc<dyn Kick>), WorkerError> {
-        let VcpuSetup { index, vm_name, vm, devices, slot, fifo, pmu, rates, right, listener } = setup;
+        let VcpuSetup { index, vm_name, vm, devices, slot, fifo, pmu, rates, right, listener, throttle } =
+            setup;
         let failed =
             |problem: String| WorkerError::Thread { thread: super::thread_name(&vm_name, index), problem };
         pin_current_thread(slot.id())
@@ -115,6 +119,8 @@ impl Driver {
             run_replies: Vec::new(),
             cpu_seen: 0,
             finishing: false,
+            throttle,
+            throttle_seen: 0,
         };
         Ok((driver, kick))
     }
@@ -295,6 +301,27 @@ impl Driver {
         if self.state == State::Running && self.counting.token_wanted() {
             self.counting.put()?;
         }
+        if self.state == State::Running
+            && let Some(time) = self.throttle.due(&mut self.throttle_seen)
+        {
+            self.rest(time)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps out of the guest for a while, off the core's PMU, with an ear for requests.
+    fn rest(&mut self, time: Duration) -> Result<(), WorkerError> {
+        self.counting.put()?;
+        self.disarm();
+        let begin = Instant::now();
+        while self.state == State::Running && self.throttle.percent() > 0 {
+            let left = time.saturating_sub(begin.elapsed());
+            if left.is_zero() {
+                break;
+            }
+            self.wait(left);
+        }
+        self.throttle.rested(begin.elapsed());
         Ok(())
     }
 

@@ -20,6 +20,11 @@ pub const VERSION: u16 = 1;
 /// On `RoundEnd`: the destination answers `RoundAck` on connection 0 once all connections reached this round's end.
 pub const FLAG_ACK: u8 = 1;
 
+/// On `Packed`: the data is one LZ4 block.
+pub const FLAG_LZ4: u8 = 1;
+/// On `Packed`: the data is one zstd frame.
+pub const FLAG_ZSTD: u8 = 2;
+
 /// What a frame says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
@@ -46,11 +51,13 @@ pub enum Kind {
     Applied = 10,
     /// The sender of this frame gives up, and why.
     Error = 11,
+    /// As `Pages`, with the bytes compressed; from version 2 on.
+    Packed = 12,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Hello,
         Self::HelloAck,
         Self::Pages,
@@ -62,6 +69,7 @@ impl Kind {
         Self::Receipt,
         Self::Applied,
         Self::Error,
+        Self::Packed,
     ];
 
     fn from_wire(byte: u8) -> Result<Self, FrameError> {
@@ -73,7 +81,7 @@ impl Kind {
         match self {
             Self::Hello => (Hello::BYTES as u32, Hello::BYTES as u32),
             Self::HelloAck => (HelloAck::BYTES as u32, HelloAck::BYTES as u32),
-            Self::Pages => (8, MAX_DATA_BYTES / PAGE_BYTES as u32 * 8),
+            Self::Pages | Self::Packed => (8, MAX_DATA_BYTES / PAGE_BYTES as u32 * 8),
             Self::Zero => (8, MAX_META_BYTES),
             Self::RoundEnd => (RoundCounts::BYTES as u32, RoundCounts::BYTES as u32),
             Self::RoundAck | Self::Applied => (0, 0),
@@ -88,14 +96,31 @@ impl Kind {
     const fn data_bounds(self) -> (u32, u32) {
         match self {
             Self::Pages => (PAGE_BYTES as u32, MAX_DATA_BYTES),
-            Self::State => (1, MAX_DATA_BYTES),
+            Self::State | Self::Packed => (1, MAX_DATA_BYTES),
             _ => (0, 0),
         }
     }
 
     /// Flags that may be set.
     const fn flags(self) -> u8 {
-        if matches!(self, Self::RoundEnd) { FLAG_ACK } else { 0 }
+        match self {
+            Self::RoundEnd => FLAG_ACK,
+            Self::Packed => FLAG_LZ4 | FLAG_ZSTD,
+            _ => 0,
+        }
+    }
+
+    /// Whether its typed part is a list of page ranges.
+    pub const fn has_ranges(self) -> bool {
+        matches!(self, Self::Pages | Self::Zero | Self::Packed)
+    }
+
+    /// The oldest protocol that has it.
+    pub const fn since(self) -> u16 {
+        match self {
+            Self::Packed => 2,
+            _ => 1,
+        }
     }
 }
 
@@ -123,7 +148,7 @@ pub struct Header {
     pub sequence: u64,
     /// Index of the connection, 0 to 15.
     pub connection: u16,
-    /// Pages in `Pages` and `Zero`; else 0.
+    /// Pages in `Pages`, `Packed` and `Zero`; else 0.
     pub count: u32,
     /// Bytes of the typed part.
     pub meta_len: u32,
@@ -236,17 +261,26 @@ impl Header {
             Kind::Pages if u64::from(header.data_len) != u64::from(header.count) * PAGE_BYTES => {
                 field("data_len", header.data_len.into(), "count * 4096")
             }
-            Kind::Pages | Kind::Zero if !header.meta_len.is_multiple_of(8) => {
+            Kind::Packed if u64::from(header.count) * PAGE_BYTES > u64::from(MAX_DATA_BYTES) => {
+                field("count", header.count.into(), "at most 256")
+            }
+            Kind::Packed if u64::from(header.data_len) >= u64::from(header.count) * PAGE_BYTES => {
+                field("data_len", header.data_len.into(), "less than count * 4096")
+            }
+            Kind::Packed if header.flags.count_ones() != 1 => {
+                field("flags", header.flags.into(), "one algorithm")
+            }
+            _ if kind.has_ranges() && !header.meta_len.is_multiple_of(8) => {
                 field("meta_len", header.meta_len.into(), "a multiple of 8")
             }
             Kind::Zero if header.count == 0 => field("count", 0, "1 or more"),
-            Kind::Pages | Kind::Zero => Ok(header),
+            _ if kind.has_ranges() => Ok(header),
             _ if header.count != 0 => field("count", header.count.into(), "0"),
             _ => Ok(header),
         }
     }
 
-    /// Checks the typed part: its sum, and for `Pages` and `Zero` every range, which go to `ranges`.
+    /// Checks the typed part: its sum, and where it is page ranges every one of them, which go to `ranges`.
     ///
     /// # Errors
     /// Any [`FrameError`].
@@ -258,7 +292,7 @@ impl Header {
     ) -> Result<(), FrameError> {
         ranges.clear();
         check_sum("meta", meta, self.meta_crc)?;
-        if matches!(self.kind, Kind::Pages | Kind::Zero) {
+        if self.kind.has_ranges() {
             let pages = decode_ranges(meta, memory_pages, ranges)?;
             if pages != u64::from(self.count) {
                 return Err(FrameError::Field {

@@ -12,7 +12,7 @@
 //!   is read, and only then is guest memory touched.
 //! * No length from the wire decides an allocation: buffers have the fixed maximum, or grow with bytes that arrived.
 //!
-//! Order on one connection: `Hello`, `HelloAck`, then rounds `(Pages | Zero)* RoundEnd`, on connection 0 `State*`, and
+//! Order on one connection: `Hello`, `HelloAck`, then rounds `(Pages | Packed | Zero)* RoundEnd`, on connection 0 `State*`, and
 //! `Done`. The destination answers `RoundAck` where asked, then `Receipt`, then `Applied`; `Error` is legal at any time.
 
 mod body;
@@ -22,7 +22,7 @@ mod ranges;
 mod tests;
 
 pub use body::{DoneTotals, ErrorBody, ErrorCode, Hello, HelloAck, Receipt, RoundCounts, StateChunk};
-pub use header::{FLAG_ACK, FrameKey, HEADER_BYTES, Header, Kind, MAGIC, VERSION};
+pub use header::{FLAG_ACK, FLAG_LZ4, FLAG_ZSTD, FrameKey, HEADER_BYTES, Header, Kind, MAGIC, VERSION};
 pub use ranges::{PageRange, decode_ranges, encode_ranges};
 
 /// Bytes in a page of the migration protocol, whatever the host or the guest maps.
@@ -80,6 +80,9 @@ pub enum FrameError {
         /// What would have been allowed.
         allowed: &'static str,
     },
+    /// Compressed pages that do not unpack to what the frame says.
+    #[error("frame: {0}")]
+    Packed(&'static str),
     /// A page range that must not be believed.
     #[error("frame: page range {index} ({first}+{pages}) {problem}; memory has {memory_pages} pages")]
     Range {
@@ -106,6 +109,7 @@ impl FrameError {
             Self::Version(_) => "FRAME_VERSION",
             Self::Kind(_) => "FRAME_KIND",
             Self::Field { .. } => "FRAME_FIELD",
+            Self::Packed(_) => "FRAME_PACKED",
             Self::Range { .. } => "FRAME_RANGE",
         }
     }

@@ -196,6 +196,7 @@ fn admit(
             let conn = Conn::new(one.stream, session.key(), index, cancel.clone(), timeouts, Shutdown::Read);
             let Ok(mut conn) = conn else { return };
             conn.note_received(HELLO_BYTES);
+            conn.speak(version);
             let ack = HelloAck { version }.encode();
             // A connection that is gone already leaves its place free.
             if conn.send(Kind::HelloAck, 0, 0, 0, &ack, &[]).is_ok()

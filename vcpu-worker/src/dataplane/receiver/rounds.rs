@@ -80,7 +80,7 @@ impl Receiver<'_> {
         let before = conn.bytes_in;
         let header = conn.recv_header("receiving", self.timeouts.idle)?;
         let done = match header.kind {
-            Kind::Pages | Kind::Zero => self.pages(conn, &header, stand).map(|()| None),
+            Kind::Pages | Kind::Packed | Kind::Zero => self.pages(conn, &header, stand).map(|()| None),
             Kind::RoundEnd => self.round_end(conn, &header, stand).map(|()| None),
             Kind::State => state(conn, &header, stand).map(|()| None),
             Kind::Done => done(conn, &header, stand).map(Some),
@@ -98,7 +98,7 @@ impl Receiver<'_> {
         }
         conn.recv_meta(header, self.memory.pages(), &mut stand.ranges)?;
         stand.round.frames += 1;
-        if header.kind == Kind::Pages {
+        if header.kind != Kind::Zero {
             stand.round.pages += u64::from(header.count);
             // In the first round no page can have been written before.
             let receive = if header.round == 1 { Conn::recv_fresh_pages } else { Conn::recv_guest_pages };

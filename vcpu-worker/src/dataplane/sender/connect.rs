@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::super::address::{DataAddress, DataStream};
 use super::super::cancel::CancelFlag;
+use super::super::compress::{Compression, Packer};
 use super::super::conn::{Conn, Timeouts};
 use super::super::error::Result;
 use super::super::frame::{Hello, HelloAck, Kind, RoundCounts};
@@ -30,6 +31,8 @@ pub struct ConnectOptions {
     pub timeouts: Timeouts,
     /// TLS; not for Unix sockets, which stay as they are.
     pub tls: Option<Tls>,
+    /// Compression of pages; none with a destination that speaks protocol 1.
+    pub compression: Compression,
     /// Protocol versions that are offered.
     pub versions: RangeInclusive<u16>,
 }
@@ -42,6 +45,7 @@ impl Default for ConnectOptions {
             deadline: Duration::from_secs(10),
             timeouts: Timeouts::default(),
             tls: None,
+            compression: Compression::None,
             versions: PROTOCOL_VERSIONS,
         }
     }
@@ -76,7 +80,8 @@ impl Outgoing {
         cancel: CancelFlag,
         options: ConnectOptions,
     ) -> Result<Self> {
-        let ConnectOptions { connections, bandwidth, deadline, timeouts, tls, versions } = options;
+        let ConnectOptions { connections, bandwidth, deadline, timeouts, tls, compression, versions } =
+            options;
         check_connections(connections)?;
         let until = Instant::now() + deadline;
         let hello = Hello {
@@ -112,9 +117,15 @@ impl Outgoing {
             }
             version = version.min(ack.version);
         }
+        for conn in &mut conns {
+            conn.speak(version);
+        }
+        let compression = if version < Kind::Packed.since() { Compression::None } else { compression };
         let words = memory.pages().div_ceil(64);
         Ok(Self {
             counts: vec![RoundCounts::default(); conns.len()],
+            packers: conns.iter().map(|_| Packer::new(compression)).collect(),
+            compression,
             conns,
             limiter: Limiter::new(bandwidth),
             cancel,

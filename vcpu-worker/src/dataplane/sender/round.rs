@@ -4,9 +4,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::super::cancel::CancelFlag;
+use super::super::compress::Packer;
 use super::super::conn::Conn;
 use super::super::error::{DataplaneError, Result};
-use super::super::frame::{Kind, MAX_RANGES, PAGE_BYTES, PageRange, RoundCounts, encode_ranges};
+use super::super::frame::{
+    HEADER_BYTES, Kind, MAX_RANGES, PAGE_BYTES, PageRange, RoundCounts, encode_ranges,
+};
 use super::super::limiter::Limiter;
 use super::{SendProgress, page_bytes};
 use crate::bitmap::PageBitmap;
@@ -18,6 +22,11 @@ const CHUNK_BYTES: u64 = 256 << 10;
 const MAX_ZERO_PAGES: u64 = 1 << 20;
 /// Most pages that a thread takes at once.
 const MAX_UNIT: u64 = 1024;
+
+/// Bytes of a frame but its pages.
+fn frame_bytes(ranges: usize) -> u64 {
+    (HEADER_BYTES + ranges * 8) as u64
+}
 
 /// The pages of a round, handed out in ascending order in pieces small enough that threads end together.
 pub(super) struct Work<I> {
@@ -118,7 +127,7 @@ impl Round<'_> {
     }
 
     /// Sends pages until no work is left.
-    pub(super) fn send<I>(&self, conn: &mut Conn, work: &Work<I>) -> Result<Tally>
+    pub(super) fn send<I>(&self, conn: &mut Conn, packer: &mut Packer, work: &Work<I>) -> Result<Tally>
     where
         I: Iterator<Item = (u64, u64)>,
     {
@@ -139,7 +148,7 @@ impl Round<'_> {
                 if !self.is_zero(page)? {
                     full.push(page);
                     if full.pages >= chunk_pages {
-                        self.flush_pages(conn, &mut full, &mut tally)?;
+                        self.flush_pages(conn, packer, &mut full, &mut tally)?;
                     }
                 } else if self.was_sent(page) {
                     zero.push(page);
@@ -154,23 +163,38 @@ impl Round<'_> {
             let done = unit.iter().map(|(_, len)| len).sum();
             self.progress.round_done.fetch_add(done, Ordering::Relaxed);
         }
-        self.flush_pages(conn, &mut full, &mut tally)?;
+        self.flush_pages(conn, packer, &mut full, &mut tally)?;
         self.flush_zero(conn, &mut zero, &mut tally)?;
         Ok(tally)
     }
 
-    fn flush_pages(&self, conn: &mut Conn, batch: &mut Batch, tally: &mut Tally) -> Result<()> {
+    /// Waits for the turn of `bytes`.
+    fn turn(&self, cancel: &CancelFlag, bytes: u64) -> Result<()> {
+        if self.limiter.acquire(bytes, cancel) { Err(DataplaneError::Cancelled) } else { Ok(()) }
+    }
+
+    fn flush_pages(
+        &self,
+        conn: &mut Conn,
+        packer: &mut Packer,
+        batch: &mut Batch,
+        tally: &mut Tally,
+    ) -> Result<()> {
         if batch.pages == 0 {
             return Ok(());
         }
-        if self.limiter.acquire(page_bytes(batch.pages), conn.cancel()) {
-            return Err(DataplaneError::Cancelled);
-        }
-        let bytes = if self.live {
-            conn.send_copied_pages(self.number, &batch.ranges, self.memory)?
+        let cancel = conn.cancel().clone();
+        let bytes = if packer.is_on() {
+            conn.send_packed_pages(self.number, &batch.ranges, self.memory, packer, |bytes| {
+                self.turn(&cancel, bytes)
+            })?
         } else {
-            conn.send_guest_pages(self.number, &batch.ranges, self.memory)?
+            self.turn(&cancel, frame_bytes(batch.ranges.len()) + page_bytes(batch.pages))?;
+            let send = if self.live { Conn::send_copied_pages } else { Conn::send_guest_pages };
+            send(conn, self.number, &batch.ranges, self.memory)?
         };
+        self.progress.page_bytes.fetch_add(page_bytes(batch.pages), Ordering::Relaxed);
+        self.progress.page_wire_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.mark(&batch.ranges, true);
         tally.counts.frames += 1;
         tally.counts.pages += batch.pages;
@@ -185,6 +209,8 @@ impl Round<'_> {
         }
         let mut meta = Vec::with_capacity(batch.ranges.len() * 8);
         encode_ranges(&batch.ranges, &mut meta);
+        let cancel = conn.cancel().clone();
+        self.turn(&cancel, frame_bytes(batch.ranges.len()))?;
         let bytes = conn.send(Kind::Zero, self.number, 0, batch.pages as u32, &meta, &[])?;
         self.mark(&batch.ranges, false);
         tally.counts.frames += 1;
