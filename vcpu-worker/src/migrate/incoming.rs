@@ -58,6 +58,7 @@ pub struct IncomingMigration {
 impl IncomingMigration {
     /// Opens the listener and starts receiving; returns the listener's address. `local`: the memory itself is awaited
     /// first. Blocks for a moment: not for a runtime's worker thread.
+    #[expect(clippy::too_many_arguments, reason = "what a migration is made of, each of another type")]
     pub fn start(
         id: &str,
         session: SessionId,
