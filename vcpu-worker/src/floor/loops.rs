@@ -250,6 +250,7 @@ impl Ours {
             right,
             fifo: None,
             listener: Arc::new(Nobody),
+            throttle: Arc::default(),
         })?;
         wait(vcpu.load(LoadFrom::Initial(Box::new(regs)))?)?;
         Ok(Self { vcpu })
