@@ -1,7 +1,8 @@
 //! The control plane's end of one worker: a `vpmu.worker.v1` client, the fence that every command carries, and the
 //! resources that the worker holds.
 //!
-//! In thread isolation the worker is served in this process over an in-memory channel, in process isolation by a process
+//! In thread isolation the worker is served in this process over an in-memory channel (plain commands go to the service
+//! itself, which is the same without the wire), in process isolation by a process
 //! of its own over a Unix socket; nothing here relies on which but what starts, adopts and ends it. Every call has a deadline, so that no worker can hang an actor.
 
 use std::future::Future;
@@ -11,9 +12,11 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
-use tonic::{Response, Status, Streaming};
+use tonic::{Request, Response, Status, Streaming};
+use vcpu_worker::service::Worker;
 use vpmu_proto::api::{ProbeReport, VirtualMachineSpec};
 use vpmu_proto::worker::worker_service_client::WorkerServiceClient;
+use vpmu_proto::worker::worker_service_server::WorkerService as _;
 use vpmu_proto::worker::*;
 
 use crate::capacity::Grant;
@@ -91,6 +94,8 @@ impl WeakWorker {
 
 struct Inner {
     client: WorkerServiceClient<Channel>,
+    /// The service itself where it is in this process: commands then need no wire, only streams do.
+    direct: Option<Worker>,
     fence: Fence,
     seq: AtomicU64,
     cores: Vec<u32>,
@@ -140,6 +145,7 @@ impl WorkerLink {
         let link = Self {
             inner: Arc::new(Inner {
                 client: WorkerServiceClient::new(channel).max_decoding_message_size(16 << 20),
+                direct: thread.as_ref().and_then(vcpu_worker::channel::InProcessWorker::direct),
                 fence: fence.clone(),
                 seq: AtomicU64::new(0),
                 cores: cores.clone(),
@@ -158,7 +164,10 @@ impl WorkerLink {
                 incarnation: launch.incarnation,
                 term: factory.term,
             };
-            call(factory.command, client.attach(attach)).await?;
+            match &link.inner.direct {
+                Some(worker) => call(factory.command, worker.attach(Request::new(attach))).await?,
+                None => call(factory.command, client.attach(attach)).await?,
+            };
             let request = CreateVmRequest {
                 fence: Some(fence),
                 vm_name: launch.vm_name.to_owned(),
@@ -176,7 +185,10 @@ impl WorkerLink {
                 restore: launch.restore,
             };
             let within = if request.restore.is_some() { RESTORE } else { BUILD };
-            call(within, client.create_vm(request)).await
+            match &link.inner.direct {
+                Some(worker) => call(within, worker.create_vm(Request::new(request))).await,
+                None => call(within, client.create_vm(request)).await,
+            }
         };
         match built.await {
             Ok(response) => Ok((link, response)),
@@ -232,6 +244,7 @@ impl WorkerLink {
         let cores: Vec<u32> = status.vcpus.iter().map(|v| v.core).collect();
         let inner = Inner {
             client,
+            direct: None,
             fence,
             seq: AtomicU64::new(0),
             cores: cores.clone(),
@@ -329,7 +342,11 @@ impl WorkerLink {
     pub async fn grant(&self, epoch: u64, run: bool) -> Result<u64, ApiError> {
         let seq = self.inner.seq.fetch_add(1, Ordering::Relaxed) + 1;
         let request = GrantRequest { fence: self.fence(), epoch, seq, deadline_boottime_ns: 0, run };
-        Ok(call(self.inner.command, self.client().grant(request)).await?.running_monotonic_ns)
+        let granted = match &self.inner.direct {
+            Some(worker) => call(self.inner.command, worker.grant(Request::new(request))).await?,
+            None => call(self.inner.command, self.client().grant(request)).await?,
+        };
+        Ok(granted.running_monotonic_ns)
     }
 
     /// Takes every right to run at `epoch` and below.
@@ -340,12 +357,21 @@ impl WorkerLink {
 
     /// Lets a paused machine run on.
     pub async fn run(&self) -> Result<(), ApiError> {
-        call(self.inner.command, self.client().run(RunRequest { fence: self.fence() })).await.map(drop)
+        let request = RunRequest { fence: self.fence() };
+        match &self.inner.direct {
+            Some(worker) => call(self.inner.command, worker.run(Request::new(request))).await.map(drop),
+            None => call(self.inner.command, self.client().run(request)).await.map(drop),
+        }
     }
 
     /// Gets every vCPU out and returns the PMU images.
     pub async fn pause(&self) -> Result<Vec<PmuImage>, ApiError> {
-        Ok(call(self.inner.command, self.client().pause(PauseRequest { fence: self.fence() })).await?.pmu)
+        let request = PauseRequest { fence: self.fence() };
+        let paused = match &self.inner.direct {
+            Some(worker) => call(self.inner.command, worker.pause(Request::new(request))).await?,
+            None => call(self.inner.command, self.client().pause(request)).await?,
+        };
+        Ok(paused.pmu)
     }
 
     /// What the worker is.

@@ -41,6 +41,11 @@ impl InProcessWorker {
         }
     }
 
+    /// The worker itself, for calls that need no wire; none once it has been ended.
+    pub fn direct(&self) -> Option<Worker> {
+        self.worker.clone()
+    }
+
     /// The worker itself, for what a process would show otherwise.
     pub fn is_ended(&self) -> bool {
         self.worker.as_ref().is_none_or(|worker| worker.ended().is_cancelled())
