@@ -47,7 +47,10 @@ pub(super) async fn run(vms: u32, at_once: u32) -> Result<Vec<Figure>, BenchErro
             return Err(BenchError::Missing(format!("{found} of {vms} machines are listed")));
         }
     }
-    host.end().await?;
+    // On a busy machine so many may take longer than a host is given; what was measured stands.
+    if let Err(error) = host.end().await {
+        super::say(&error.to_string());
+    }
     Ok(vec![
         Figure::of(
             format!("{vms} machines created and run"),
