@@ -6,10 +6,10 @@ use crate::names;
 use tonic::Streaming;
 use vpmu_proto::api::{
     CreateVirtualMachineRequest, DeleteVirtualMachineRequest, GetVirtualMachineRequest,
-    ListVirtualMachinesRequest, PauseVirtualMachineRequest, RestoreVirtualMachineRequest,
-    ResumeVirtualMachineRequest, SnapshotVirtualMachineRequest, StartVirtualMachineRequest,
-    StopVirtualMachineRequest, VirtualMachine, VirtualMachineSpec, WatchVirtualMachinesRequest,
-    WatchVirtualMachinesResponse,
+    GetVirtualMachineStatsRequest, ListVirtualMachinesRequest, PauseVirtualMachineRequest,
+    RestoreVirtualMachineRequest, ResumeVirtualMachineRequest, SnapshotVirtualMachineRequest,
+    StartVirtualMachineRequest, StopVirtualMachineRequest, VirtualMachine, VirtualMachineSpec,
+    VirtualMachineStats, WatchVirtualMachinesRequest, WatchVirtualMachinesResponse,
 };
 use vpmu_proto::longrunning::Operation;
 
@@ -18,6 +18,12 @@ impl Client {
     pub async fn get_vm(&self, name: &str) -> Result<VirtualMachine, ClientError> {
         let request = self.request(GetVirtualMachineRequest { name: names::vm(name) });
         self.call("GetVirtualMachine", self.raw_vms().get_virtual_machine(request)).await
+    }
+
+    /// Figures of a machine that runs or is paused.
+    pub async fn vm_stats(&self, name: &str) -> Result<VirtualMachineStats, ClientError> {
+        let request = self.request(GetVirtualMachineStatsRequest { name: names::vm(name) });
+        self.call("GetVirtualMachineStats", self.raw_vms().get_virtual_machine_stats(request)).await
     }
 
     /// Lists all virtual machines, by name, over as many pages as it takes.

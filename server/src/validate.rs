@@ -125,6 +125,10 @@ pub fn spec(
             }
         }
     }
+    if host.hypervisor == "kvm" {
+        vcpu_worker::machine::options::check_features(&spec)
+            .map_err(|e| ApiError::from_status("virtual_machine", &e.to_status()))?;
+    }
     pmu(&mut spec, host)?;
     match RestartPolicy::try_from(spec.restart_policy) {
         Ok(_) => {}

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 use vcpu_worker::service::Worker;
-use vpmu_proto::api::{ProbeReport, VirtualMachineSpec};
+use vpmu_proto::api::{ProbeReport, VirtualMachineSpec, VirtualMachineStats};
 use vpmu_proto::worker::worker_service_client::WorkerServiceClient;
 use vpmu_proto::worker::worker_service_server::WorkerService as _;
 use vpmu_proto::worker::*;
@@ -388,6 +388,11 @@ impl WorkerLink {
     pub async fn set_housekeeping(&self, cores: Vec<u32>) -> Result<(), ApiError> {
         let request = SetHousekeepingRequest { fence: self.fence(), cores };
         call(self.inner.command, self.client().set_housekeeping(request)).await.map(drop)
+    }
+
+    /// Figures, read without stopping the guest.
+    pub async fn stats(&self) -> Result<VirtualMachineStats, ApiError> {
+        call(self.inner.command, self.client().get_stats(GetStatsRequest { fence: self.fence() })).await
     }
 
     /// The probe guest's report.

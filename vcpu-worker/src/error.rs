@@ -139,6 +139,9 @@ pub enum WorkerError {
         /// What is wrong.
         problem: String,
     },
+    /// What memory is to be made of.
+    #[error("guest memory: {0}")]
+    Backing(#[from] crate::memory::MemoryError),
     /// A snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
@@ -174,6 +177,7 @@ impl WorkerError {
             Self::Deadline { .. } => "WORKER_TIMEOUT",
             Self::Cancelled { .. } => "CANCELLED",
             Self::BadState { .. } => "STATE_REJECTED",
+            Self::Backing(e) => e.reason(),
             Self::Snapshot(e) => e.reason(),
             Self::Lazy(e) => e.reason(),
         }
@@ -189,7 +193,7 @@ impl WorkerError {
             Self::Hypervisor(HvError::Unsupported { .. })
             | Self::Boot { .. }
             | Self::Lazy(LazyError::Unsupported { .. }) => Code::FailedPrecondition,
-            Self::Memory(_) => Code::ResourceExhausted,
+            Self::Memory(_) | Self::Backing(_) => Code::ResourceExhausted,
             Self::Hypervisor(HvError::State { .. }) | Self::PmuImage { .. } | Self::BadState { .. } => {
                 Code::DataLoss
             }

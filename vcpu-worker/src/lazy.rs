@@ -230,6 +230,11 @@ impl LazyMemory {
             let problem = format!("{} pages are not the guest's {}", missing.pages(), memory.pages());
             return Err(LazyError::Memory(problem));
         }
+        if memory.is_hugetlb() {
+            return Err(LazyError::Memory(
+                "pages of 2 MiB do not come one by one; use ordinary pages".to_owned(),
+            ));
+        }
         let uffd = Uffd::new().map_err(|e| unsupported(format!("userfaultfd: {e}")))?;
         if uffd.features() & FEATURE_MISSING_SHMEM == 0 {
             return Err(unsupported("this kernel's userfaultfd does not serve memory files".to_owned()));

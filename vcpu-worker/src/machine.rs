@@ -25,6 +25,7 @@ use crate::vcpu::{Left, Listener, VcpuHandle, VcpuLink};
 
 pub mod build;
 mod lazy;
+pub mod options;
 pub mod snapshot;
 pub mod throttle;
 
@@ -180,6 +181,39 @@ impl Machine {
                 }
             })
             .collect()
+    }
+
+    /// Our figures and the hypervisor's, read without stopping anybody.
+    pub fn all_statistics(&self) -> Result<api::VirtualMachineStats, WorkerError> {
+        let mut all = api::VirtualMachineStats::default();
+        all.vcpus = self
+            .statistics()
+            .into_iter()
+            .map(|s| api::VcpuStats {
+                vcpu: s.vcpu,
+                core: s.core,
+                exits: s.exits,
+                pmu_msr_exits: s.pmu_msr_exits,
+                pmis: s.pmis,
+                guest_ns: s.guest_ns,
+                hypervisor: Vec::new(),
+            })
+            .collect();
+        for figure in self.vm.statistics()? {
+            let list = match figure.vcpu {
+                None => Some(&mut all.hypervisor),
+                Some(vcpu) => all.vcpus.iter_mut().find(|v| v.vcpu == vcpu).map(|v| &mut v.hypervisor),
+            };
+            if let Some(list) = list {
+                list.push(api::HypervisorStatistic { name: figure.name, values: figure.values });
+            }
+        }
+        all.arriving_memory = self.lazy_stats().map(|lazy| api::ArrivingMemory {
+            missing_pages: lazy.missing,
+            placed_pages: lazy.placed,
+            faults: lazy.faults,
+        });
+        Ok(all)
     }
 
     /// Enters the guest on every vCPU; returns CLOCK_MONOTONIC nanoseconds of the first entry.

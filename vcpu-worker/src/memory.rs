@@ -7,6 +7,7 @@
 //! Invariants: the mapping lives as long as any clone; every access is checked against the length first; the memory
 //! is left out of core dumps; the descriptor is closed on exec.
 
+mod backing;
 mod io;
 mod mapping;
 mod numa;
@@ -17,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::bitmap::PageBitmap;
+pub use backing::HugePages;
 use mapping::Mapping;
 use writes::HostWrites;
 
@@ -72,6 +74,26 @@ pub enum MemoryError {
     /// The memory belongs to a guest that another worker may still run.
     #[error("guest memory that was handed over is not written before the grant")]
     Locked,
+    /// The host's pool of huge pages is too small.
+    #[error(
+        "{wanted} huge pages of 2 MiB are wanted and {free} are free: raise vm.nr_hugepages by at least the difference, or \
+         use ordinary pages"
+    )]
+    HugePages {
+        /// Asked for.
+        wanted: u64,
+        /// There are.
+        free: u64,
+    },
+    /// The host does not make huge pages of shared memory.
+    #[error(
+        "transparent huge pages of shared memory are {set:?} on this host: write advise to \
+         /sys/kernel/mm/transparent_hugepage/shmem_enabled, or use ordinary pages"
+    )]
+    TransparentOff {
+        /// What the switch says.
+        set: String,
+    },
     /// The operating system refused.
     #[error("{call} for guest memory failed: {source}")]
     Os {
@@ -93,6 +115,8 @@ impl MemoryError {
             Self::Foreign { .. } => "MEMORY_FOREIGN",
             Self::Locked => "MEMORY_LOCKED",
             Self::Os { .. } => "MEMORY_CALL_FAILED",
+            Self::HugePages { .. } => "HUGE_PAGES_EXHAUSTED",
+            Self::TransparentOff { .. } => "TRANSPARENT_HUGE_PAGES_OFF",
         }
     }
 }
@@ -135,7 +159,7 @@ impl GuestMemory {
     /// New zeroed memory; `name` appears in /proc/self/maps (cut to 200 bytes). No page is allocated yet.
     pub fn new(name: &str, bytes: u64) -> Result<Self, MemoryError> {
         check_size(bytes)?;
-        let fd = mapping::create_memfd(name, bytes)?;
+        let fd = mapping::create_memfd(name, bytes, false)?;
         Self::from_fd(fd, bytes)
     }
 

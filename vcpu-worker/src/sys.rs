@@ -6,14 +6,16 @@
 //! - [`set_pmu_event_filter`].
 //! - [`run_page`]: the shared page of a vCPU. kvm-ioctls hands out `&mut kvm_run`, which the kick's signal handler
 //!   would alias.
-//! - Page faults answered by this process: [`uffd`].
+//! - Page faults answered by this process: [`uffd`]. Dirty rings: [`ring`]. KVM's statistics: [`stats`].
 //!
 //! Sizes are asserted against kvm-bindings at compile time.
 #![allow(unsafe_code)]
 
 pub(crate) mod confine;
 pub(crate) mod kick;
+pub(crate) mod ring;
 pub(crate) mod run_page;
+pub(crate) mod stats;
 pub(crate) mod uffd;
 
 use std::os::fd::AsRawFd;

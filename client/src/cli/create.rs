@@ -7,8 +7,8 @@ use clap::{ArgGroup, Args, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use vpmu_client::api::{
-    CpuPlacement, CreateVirtualMachineRequest, KernelBoot, PmuSpec, ProbeBoot, VirtualMachine,
-    VirtualMachineSpec, pmu_spec, virtual_machine_spec,
+    CpuPlacement, CpuidSpec, CreateVirtualMachineRequest, KernelBoot, MemoryBacking, PmuSpec, ProbeBoot,
+    VirtualMachine, VirtualMachineSpec, cpuid_spec, memory_backing, pmu_spec, virtual_machine_spec,
 };
 use vpmu_client::{names, units};
 
@@ -115,9 +115,60 @@ pub(crate) struct CreateArgs {
     #[command(flatten)]
     placement: PlacementArgs,
 
+    /// Huge pages for its memory.
+    #[arg(long, value_enum, default_value = "none", help_heading = "Memory")]
+    huge_pages: HugePages,
+    /// Give every page its memory at the start.
+    #[arg(long, help_heading = "Memory")]
+    prefault: bool,
+    /// How written pages are tracked during a migration.
+    #[arg(long, value_enum, default_value = "auto", help_heading = "Memory")]
+    dirty_tracking: DirtyTracking,
+
+    /// What CPUID shows: all that KVM supports, or x86-64-v3 and nothing newer.
+    #[arg(long, value_enum, default_value = "host", help_heading = "CPUID")]
+    cpuid: Cpuid,
+    /// Show exactly these features, by their names in /proc/cpuinfo, e.g. avx2,sse4_2, and the processor's ground floor.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "NAMES",
+        conflicts_with = "cpuid",
+        help_heading = "CPUID"
+    )]
+    cpu_features: Vec<String>,
+
     /// When it is started again by itself: after 0.5 s, then twice as long each time up to 5 minutes.
     #[arg(long, value_enum, default_value = "never")]
     restart: Restart,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum HugePages {
+    /// Pages of 4 KiB.
+    None,
+    /// 2 MiB pages of the host's pool (vm.nr_hugepages), set aside at the start.
+    Hugetlb,
+    /// Huge pages where the kernel finds them; the host must allow them for shared memory.
+    Transparent,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DirtyTracking {
+    /// What the host does best.
+    Auto,
+    /// KVM's bitmap of each memory slot.
+    Bitmap,
+    /// KVM's ring of each vCPU.
+    Ring,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Cpuid {
+    /// All that the host's KVM supports.
+    Host,
+    /// The features of x86-64-v3 and nothing newer.
+    Baseline,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -202,8 +253,33 @@ fn spec(args: &CreateArgs) -> Result<VirtualMachineSpec, Failure> {
             expose_without_rdpmc: args.expose_without_rdpmc,
         }),
         restart_policy: restart_policy.into(),
+        memory_backing: Some(backing(args)).filter(|b| *b != MemoryBacking::default()),
+        cpuid: Some(cpuid(args)).filter(|c| *c != CpuidSpec::default()),
+        dirty_tracking: match args.dirty_tracking {
+            DirtyTracking::Auto => 0,
+            DirtyTracking::Bitmap => virtual_machine_spec::DirtyTracking::Bitmap.into(),
+            DirtyTracking::Ring => virtual_machine_spec::DirtyTracking::Ring.into(),
+        },
         placement: Some(args.placement.spec()).filter(|placement| *placement != CpuPlacement::default()),
     })
+}
+
+fn backing(args: &CreateArgs) -> MemoryBacking {
+    let huge_pages = match args.huge_pages {
+        HugePages::None => memory_backing::HugePages::Unspecified,
+        HugePages::Hugetlb => memory_backing::HugePages::Hugetlb,
+        HugePages::Transparent => memory_backing::HugePages::Transparent,
+    };
+    MemoryBacking { huge_pages: huge_pages.into(), prefault: args.prefault }
+}
+
+fn cpuid(args: &CreateArgs) -> CpuidSpec {
+    let policy = match args.cpuid {
+        _ if !args.cpu_features.is_empty() => cpuid_spec::Policy::List,
+        Cpuid::Host => cpuid_spec::Policy::Unspecified,
+        Cpuid::Baseline => cpuid_spec::Policy::Baseline,
+    };
+    CpuidSpec { policy: policy.into(), features: args.cpu_features.clone() }
 }
 
 /// The daemon has another working directory: paths are sent absolute.

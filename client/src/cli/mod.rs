@@ -12,6 +12,7 @@ mod placement;
 mod pmu;
 mod pmu_table;
 mod raw_mode;
+mod stats;
 mod vm;
 
 use clap::{Parser, Subcommand, ValueEnum};

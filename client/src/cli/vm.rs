@@ -29,6 +29,8 @@ pub(crate) enum VmCommand {
     Snapshot(SnapshotArgs),
     /// Make a new machine that goes on where a snapshot was taken.
     Restore(RestoreArgs),
+    /// Show a machine's figures: exits, PMIs, and KVM's own statistics; the guest is not stopped for it.
+    Stats(NameArgs),
     /// Show one machine.
     Get(NameArgs),
     /// Delete a machine, ending it first if it runs.
@@ -97,6 +99,7 @@ pub(crate) async fn run(context: &Context, command: VmCommand) -> Result<ExitCod
             let operation = client.restore_vm(&args.name, &args.file, args.lazy, args.paused).await?;
             show(context, &finish(context, operation).await?)?;
         }
+        VmCommand::Stats(args) => super::stats::run(context, &args.name).await?,
         VmCommand::Pause(args) => show(context, &client.pause_vm(&args.name).await?)?,
         VmCommand::Resume(args) => show(context, &client.resume_vm(&args.name).await?)?,
         VmCommand::Get(args) => get(context, &client.get_vm(&args.name).await?)?,
@@ -212,6 +215,7 @@ fn get(context: &Context, vm: &VirtualMachine) -> Result<(), Failure> {
         ("restarts", restarts),
         ("migration", view.migration),
         ("moved to", view.moved_to),
+        ("cpuid", view.cpuid_differences.join("; ")),
         ("created", view.create_time.unwrap_or_default()),
         ("changed", view.update_time.unwrap_or_default()),
     ])?;

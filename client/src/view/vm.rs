@@ -49,6 +49,8 @@ pub struct VmView {
     pub boot: BootView,
     /// The PMU it asked for.
     pub pmu: PmuSpecView,
+    /// Where CPUID as the guest sees it differs from what was asked for, register by register.
+    pub cpuid_differences: Vec<String>,
     /// The host cores it asked for.
     pub placement: PlacementView,
     /// What happens when it ends by itself.
@@ -190,6 +192,7 @@ impl From<&VirtualMachine> for VmView {
             vcpu_cores: vm.vcpu_cores.clone(),
             boot,
             pmu,
+            cpuid_differences: vm.cpuid_differences.iter().map(difference).collect(),
             placement: PlacementView::from(&spec.placement.clone().unwrap_or_default()),
             restart_policy: bare(spec.restart_policy().as_str_name(), "RESTART_POLICY_"),
             restart_count: vm.restart_count,
@@ -222,6 +225,18 @@ impl From<&WatchVirtualMachinesResponse> for VmEventView {
             vm: event.virtual_machine.as_ref().map(VmView::from),
         }
     }
+}
+
+/// `leaf 0x7/0 ebx: 0x10 asked, 0x30 shown (+smap)`
+fn difference(d: &vpmu_proto::api::CpuidDifference) -> String {
+    let mut text = format!(
+        "leaf {:#x}/{} {}: {:#x} asked, {:#x} shown",
+        d.leaf, d.subleaf, d.register, d.asked, d.stored
+    );
+    if !d.features.is_empty() {
+        text = format!("{text} ({})", d.features.join(" "));
+    }
+    text
 }
 
 #[cfg(test)]

@@ -193,6 +193,13 @@ impl VirtualMachinesService for Script {
         unscripted()
     }
 
+    async fn get_virtual_machine_stats(
+        &self,
+        _: Request<GetVirtualMachineStatsRequest>,
+    ) -> Answer<VirtualMachineStats> {
+        unscripted()
+    }
+
     async fn snapshot_virtual_machine(&self, _: Request<SnapshotVirtualMachineRequest>) -> Answer<Operation> {
         unscripted()
     }

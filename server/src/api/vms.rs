@@ -127,6 +127,24 @@ impl VirtualMachinesService for Vms {
         Ok(Response::new(self.daemon.registry.get(&name)?.view().vm.clone()))
     }
 
+    async fn get_virtual_machine_stats(
+        &self,
+        request: Request<GetVirtualMachineStatsRequest>,
+    ) -> Result<Response<VirtualMachineStats>, Status> {
+        let name = VmName::parse("name", &request.get_ref().name, "")?;
+        let view = self.daemon.registry.get(&name)?.view();
+        let worker = view.worker.clone().ok_or_else(|| {
+            ApiError::precondition(
+                "NO_WORKER",
+                &name.to_string(),
+                format!("{name} has figures while it runs or is paused; start it"),
+            )
+        })?;
+        let mut stats = worker.stats().await?;
+        stats.name = name.to_string();
+        Ok(Response::new(stats))
+    }
+
     async fn list_virtual_machines(
         &self,
         request: Request<ListVirtualMachinesRequest>,

@@ -207,7 +207,7 @@ fn wait<T>(mut answer: Answer<T>) -> Result<T, WorkerError> {
 fn make_vm(guest: Guest) -> Result<(Arc<KvmVm>, crate::hypervisor::InitialRegs), WorkerError> {
     let memory = GuestMemory::new("bench", 2 << 20).map_err(|e| WorkerError::Memory(e.to_string()))?;
     let regs = guest.load(&memory)?;
-    let options = KvmOptions { vcpus: 1, filter_pmu_msrs: true, guest_pmu_cpuid: None };
+    let options = KvmOptions { vcpus: 1, filter_pmu_msrs: true, ..KvmOptions::default() };
     Ok((KvmVm::new(memory, options)?, regs))
 }
 

@@ -228,6 +228,17 @@ pub trait Kick: Send + Sync {
     fn kick(&self);
 }
 
+/// One figure of a hypervisor's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Statistic {
+    /// Which vCPU; None for the VM.
+    pub vcpu: Option<u32>,
+    /// The hypervisor's name for it.
+    pub name: String,
+    /// One value, or the buckets of a histogram.
+    pub values: Vec<u64>,
+}
+
 /// One virtual machine; shared by its threads.
 pub trait Vm: Send + Sync {
     /// "kvm" or "simulated".
@@ -246,6 +257,19 @@ pub trait Vm: Send + Sync {
     fn save(&self) -> Result<Vec<StatePiece>, HvError>;
     /// Sets VM-wide state.
     fn restore(&self, pieces: &[StatePiece]) -> Result<(), HvError>;
+    /// Empties full dirty rings, so that a vCPU that met `DirtyRingFull` may go on; what was in them is in the next
+    /// `collect_dirty`.
+    fn drain_dirty_rings(&self) -> Result<(), HvError> {
+        Ok(())
+    }
+    /// The hypervisor's own figures, read without stopping anything: of the VM (None) and of each vCPU.
+    fn statistics(&self) -> Result<Vec<Statistic>, HvError> {
+        Ok(Vec::new())
+    }
+    /// Where CPUID as the first vCPU sees it differs from what was asked for.
+    fn cpuid_differences(&self) -> Vec<kvm::CpuidDifference> {
+        Vec::new()
+    }
     /// Delivers a message-signalled interrupt, from any thread.
     fn signal_msi(&self, address: u64, data: u32) -> Result<(), HvError>;
     /// Raises or lowers a legacy interrupt line.

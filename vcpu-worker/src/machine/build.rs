@@ -11,17 +11,18 @@ use vpmu_proto::api;
 use vpmu_proto::api::virtual_machine_spec::Boot;
 use vpmu_proto::worker::CreateVmRequest;
 
-use super::{Lifecycle, Machine, gather};
+use super::{Lifecycle, Machine, gather, options};
 use crate::boot::BootError;
 use crate::console::Console;
 use crate::cores::{CoreSlot, HostCores};
 use crate::devices::Devices;
 use crate::error::WorkerError;
 use crate::grant::RunRight;
-use crate::hypervisor::kvm::{CpuidPmu, KvmOptions, KvmVm};
+use crate::hypervisor::kvm::features::CpuidPolicy;
+use crate::hypervisor::kvm::{CpuidPmu, DirtyMode, KvmOptions, KvmVm};
 use crate::hypervisor::simulated::{SimOptions, SimVm};
 use crate::hypervisor::{InitialRegs, Vm};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, HugePages};
 use crate::probe::{ProbeConfig, ProbePmu};
 use crate::vcpu::request::LoadFrom;
 use crate::vcpu::throttle::Throttle;
@@ -71,6 +72,10 @@ pub struct Plan {
     memory_nodes: Vec<u32>,
     /// State comes from a snapshot.
     restored: bool,
+    huge_pages: HugePages,
+    prefault: bool,
+    features: CpuidPolicy,
+    dirty: DirtyMode,
     warnings: Vec<String>,
 }
 
@@ -119,6 +124,7 @@ impl Plan {
             let remedy = "the simulated hypervisor runs the probe guest only";
             return Err(WorkerError::invalid("spec.kernel", "set", remedy));
         }
+        let backing = options::backing(spec)?;
         let pmu = spec.pmu.unwrap_or_default();
         let shape = guest_shape(&pmu, cores.shape())?;
         let mut warnings = Vec::new();
@@ -152,6 +158,10 @@ impl Plan {
             fifo: fifo(placement.fifo_priority)?,
             memory_nodes: placement.memory_nodes,
             restored: request.restore.is_some(),
+            huge_pages: backing.pages,
+            prefault: backing.prefault,
+            features: options::features(spec)?,
+            dirty: options::dirty(spec)?,
             warnings,
         })
     }
@@ -209,16 +219,24 @@ pub type Loads = Vec<InitialRegs>;
 
 /// Builds it. Blocks: memory, ioctls, files, threads.
 pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<String>), WorkerError> {
-    let memory =
-        GuestMemory::new(&plan.name, plan.memory_bytes).map_err(|e| WorkerError::Memory(e.to_string()))?;
+    let memory = GuestMemory::with_pages(&plan.name, plan.memory_bytes, plan.huge_pages)?;
     // Before anything is touched: pages stay where they are first put.
     memory.bind(&plan.memory_nodes).map_err(|e| WorkerError::Memory(e.to_string()))?;
+    if plan.prefault {
+        memory.prefault()?;
+    }
     let loads = if plan.incoming || plan.restored { Vec::new() } else { boot(&plan, &memory)? };
     let cpuid = plan.shape.as_ref().filter(|_| plan.exposed).map(cpuid_pmu).transpose()?;
     let vm: Arc<dyn Vm> = match plan.kind {
         Kind::Kvm => KvmVm::new(
             memory.clone(),
-            KvmOptions { vcpus: plan.vcpus, filter_pmu_msrs: true, guest_pmu_cpuid: cpuid },
+            KvmOptions {
+                vcpus: plan.vcpus,
+                filter_pmu_msrs: true,
+                guest_pmu_cpuid: cpuid,
+                features: plan.features,
+                dirty: plan.dirty,
+            },
         )?,
         Kind::Simulated => SimVm::new(memory.clone(), SimOptions::default())?,
     };

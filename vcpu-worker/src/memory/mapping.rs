@@ -31,14 +31,16 @@ fn os(call: &'static str) -> MemoryError {
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
 
 /// An unlinked memory file of the given length, which can no longer change.
-pub(super) fn create_memfd(name: &str, bytes: u64) -> Result<OwnedFd, MemoryError> {
+pub(super) fn create_memfd(name: &str, bytes: u64, huge: bool) -> Result<OwnedFd, MemoryError> {
     let mut name: Vec<u8> = name.bytes().filter(|b| *b != 0).take(200).collect();
     if name.is_empty() {
         name.extend_from_slice(b"guest");
     }
     let name = CString::new(name).unwrap_or_default();
+    let huge = if huge { libc::MFD_HUGETLB | libc::MFD_HUGE_2MB } else { 0 };
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | huge;
     // SAFETY: `name` is a NUL-terminated string that outlives the call; the result is checked.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
     if fd < 0 {
         return Err(os("memfd_create"));
     }
@@ -66,23 +68,36 @@ pub(super) fn check_foreign(fd: &OwnedFd, bytes: u64) -> Result<(), MemoryError>
     Ok(())
 }
 
+/// Whether a memory file is made of huge pages.
+pub(super) fn is_hugetlb(fd: &OwnedFd) -> bool {
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    rustix::fs::fstatfs(fd).is_ok_and(|stat| i64::from(stat.f_type) == HUGETLBFS_MAGIC)
+}
+
 impl Mapping {
     pub(super) fn new(fd: &OwnedFd, bytes: u64) -> Result<Self, MemoryError> {
         let len = usize::try_from(bytes)
             .map_err(|_| MemoryError::Size { bytes, problem: "does not fit this process's address space" })?;
+        // Huge pages are set aside now: one that is short later would kill the process (SIGBUS).
+        let huge = is_hugetlb(fd);
+        let reserve = if huge { 0 } else { libc::MAP_NORESERVE };
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory; result checked.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                libc::MAP_SHARED | reserve,
                 fd.as_raw_fd(),
                 0,
             )
         };
         if base == libc::MAP_FAILED {
-            return Err(os("mmap"));
+            let error = std::io::Error::last_os_error();
+            if huge && error.raw_os_error() == Some(libc::ENOMEM) {
+                return Err(super::backing::exhausted(bytes));
+            }
+            return Err(MemoryError::Os { call: "mmap", source: error });
         }
         let Some(base) = NonNull::new(base.cast::<u8>()) else { return Err(os("mmap")) };
         let mapping = Self { base, len: bytes };
@@ -91,6 +106,28 @@ impl Mapping {
             return Err(os("madvise(MADV_DONTDUMP)"));
         }
         Ok(mapping)
+    }
+
+    /// Lets the kernel use huge pages where it can.
+    pub(super) fn advise_huge(&self) -> Result<(), MemoryError> {
+        // SAFETY: exactly this mapping; advice changes no content.
+        let ret = unsafe { libc::madvise(self.base.as_ptr().cast(), self.len as usize, libc::MADV_HUGEPAGE) };
+        if ret == 0 { Ok(()) } else { Err(os("madvise(MADV_HUGEPAGE)")) }
+    }
+
+    /// Gives every page of a piece its memory. Blocks.
+    pub(super) fn populate(&self, offset: u64, len: u64) -> Result<(), MemoryError> {
+        let at = self.pointer(offset, len)?;
+        loop {
+            // SAFETY: inside the mapping (checked); content is kept.
+            if unsafe { libc::madvise(at.cast(), len as usize, libc::MADV_POPULATE_WRITE) } == 0 {
+                return Ok(());
+            }
+            let source = std::io::Error::last_os_error();
+            if source.kind() != std::io::ErrorKind::Interrupted {
+                return Err(MemoryError::Os { call: "madvise(MADV_POPULATE_WRITE)", source });
+            }
+        }
     }
 
     /// Puts another file of the same length, checked by [`check_foreign`], into the place of this one, to be read only.

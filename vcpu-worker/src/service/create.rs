@@ -43,7 +43,8 @@ pub(super) async fn create(
         return Err(error);
     }
     let pmu_shape = machine.shape().map(shape_to_proto);
+    let cpuid_differences = crate::machine::options::differences(&machine.vm().cpuid_differences());
     events::follow(inner, &machine);
     inner.held().machine = Some(machine);
-    Ok(CreateVmResponse { pmu_shape, warnings })
+    Ok(CreateVmResponse { pmu_shape, cpuid_differences, warnings })
 }

@@ -87,6 +87,14 @@ impl WorkerService for Worker {
         Ok(Response::new(proto::GetPmuResponse { pmu, vcpu_cores: machine.cores() }))
     }
 
+    async fn get_stats(
+        &self,
+        request: Request<proto::GetStatsRequest>,
+    ) -> Answer<vpmu_proto::api::VirtualMachineStats> {
+        self.inner.fence(request.get_ref().fence.as_ref())?;
+        Ok(Response::new(self.inner.machine()?.all_statistics()?))
+    }
+
     async fn get_probe_report(&self, request: Request<proto::GetProbeReportRequest>) -> Answer<ProbeReport> {
         self.inner.fence(request.get_ref().fence.as_ref())?;
         Ok(Response::new(self.inner.machine()?.probe_report()?))

@@ -259,9 +259,7 @@ impl Driver {
             Exit::Interrupted => self.interrupted(counted)?,
             Exit::Hlt => self.idle()?,
             Exit::DirtyRingFull => {
-                // The collector empties it; until then this vCPU has nothing to do.
-                self.counting.put()?;
-                self.wait(Duration::from_millis(1));
+                self.vm.drain_dirty_rings()?;
             }
             Exit::Shutdown => self.ended(guest_end::Kind::TripleFault, "triple fault"),
             Exit::SystemEvent(1) => self.ended(guest_end::Kind::Shutdown, "system event 1"),

@@ -244,6 +244,7 @@ impl Actor {
         }
         self.worker = Some(worker);
         self.shape = built.pmu_shape;
+        self.vm.cpuid_differences = built.cpuid_differences;
         self.console = std::sync::Arc::default();
         self.daemon.host.hypervisor.clone_into(&mut self.vm.hypervisor);
         self.daemon.host.pmu_mode.clone_into(&mut self.vm.pmu_mode);

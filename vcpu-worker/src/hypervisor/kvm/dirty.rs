@@ -1,9 +1,13 @@
-//! Memory slots and the dirty log of each.
+//! Memory slots, and which of their pages were written: one interface over two ways of KVM's.
 //!
-//! With manual protection (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) reading the log changes nothing and re-arming is a
-//! second call over just the pages that were dirty; without it reading re-arms everything. Either way a page written
-//! after `collect` is in the next `collect`, so whoever copies pages after `collect` misses nothing. What this process
-//! writes itself (devices, the probe's report page) is noted by [`GuestMemory`] and added here.
+//! - Bitmap: with manual protection (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) reading the log changes nothing and re-arming is a
+//!   second call over just the pages that were dirty; without it reading re-arms everything. Where KVM offers it, the log
+//!   begins with every page dirty and is cleared piece by piece, so that no long lock is held over a large guest.
+//! - Ring: each vCPU notes its pages in a ring. Entries are moved into a bitmap here whenever somebody collects and
+//!   whenever a ring is full, which the vCPU's own thread sees to.
+//!
+//! Either way a page written after `collect` is in the next `collect`, so whoever copies pages after `collect` misses
+//! nothing. What this process writes itself (devices, the probe's report page) is noted by [`GuestMemory`] and added here.
 #![allow(unsafe_code)]
 
 use kvm_bindings::*;
@@ -15,9 +19,51 @@ use crate::hypervisor::HvError;
 use crate::memory::{GuestMemory, PAGE_SIZE, Region};
 use crate::sys::{self, failed};
 
+use super::Shared;
+
 /// Clean words (64 pages each) between two dirty ones that one clearing call rather spans than stops at: scanning a
 /// zero word costs about a nanosecond, a call several hundred.
 const SPAN: usize = 64;
+
+/// Pages cleared by one call when a log begins.
+const PIECE: u64 = 1 << 16;
+/// Entries of a ring: 64 KiB, whole pages of the kernel's.
+const RING_ENTRIES: u32 = 4096;
+/// Bytes of an entry.
+const RING_ENTRY: u32 = 16;
+
+/// How written pages are tracked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DirtyMode {
+    /// What this host does best: the bitmap.
+    #[default]
+    Auto,
+    /// A bitmap a memory slot.
+    Bitmap,
+    /// A ring a vCPU.
+    Ring,
+}
+
+/// Gives the VM rings if asked to, before any vCPU is made; their entries, 0 for none.
+pub(super) fn enable_rings(vm: &VmFd, mode: DirtyMode, vcpus: u32) -> Result<u32, HvError> {
+    if mode != DirtyMode::Ring {
+        return Ok(0);
+    }
+    let offered = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING]
+        .into_iter()
+        .find(|cap| vm.check_extension_raw((*cap).into()) as u32 >= RING_ENTRIES * RING_ENTRY);
+    let Some(cap) = offered else {
+        return Err(HvError::Unsupported {
+            what: "dirty rings",
+            remedy: "use dirty tracking BITMAP or AUTO on this host".to_owned(),
+        });
+    };
+    let bytes = u64::from(RING_ENTRIES * RING_ENTRY);
+    let cap = kvm_enable_cap { cap, args: [bytes, 0, 0, 0], ..Default::default() };
+    vm.enable_cap(&cap).map_err(failed("KVM_ENABLE_CAP(DIRTY_LOG_RING)"))?;
+    tracing::debug!(vcpus, entries = RING_ENTRIES, "dirty rings");
+    Ok(RING_ENTRIES)
+}
 
 struct Slot {
     number: u32,
@@ -29,12 +75,16 @@ struct Slot {
 struct Inner {
     slots: Vec<Slot>,
     tracking: bool,
+    /// What rings held so far.
+    ringed: PageBitmap,
 }
 
 /// Slots of one VM.
 pub(super) struct DirtyLog {
     inner: Mutex<Inner>,
     manual: bool,
+    /// A log begins with every page dirty.
+    all_set: bool,
     memory: GuestMemory,
 }
 
@@ -54,17 +104,36 @@ impl Slot {
     fn pages(&self) -> u64 {
         self.region.len / PAGE_SIZE
     }
+
+    /// Protects every page of a log that began with all of them dirty.
+    fn arm(&mut self, vm: &VmFd) -> Result<(), HvError> {
+        let mut first = 0;
+        while first < self.pages() {
+            let count = PIECE.min(self.pages() - first);
+            let mut all = vec![u64::MAX; count.div_ceil(64) as usize];
+            sys::clear_dirty_log(vm, self.number, first, count as u32, &mut all)?;
+            first += count;
+        }
+        Ok(())
+    }
 }
 
 impl DirtyLog {
     /// Gives the memory to the VM, untracked.
-    pub(super) fn new(vm: &VmFd, memory: &GuestMemory) -> Result<Self, HvError> {
+    pub(super) fn new(vm: &VmFd, memory: &GuestMemory, rings: bool) -> Result<Self, HvError> {
         let offers = vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
-        let manual = offers > 0 && offers as u32 & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0;
+        let offers = if rings { 0 } else { u32::try_from(offers).unwrap_or(0) };
+        let manual = offers & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0;
+        let all_set = manual && offers & KVM_DIRTY_LOG_INITIALLY_SET != 0;
         if manual {
             let cap = kvm_enable_cap {
                 cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-                args: [u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE), 0, 0, 0],
+                args: [
+                    u64::from(offers & (KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET)),
+                    0,
+                    0,
+                    0,
+                ],
                 ..Default::default()
             };
             vm.enable_cap(&cap).map_err(failed("KVM_ENABLE_CAP(MANUAL_DIRTY_LOG_PROTECT2)"))?;
@@ -75,10 +144,13 @@ impl DirtyLog {
             slot.set(vm, false)?;
             slots.push(slot);
         }
-        Ok(Self { inner: Mutex::new(Inner { slots, tracking: false }), manual, memory: memory.clone() })
+        let ringed = PageBitmap::new(if rings { memory.pages() } else { 0 });
+        let inner = Mutex::new(Inner { slots, tracking: false, ringed });
+        Ok(Self { inner, manual, all_set, memory: memory.clone() })
     }
 
-    pub(super) fn start(&self, vm: &VmFd) -> Result<(), HvError> {
+    pub(super) fn start(&self, shared: &Shared) -> Result<(), HvError> {
+        let vm = &shared.fd;
         let mut inner = self.inner.lock();
         self.memory.track_writes(true);
         for slot in &mut inner.slots {
@@ -86,12 +158,21 @@ impl DirtyLog {
             slot.set(vm, false)?;
             slot.set(vm, true)?;
             slot.words = vec![0; slot.pages().div_ceil(64) as usize];
+            if self.all_set {
+                slot.arm(vm)?;
+            }
+        }
+        if shared.ring_entries > 0 {
+            // Left over from before.
+            harvest(shared, &mut inner)?;
+            inner.ringed.clear_all();
         }
         inner.tracking = true;
         Ok(())
     }
 
-    pub(super) fn stop(&self, vm: &VmFd) -> Result<(), HvError> {
+    pub(super) fn stop(&self, shared: &Shared) -> Result<(), HvError> {
+        let vm = &shared.fd;
         let mut inner = self.inner.lock();
         inner.tracking = false;
         self.memory.track_writes(false);
@@ -102,7 +183,13 @@ impl DirtyLog {
         Ok(())
     }
 
-    pub(super) fn collect(&self, vm: &VmFd, into: &mut PageBitmap) -> Result<(), HvError> {
+    /// Empties full rings.
+    pub(super) fn drain(&self, shared: &Shared) -> Result<(), HvError> {
+        harvest(shared, &mut self.inner.lock())
+    }
+
+    pub(super) fn collect(&self, shared: &Shared, into: &mut PageBitmap) -> Result<(), HvError> {
+        let vm = &shared.fd;
         let mut inner = self.inner.lock();
         if !inner.tracking {
             return Err(HvError::Unsupported {
@@ -111,6 +198,12 @@ impl DirtyLog {
             });
         }
         self.memory.take_writes(into);
+        if shared.ring_entries > 0 {
+            harvest(shared, &mut inner)?;
+            into.union(&inner.ringed);
+            inner.ringed.clear_all();
+            return Ok(());
+        }
         for slot in &mut inner.slots {
             let pages = slot.pages();
             sys::get_dirty_log(vm, slot.number, pages, &mut slot.words)?;
@@ -128,6 +221,24 @@ impl DirtyLog {
         }
         Ok(())
     }
+}
+
+/// Moves what all rings hold into the bitmap, and gives the entries back to KVM.
+fn harvest(shared: &Shared, inner: &mut Inner) -> Result<(), HvError> {
+    let mut taken = 0;
+    for ring in shared.rings.lock().iter_mut() {
+        let (slots, pages) = (&inner.slots, &mut inner.ringed);
+        taken += ring.harvest(|slot, page| {
+            // The upper half of the number is an address space (SMM), of which we have one.
+            if let Some(slot) = slots.iter().find(|s| s.number == slot & 0xffff) {
+                pages.set(slot.region.offset / PAGE_SIZE + page);
+            }
+        });
+    }
+    if taken > 0 {
+        sys::ring::reset(&shared.fd)?;
+    }
+    Ok(())
 }
 
 /// The next span of words at or after `from` that begins and ends with a dirty one, without a long clean stretch.

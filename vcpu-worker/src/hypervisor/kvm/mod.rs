@@ -1,7 +1,7 @@
 //! The real thing: a virtual machine on /dev/kvm.
 //!
 //! - [`mod@vcpu`] runs a vCPU and translates its exits; [`kick`] gets it out again.
-//! - [`cpuid`] decides what CPUID shows; [`msr_filter`] makes PMU MSR accesses exits.
+//! - [`cpuid`] and [`features`] decide what CPUID shows; [`msr_filter`] makes PMU MSR accesses exits.
 //! - [`dirty`] tracks written pages; [`state`] saves and restores.
 //!
 //! Invariants: a VM's memory slots mirror `GuestMemory::regions`; the PMU of KVM is off and every PMU MSR exits
@@ -9,6 +9,7 @@
 
 mod cpuid;
 mod dirty;
+pub mod features;
 mod kick;
 mod msr_filter;
 mod state;
@@ -18,6 +19,7 @@ mod vcpu;
 mod tests;
 
 pub use cpuid::{CpuidDifference, CpuidPmu};
+pub use dirty::DirtyMode;
 pub(crate) use vcpu::{KvmVcpu, initial_sregs};
 
 use std::sync::{Arc, OnceLock};
@@ -25,12 +27,13 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::*;
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use parking_lot::Mutex;
 use vpmu_proto::worker::StatePiece;
 
-use super::{HvError, Vcpu, Vm};
+use super::{HvError, Statistic, Vcpu, Vm};
 use crate::bitmap::PageBitmap;
 use crate::memory::GuestMemory;
-use crate::sys::failed;
+use crate::sys::{self, failed};
 
 /// Largest number of vCPUs that we make: 255 is the broadcast id of an 8-bit APIC.
 pub const MAX_VCPUS: u32 = 255;
@@ -51,6 +54,10 @@ pub struct KvmOptions {
     pub filter_pmu_msrs: bool,
     /// What CPUID says about the PMU; None hides it.
     pub guest_pmu_cpuid: Option<CpuidPmu>,
+    /// Which features CPUID shows.
+    pub features: features::CpuidPolicy,
+    /// How written pages are tracked.
+    pub dirty: DirtyMode,
 }
 
 /// The system descriptor and what is asked of it once a process.
@@ -115,6 +122,13 @@ struct Shared {
     sregs2: bool,
     /// For a VM that came from another host.
     tsc_shift: state::TscShift,
+    /// Entries of each vCPU's dirty ring; 0 without rings.
+    ring_entries: u32,
+    rings: Mutex<Vec<sys::ring::Ring>>,
+    /// KVM's statistics of the VM and of vCPUs, as they come.
+    stats: Mutex<Vec<(Option<u32>, sys::stats::StatsFd)>>,
+    /// Of the first vCPU.
+    differences: OnceLock<Vec<CpuidDifference>>,
 }
 
 /// A virtual machine on KVM.
@@ -154,14 +168,28 @@ impl KvmVm {
             }
             msr_filter::filter_pmu(&fd)?;
         }
-        let dirty = dirty::DirtyLog::new(&fd, &memory)?;
+        let ring_entries = dirty::enable_rings(&fd, options.dirty, options.vcpus)?;
+        let dirty = dirty::DirtyLog::new(&fd, &memory, ring_entries > 0)?;
         fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(failed("KVM_CREATE_PIT2"))?;
         let xsave_size = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let sregs2 = fd.check_extension_raw(KVM_CAP_SREGS2.into()) > 0;
         let tsc_shift = state::TscShift::new();
-        let shared = Shared { fd, memory, options, system, xsave_size, sregs2, tsc_shift };
+        let stats = sys::stats::StatsFd::open(&fd)?.map(|stats| (None, stats)).into_iter().collect();
+        let shared = Shared {
+            fd,
+            memory,
+            options,
+            system,
+            xsave_size,
+            sregs2,
+            tsc_shift,
+            ring_entries,
+            rings: Mutex::default(),
+            stats: Mutex::new(stats),
+            differences: OnceLock::new(),
+        };
         Ok(Arc::new(Self { shared: Arc::new(shared), dirty }))
     }
 
@@ -185,15 +213,32 @@ impl Vm for KvmVm {
     }
 
     fn start_dirty_tracking(&self) -> Result<(), HvError> {
-        self.dirty.start(&self.shared.fd)
+        self.dirty.start(&self.shared)
     }
 
     fn collect_dirty(&self, into: &mut PageBitmap) -> Result<(), HvError> {
-        self.dirty.collect(&self.shared.fd, into)
+        self.dirty.collect(&self.shared, into)
     }
 
     fn stop_dirty_tracking(&self) -> Result<(), HvError> {
-        self.dirty.stop(&self.shared.fd)
+        self.dirty.stop(&self.shared)
+    }
+
+    fn drain_dirty_rings(&self) -> Result<(), HvError> {
+        self.dirty.drain(&self.shared)
+    }
+
+    fn statistics(&self) -> Result<Vec<Statistic>, HvError> {
+        let mut all = Vec::new();
+        for (vcpu, fd) in self.shared.stats.lock().iter() {
+            let figures = fd.read()?.into_iter();
+            all.extend(figures.map(|(name, values)| Statistic { vcpu: *vcpu, name, values }));
+        }
+        Ok(all)
+    }
+
+    fn cpuid_differences(&self) -> Vec<CpuidDifference> {
+        self.shared.differences.get().cloned().unwrap_or_default()
     }
 
     fn save(&self) -> Result<Vec<StatePiece>, HvError> {

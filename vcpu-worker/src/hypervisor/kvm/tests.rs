@@ -25,7 +25,7 @@ fn memory(bytes: u64) -> GuestMemory {
 }
 
 fn make_vm(memory: &GuestMemory, vcpus: u32) -> Arc<KvmVm> {
-    let options = KvmOptions { vcpus, filter_pmu_msrs: true, guest_pmu_cpuid: None };
+    let options = KvmOptions { vcpus, filter_pmu_msrs: true, ..KvmOptions::default() };
     KvmVm::new(memory.clone(), options).expect("vm")
 }
 
@@ -240,12 +240,31 @@ fn ticks_interrupt_a_spinning_guest() {
 
 #[test]
 fn the_dirty_log_is_exact_in_both_regions() {
-    if !require_kvm() {
-        return;
+    if require_kvm() {
+        dirty_pages_are_exact(DirtyMode::Bitmap);
     }
+}
+
+/// The same over rings, and bursts that are larger than a ring.
+#[test]
+fn the_dirty_ring_is_exact_in_both_regions_and_when_it_is_full() {
+    if require_kvm() {
+        let full = dirty_pages_are_exact(DirtyMode::Ring);
+        println!("the ring was full {full} times");
+        assert!(full > 0, "bursts of more pages than a ring has entries fill it");
+    }
+}
+
+/// Guest and log agree about every page; how often a ring was full.
+fn dirty_pages_are_exact(mode: DirtyMode) -> u32 {
     let high = 64 * MIB;
     let memory = memory(crate::memory::HOLE_START + high);
-    let (vm, mut vcpu) = start(&memory, guest::dirty(), EntryMode::LongUser);
+    let regs = guest::load(&memory, guest::dirty(), EntryMode::LongUser, None);
+    let options = KvmOptions { vcpus: 1, filter_pmu_msrs: true, dirty: mode, ..KvmOptions::default() };
+    let vm = KvmVm::new(memory.clone(), options).expect("vm");
+    let mut vcpu = vm.make_vcpu(0).expect("vcpu");
+    vcpu.set_initial(&regs).expect("start state");
+    let mut full = 0;
     let mut x = 12345u64;
     set_general(&vcpu, |r| r.rax = 12345);
     // Lets the guest store to `stores` pages of the `count` from `base`; which ones.
@@ -253,7 +272,15 @@ fn the_dirty_log_is_exact_in_both_regions() {
         for (at, value) in [(0, stores), (8, count), (16, base)] {
             memory.store_u64(RESULT + at, value).expect("inside");
         }
-        let exit = vcpu.run().expect("run");
+        let exit = loop {
+            match vcpu.run().expect("run") {
+                Exit::DirtyRingFull => {
+                    full += 1;
+                    vm.drain_dirty_rings().expect("drained");
+                }
+                exit => break exit,
+            }
+        };
         let mut written = BTreeSet::new();
         for _ in 0..stores {
             x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -275,7 +302,9 @@ fn the_dirty_log_is_exact_in_both_regions() {
             // Low region: 32 MiB from 64 MiB; high region: all of it.
             let (base, count) =
                 if round % 2 == 0 { (64 * MIB, 8192u64) } else { (4 << 30, high / PAGE_SIZE) };
-            let expected = burst(base, count, 1 + round * 7 % 200);
+            // One round in twenty dirties more pages than a ring has entries.
+            let stores = if round % 20 == 18 { 12_000 } else { 1 + round * 7 % 200 };
+            let expected = burst(base, count, stores);
             pages.clear_all();
             vm.collect_dirty(&mut pages).expect("collected");
             let seen: BTreeSet<u64> = pages.runs().flat_map(|(first, len)| first..first + len).collect();
@@ -292,6 +321,7 @@ fn the_dirty_log_is_exact_in_both_regions() {
         vm.stop_dirty_tracking().expect("stopped");
         assert!(vm.collect_dirty(&mut pages).is_err());
     }
+    full
 }
 
 #[test]
@@ -421,4 +451,107 @@ fn bad_options_are_refused() {
             "HYPERVISOR_UNSUPPORTED"
         );
     }
+}
+
+/// KVM's figures are read while the guest spins, which they count, and nobody is stopped for it.
+#[test]
+fn statistics_are_read_while_the_guest_runs() {
+    if !require_kvm() {
+        return;
+    }
+    let memory = memory(64 * MIB);
+    let value = |vm: &KvmVm, vcpu: Option<u32>, name: &str| {
+        let all = vm.statistics().expect("read");
+        let found = all.into_iter().find(|s| s.vcpu == vcpu && s.name == name);
+        found.unwrap_or_else(|| panic!("{name} of {vcpu:?}")).values[0]
+    };
+    // Exactly as many MMIO exits as bursts.
+    let (vm, mut vcpu) = start(&memory, guest::dirty(), EntryMode::LongUser);
+    for (at, word) in [(0, 1u64), (8, 1), (16, 32 * MIB)] {
+        memory.store_u64(RESULT + at, word).expect("inside");
+    }
+    let before = value(&vm, Some(0), "mmio_exits");
+    for _ in 0..100 {
+        assert!(matches!(vcpu.run().expect("run"), Exit::MmioWrite { .. }));
+    }
+    assert_eq!(value(&vm, Some(0), "mmio_exits") - before, 100);
+    assert!(vm.statistics().expect("read").iter().any(|s| s.vcpu.is_none()), "the machine has figures too");
+    assert!(vm.statistics().expect("read").iter().any(|s| s.values.len() > 1), "histograms are whole");
+    // From another thread while it spins: a call that waited for the vCPU would never come back.
+    let (send, receive) = std::sync::mpsc::channel();
+    let spinning = std::thread::spawn(move || {
+        let memory = super::tests::memory(2 * MIB);
+        let (vm, mut vcpu) = start(&memory, guest::spin(), EntryMode::LongUser);
+        send.send((vm, vcpu.kicker())).expect("sent");
+        assert_eq!(vcpu.run().expect("run"), Exit::Interrupted);
+    });
+    let (vm, kicker) = receive.recv().expect("a vCPU");
+    for _ in 0..100 {
+        value(&vm, Some(0), "exits");
+    }
+    assert!(!spinning.is_finished());
+    kicker.kick();
+    spinning.join().expect("thread");
+}
+
+/// What a policy shows is what is stored, but for what KVM forces, and that is named.
+#[test]
+fn cpuid_policies_are_read_back() {
+    if !require_kvm() {
+        return;
+    }
+    let shown = |features: features::CpuidPolicy| {
+        let memory = memory(2 * MIB);
+        let vm = KvmVm::new(memory, KvmOptions { vcpus: 1, features, ..KvmOptions::default() }).expect("vm");
+        let vcpu = vm.make_vcpu(0).expect("vcpu");
+        let stored = cpuid::from_bytes(&vcpu.cpuid).expect("entries");
+        let leaf7 = stored.iter().find(|e| (e.function, e.index) == (7, 0)).expect("leaf 7").ebx;
+        let forced: Vec<&str> = vm
+            .cpuid_differences()
+            .iter()
+            .filter(|d| (d.leaf, d.subleaf) == (7, 0))
+            .flat_map(|d| features::names(7, 0, 1, d.stored[1] & !d.asked[1]))
+            .collect();
+        (features::names(7, 0, 1, leaf7), forced)
+    };
+    let list = features::CpuidPolicy::Features(vec!["avx".to_owned(), "avx2".to_owned(), "xsave".to_owned()]);
+    if features::check(&list).expect("asked") == Ok(()) {
+        let (names, forced) = shown(list);
+        println!("forced by this KVM: {forced:?}");
+        assert!(names.contains(&"avx2"));
+        let extra: Vec<_> = names.into_iter().filter(|n| *n != "avx2").collect();
+        assert_eq!(extra, forced, "all else is what KVM forces, and named");
+    }
+    let none = features::CpuidPolicy::Features(vec!["warp_drive".to_owned()]);
+    assert_eq!(features::check(&none).expect("asked").expect_err("refused").feature, "warp_drive");
+    let memory = memory(2 * MIB);
+    let options = KvmOptions { vcpus: 1, features: none, ..KvmOptions::default() };
+    let vm = KvmVm::new(memory, options).expect("vm");
+    assert!(vm.make_vcpu(0).err().expect("refused").to_string().contains("warp_drive"));
+}
+
+/// A guest that runs from huge pages, where this process may set some aside.
+#[test]
+fn a_guest_runs_from_huge_pages() {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+    if !require_kvm() {
+        return;
+    }
+    let before: u64 = std::fs::read_to_string(POOL).map_or(0, |s| s.trim().parse().unwrap_or(0));
+    if std::fs::write(POOL, (before + 8).to_string()).is_err() {
+        println!("skipped: {POOL} cannot be written");
+        return;
+    }
+    let memory = GuestMemory::with_pages("huge", 16 * MIB, crate::memory::HugePages::Hugetlb);
+    let memory = memory.inspect_err(|_| drop(std::fs::write(POOL, before.to_string()))).expect("set aside");
+    assert!(memory.is_hugetlb());
+    memory.prefault().expect("populated");
+    let (vm, mut vcpu) = start(&memory, guest::dirty(), EntryMode::LongUser);
+    for (at, word) in [(0, 100u64), (8, 64), (16, 8 * MIB)] {
+        memory.store_u64(RESULT + at, word).expect("inside");
+    }
+    assert!(matches!(vcpu.run().expect("run"), Exit::MmioWrite { .. }));
+    drop((vm, vcpu));
+    drop(memory);
+    std::fs::write(POOL, before.to_string()).expect("given back");
 }

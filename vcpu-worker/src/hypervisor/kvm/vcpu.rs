@@ -71,15 +71,32 @@ impl KvmVcpu {
             differences: Vec::new(),
             shared,
         };
-        let entries = cpuid::build(
+        let mut entries = cpuid::build(
             vcpu.shared.system.cpuid.as_slice(),
             index,
             vcpu.shared.options.vcpus,
             vcpu.shared.fd.check_extension(Cap::TscDeadlineTimer),
             vcpu.shared.options.guest_pmu_cpuid.as_ref(),
         );
+        let policy = &vcpu.shared.options.features;
+        policy.check(&entries).map_err(|refused| HvError::State {
+            kind: "cpuid".to_owned(),
+            problem: format!("feature {:?} {}", refused.feature, refused.problem),
+        })?;
+        policy.apply(&mut entries);
         vcpu.set_cpuid(&entries)?;
+        if index == 0 {
+            // Set once: a VM has one first vCPU.
+            drop(vcpu.shared.differences.set(vcpu.differences.clone()));
+        }
         vcpu.enable_lapic()?;
+        if vcpu.shared.ring_entries > 0 {
+            let ring = sys::ring::Ring::map(&vcpu.fd, vcpu.shared.ring_entries)?;
+            vcpu.shared.rings.lock().push(ring);
+        }
+        if let Some(stats) = sys::stats::StatsFd::open(&vcpu.fd)? {
+            vcpu.shared.stats.lock().push((Some(index), stats));
+        }
         Ok(vcpu)
     }
 

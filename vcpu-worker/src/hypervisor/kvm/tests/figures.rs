@@ -115,7 +115,7 @@ fn creation_step_by_step() {
         lap(&mut steps);
         msr_filter::filter_pmu(&fd).expect("filter");
         lap(&mut steps);
-        let _log = dirty::DirtyLog::new(&fd, &memory).expect("slots");
+        let _log = dirty::DirtyLog::new(&fd, &memory, false).expect("slots");
         lap(&mut steps);
         fd.create_irq_chip().expect("irqchip");
         lap(&mut steps);

@@ -1,0 +1,100 @@
+//! What a request says about memory, CPUID and dirty tracking, as the parts that do it want it.
+
+use vpmu_proto::api::virtual_machine_spec::DirtyTracking;
+use vpmu_proto::api::{CpuidDifference, VirtualMachineSpec, cpuid_spec, memory_backing};
+
+use crate::error::WorkerError;
+use crate::hypervisor::kvm::features::{CpuidPolicy, names};
+use crate::hypervisor::kvm::{self, DirtyMode};
+use crate::memory::HugePages;
+
+/// Most features of a list.
+const MAX_FEATURES: usize = 128;
+
+/// What memory is made of.
+pub(super) struct Backing {
+    pub(super) pages: HugePages,
+    pub(super) prefault: bool,
+}
+
+pub(super) fn backing(spec: &VirtualMachineSpec) -> Result<Backing, WorkerError> {
+    let asked = spec.memory_backing.unwrap_or_default();
+    let pages = match memory_backing::HugePages::try_from(asked.huge_pages) {
+        Ok(memory_backing::HugePages::Unspecified) => HugePages::None,
+        Ok(memory_backing::HugePages::Hugetlb) => HugePages::Hugetlb,
+        Ok(memory_backing::HugePages::Transparent) => HugePages::Transparent,
+        Err(_) => {
+            let remedy = "give HUGETLB, TRANSPARENT or nothing";
+            return Err(WorkerError::invalid("spec.memory_backing.huge_pages", asked.huge_pages, remedy));
+        }
+    };
+    Ok(Backing { pages, prefault: asked.prefault })
+}
+
+/// The CPUID policy, not yet held against the host.
+pub fn features(spec: &VirtualMachineSpec) -> Result<CpuidPolicy, WorkerError> {
+    let asked = spec.cpuid.clone().unwrap_or_default();
+    let policy = match cpuid_spec::Policy::try_from(asked.policy) {
+        Ok(cpuid_spec::Policy::Unspecified | cpuid_spec::Policy::Host) => CpuidPolicy::Host,
+        Ok(cpuid_spec::Policy::Baseline) => CpuidPolicy::Baseline,
+        Ok(cpuid_spec::Policy::List) if asked.features.len() <= MAX_FEATURES => {
+            return Ok(CpuidPolicy::Features(asked.features));
+        }
+        Ok(cpuid_spec::Policy::List) => {
+            let remedy = "give at most 128 names";
+            return Err(WorkerError::invalid("spec.cpuid.features", asked.features.len(), remedy));
+        }
+        Err(_) => {
+            return Err(WorkerError::invalid(
+                "spec.cpuid.policy",
+                asked.policy,
+                "give HOST, BASELINE or LIST",
+            ));
+        }
+    };
+    if asked.features.is_empty() {
+        return Ok(policy);
+    }
+    Err(WorkerError::invalid("spec.cpuid.features", asked.features.join(","), "features go with policy LIST"))
+}
+
+/// The same, held against this host's KVM.
+pub fn check_features(spec: &VirtualMachineSpec) -> Result<(), WorkerError> {
+    kvm::features::check(&features(spec)?)?.map_err(|refused| {
+        let remedy = format!("it {}; `vpmuctl vm create --help` says how to name features", refused.problem);
+        WorkerError::invalid("spec.cpuid.features", refused.feature, remedy)
+    })
+}
+
+pub(super) fn dirty(spec: &VirtualMachineSpec) -> Result<DirtyMode, WorkerError> {
+    match DirtyTracking::try_from(spec.dirty_tracking) {
+        Ok(DirtyTracking::Unspecified) => Ok(DirtyMode::Auto),
+        Ok(DirtyTracking::Bitmap) => Ok(DirtyMode::Bitmap),
+        Ok(DirtyTracking::Ring) => Ok(DirtyMode::Ring),
+        Err(_) => Err(WorkerError::invalid(
+            "spec.dirty_tracking",
+            spec.dirty_tracking,
+            "give BITMAP, RING or nothing",
+        )),
+    }
+}
+
+/// Differences register by register, with the features that they are about.
+pub(crate) fn differences(found: &[kvm::CpuidDifference]) -> Vec<CpuidDifference> {
+    let mut out = Vec::new();
+    for d in found {
+        for (at, register) in ["eax", "ebx", "ecx", "edx"].into_iter().enumerate() {
+            let (asked, stored) = (d.asked[at], d.stored[at]);
+            if asked == stored {
+                continue;
+            }
+            let signed = |sign: char, bits| {
+                names(d.leaf, d.subleaf, at, bits).into_iter().map(move |name| format!("{sign}{name}"))
+            };
+            let features = signed('+', stored & !asked).chain(signed('-', asked & !stored)).collect();
+            let (leaf, subleaf, register) = (d.leaf, d.subleaf, register.to_owned());
+            out.push(CpuidDifference { leaf, subleaf, register, asked, stored, features });
+        }
+    }
+    out
+}
