@@ -127,6 +127,11 @@ impl Conn {
         self.version = version;
     }
 
+    /// Bytes that its buffers hold.
+    pub(crate) fn held(&self) -> usize {
+        self.scratch.capacity() + self.bounce.capacity() + self.meta.capacity() + self.unpacked.capacity()
+    }
+
     pub(crate) fn index(&self) -> u16 {
         self.index
     }

@@ -27,6 +27,8 @@
 //! with content costs nothing on the wire. A page that became zero after it was sent goes as a `Zero` range.
 
 pub mod frame;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod precopy;
 
 mod address;

@@ -12,7 +12,7 @@
 //! stays open for the answer alone: nothing reads from it any more.
 
 mod gate;
-mod handshake;
+pub(super) mod handshake;
 mod rounds;
 
 use std::net::Shutdown;
@@ -122,6 +122,17 @@ impl Incoming {
             }
         }
     }
+}
+
+/// The rounds of connections that were introduced elsewhere; for the fuzz targets.
+pub(super) fn fuzzed(
+    conns: &mut [Conn],
+    memory: &GuestMemory,
+    cancel: &CancelFlag,
+    progress: &AtomicU64,
+    timeouts: Timeouts,
+) -> Result<Received> {
+    receive(conns, memory, cancel, progress, timeouts)
 }
 
 /// Quick where it matters: a new memory has no page to look at.

@@ -127,6 +127,17 @@ fn judge(
     }
 }
 
+/// The verdict on an introduction, of which too few bytes are none; for the fuzz targets.
+pub(in crate::dataplane) fn fuzzed(
+    bytes: &[u8],
+    session: &SessionId,
+    memory_bytes: u64,
+    connections: usize,
+) -> Option<(u16, u16)> {
+    let taken: Vec<Option<Conn>> = (0..connections).map(|_| None).collect();
+    judge(bytes.first_chunk()?, session, memory_bytes, &taken).ok()
+}
+
 /// Waits for all connections of the session, in order of their index.
 ///
 /// # Errors
