@@ -7,7 +7,8 @@
 //! |---|---|---|---|
 //! | Owned, Entered | any | attached; one that refuses stays, its machine is Failed | the actor adopts it, or seals it and says why not |
 //! | Open, Quiesced | whole | Owned(e+1) is journalled: Resolve (a) | adopted under a grant of e+1 |
-//! | Committing, HandedOver, Incoming, Ready | any | ended | as in thread isolation |
+//! | HandedOver | any but one that runs | attached; its copy is kept | sealed again, Go sent again, until released or given back |
+//! | Committing, Incoming, Ready | any | ended | as in thread isolation |
 //! | Deleted, Released and all else, none | any | ended | – |
 //!
 //! Invariant: when recovery begins, each machine has at most one live worker and it has this daemon's term.
@@ -44,17 +45,21 @@ pub enum Survivor {
 }
 
 /// Looks for workers and settles what recovery must not meet.
-pub async fn before_recovery(daemon: &Arc<Daemon>) -> Result<Vec<(String, Survivor)>, ApiError> {
+pub async fn before_recovery(daemon: &Arc<Daemon>) -> Result<(Vec<(String, Survivor)>, Copies), ApiError> {
     let processes = &daemon.workers.processes;
     let uids = processes.uids().map_err(|e| {
         ApiError::internal("RUNTIME_DIR", format!("{}: {e}; make it readable", processes.run_dir.display()))
     })?;
-    let mut survivors = Vec::new();
+    let (mut survivors, mut copies) = (Vec::new(), Copies::new());
     for uid in uids {
         match processes.find(&uid) {
             Ok(Found::Live(process)) => {
                 let pid = process.pid();
-                if let Some(survivor) = settle(daemon, &uid, process).await {
+                if daemon.store.ownership(&uid).is_some_and(|held| held.phase() == Phase::HandedOver) {
+                    if let Some(copy) = keep_copy(daemon, &uid, process).await {
+                        copies.insert(uid, copy);
+                    }
+                } else if let Some(survivor) = settle(daemon, &uid, process).await {
                     survivors.push((uid, survivor));
                 } else {
                     tracing::info!(%uid, pid, "the worker of a machine that is not here any more was ended");
@@ -74,7 +79,36 @@ pub async fn before_recovery(daemon: &Arc<Daemon>) -> Result<Vec<(String, Surviv
             }
         }
     }
-    Ok(survivors)
+    Ok((survivors, copies))
+}
+
+/// Workers whose machines were handed over and not released: each holds what may become the last copy again.
+pub type Copies = std::collections::BTreeMap<String, WorkerLink>;
+
+/// The rows "HandedOver": one that runs is ended, every other keeps its copy.
+async fn keep_copy(daemon: &Arc<Daemon>, uid: &str, process: WorkerProcess) -> Option<WorkerLink> {
+    let held = daemon.store.ownership(uid).unwrap_or_default();
+    let pid = process.pid();
+    let (worker, status) = match attach(daemon, &held, process).await {
+        Ok(attached) => attached,
+        Err(error) => {
+            tracing::error!(%uid, pid, %error, "a worker with a copy that was handed over cannot be attached; the copy is not used");
+            return None;
+        }
+    };
+    match status.state() {
+        worker_status::State::Running => {
+            tracing::error!(%uid, pid, "CRITICAL: a machine that was handed over runs here; it is ended");
+            worker.end().await;
+            None
+        }
+        worker_status::State::Paused | worker_status::State::Sealed => Some(worker),
+        state => {
+            tracing::warn!(%uid, pid, state = state.as_str_name(), "a worker holds no copy any more; it is ended");
+            worker.end().await;
+            None
+        }
+    }
 }
 
 /// None if it was ended and nobody needs to know.

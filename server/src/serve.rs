@@ -192,8 +192,8 @@ async fn serve(
         limits: config.limits(),
         store,
     });
-    let survivors = crate::adopt::before_recovery(&daemon).await.map_err(ServeError::Recovery)?;
-    crate::migration::recover::recover(&daemon).await.map_err(ServeError::Recovery)?;
+    let (survivors, copies) = crate::adopt::before_recovery(&daemon).await.map_err(ServeError::Recovery)?;
+    crate::migration::recover::recover(&daemon, copies).await.map_err(ServeError::Recovery)?;
     crate::adopt::after_recovery(&daemon, survivors).await;
     daemon.recovered.cancel();
 

@@ -198,7 +198,7 @@ async fn both_killed_in_the_window_leave_no_copy_and_say_so() {
     b.restart().await;
     a.restart_with(&SIMULATED).await;
     let vm = a.until("vm", "given back", |vm| vm.epoch == 3).await;
-    assert_eq!((vm.observed_state(), vm.reason.as_str()), (State::Stopped, "HOST_RESTARTED"));
+    assert_eq!((vm.observed_state(), vm.reason.as_str()), (State::Failed, "LOST"));
     assert!(b.list().await.is_empty());
     a.start_vm("vm").await;
     assert_eq!(running([&a, &b]).await, 1);

@@ -403,3 +403,79 @@ async fn a_daemon_that_dies_in_a_migration_finds_its_worker() {
         assert!(workers.iter().all(|w| w.alive().is_empty()), "{point}");
     }
 }
+
+/// The source dies after its decision, the destination before it has entered: the destination gives the machine back, and
+/// the copy that outlived the source's daemon goes on.
+#[tokio::test]
+async fn a_machine_that_is_given_back_goes_on_in_the_worker_that_was_kept() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (here, there) = (dir.path().join("a"), dir.path().join("b"));
+    let workers = [Workers::of(&here), Workers::of(&there)];
+    let held = ["--isolation", "process", "--hold-at", "after:source-persist-handed-over"];
+    let (mut a, mut b) = (Host::start(&here, &held).await, Host::start(&there, &OPTIONS).await);
+    a.create("vm", probe_spec(1, 16)).await;
+    let vm = a.start_vm("vm").await;
+    let worker = identity(&vm);
+    let before = a.until_counting("vm").await;
+    let request = CreateMigrationRequest {
+        parent: name("vm"),
+        spec: Some(MigrationSpec { destination: b.peer(), ..MigrationSpec::default() }),
+        ..CreateMigrationRequest::default()
+    };
+    a.migrations().await.create_migration(request).await.expect("accepted");
+    a.kill_at_hold().await;
+    b.kill().await;
+    b.restart().await;
+    a.restart_with(&OPTIONS).await;
+    let back = a.until("vm", "RUNNING", is(State::Running)).await;
+    assert_eq!((back.worker_pid, back.epoch), (worker.pid, 3), "{back:?}");
+    assert!(back.moved_to.is_empty() && back.migration.is_empty(), "{back:?}");
+    until_beyond(&a, "vm", &before).await;
+    assert!(b.list().await.is_empty());
+    delete_vm(&a, "vm").await;
+    until_gone(&worker).await;
+    assert!(workers.iter().all(|w| w.alive().is_empty()));
+    assert_eq!((a.terminate().await, b.terminate().await), (0, 0));
+}
+
+/// SIGTERM in the middle of a copy: the migration is aborted, and the machine runs on without its daemon and after it.
+#[tokio::test]
+async fn sigterm_in_a_migration_leaves_the_machine_running() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (here, there) = (dir.path().join("a"), dir.path().join("b"));
+    let workers = [Workers::of(&here), Workers::of(&there)];
+    let (mut a, mut b) = (Host::start(&here, &OPTIONS).await, Host::start(&there, &OPTIONS).await);
+    let probe = ProbeBoot { fill_bytes: 32 << 20, ..ProbeBoot::default() };
+    let boot = Some(virtual_machine_spec::Boot::Probe(probe));
+    a.create("vm", VirtualMachineSpec { boot, ..probe_spec(1, 64) }).await;
+    let worker = identity(&a.start_vm("vm").await);
+    let before = a.until_counting("vm").await;
+    let spec = MigrationSpec { destination: b.peer(), max_bandwidth: 1 << 20, ..MigrationSpec::default() };
+    let request =
+        CreateMigrationRequest { parent: name("vm"), spec: Some(spec), ..CreateMigrationRequest::default() };
+    a.migrations().await.create_migration(request).await.expect("accepted");
+    a.until("vm", "MIGRATING_OUT", is(State::MigratingOut)).await;
+    assert_eq!(a.terminate().await, 0);
+    assert!(lives(&worker), "it outlives the daemon");
+    a.restart().await;
+    let after = a.until("vm", "RUNNING", is(State::Running)).await;
+    assert_eq!(after.worker_pid, worker.pid, "{after:?}");
+    until_beyond(&a, "vm", &before).await;
+    let list = ListMigrationsRequest { parent: name("vm"), ..ListMigrationsRequest::default() };
+    let list = a.migrations().await.list_migrations(list).await.expect("lists");
+    let ended = list.into_inner().migrations;
+    assert!(
+        ended.iter().all(|m| matches!(m.state(), migration::State::Failed | migration::State::Cancelled)),
+        "{ended:?}"
+    );
+    // A second one gets through.
+    let spec = MigrationSpec { destination: b.peer(), ..MigrationSpec::default() };
+    let request =
+        CreateMigrationRequest { parent: name("vm"), spec: Some(spec), ..CreateMigrationRequest::default() };
+    let operation = a.migrations().await.create_migration(request).await.expect("accepted").into_inner();
+    a.finish(operation).await.expect("migrated");
+    until_gone(&worker).await;
+    delete_vm(&b, "vm").await;
+    assert!(workers.iter().all(|w| w.alive().is_empty()));
+    assert_eq!((a.terminate().await, b.terminate().await), (0, 0));
+}

@@ -22,21 +22,23 @@ use vpmu_proto::store::ownership_record::Phase;
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
 
 use super::settle;
+use crate::adopt::{Copies, Survivor};
 use crate::daemon::Daemon;
 use crate::handover::recovery::{Action, Records, Worker, decide};
 use crate::handover::source::Outcome as Decided;
 use crate::names::VmName;
 use crate::status::ApiError;
 use crate::vm::command::{Command, Outcome};
+use crate::worker_link::WorkerLink;
 
 /// How long the start waits for an abort to be durable; it goes on behind the start then.
 const ABORT: Duration = Duration::from_secs(10);
 
-const RESTARTED: &str =
-    "vpmud was restarted and the machine ended with it (thread isolation); start it again";
+const RESTARTED: &str = "vpmud was restarted and the machine did not outlive it; start it again";
 
 /// Brings every known machine back as what it is.
-pub async fn recover(daemon: &Arc<Daemon>) -> Result<(), ApiError> {
+/// `copies`: workers that outlived the last daemon with a copy that was handed over.
+pub async fn recover(daemon: &Arc<Daemon>, mut copies: Copies) -> Result<(), ApiError> {
     super::destination::remove_data_sockets(daemon);
     let mut records: std::collections::BTreeMap<String, VmRecord> = daemon
         .store
@@ -66,11 +68,19 @@ pub async fn recover(daemon: &Arc<Daemon>) -> Result<(), ApiError> {
     end_migrations(daemon).await?;
     for later in open {
         match later {
-            Later::Source(held) => daemon.tasks.spawn(settle_source(Arc::clone(daemon), held, None)),
+            Later::Source(held) => {
+                let copy = copies.remove(&held.vm_uid);
+                daemon.tasks.spawn(settle_source(Arc::clone(daemon), held, None, copy))
+            }
             Later::Destination(held, over) => {
                 daemon.tasks.spawn(settle_destination(Arc::clone(daemon), held, over))
             }
         };
+    }
+    for (uid, copy) in copies {
+        // Its machine could not be brought back: who knows what the copy is worth keeps it.
+        tracing::error!(%uid, pid = copy.pid(), "a worker with a copy is left alone: its machine could not be brought back");
+        copy.keep();
     }
     Ok(())
 }
@@ -135,7 +145,7 @@ async fn resume_source(
     match held.phase() {
         // Nobody needs to be asked: the abort is durable before anything is served.
         Phase::Open => {
-            let aborting = daemon.tasks.spawn(settle_source(Arc::clone(daemon), held, Some(record)));
+            let aborting = daemon.tasks.spawn(settle_source(Arc::clone(daemon), held, Some(record), None));
             if tokio::time::timeout(ABORT, aborting).await.is_err() {
                 tracing::error!(
                     "the abort of an open migration is not durable yet; its machine is shown once it is"
@@ -243,10 +253,17 @@ fn fail(migration: &mut vpmu_proto::api::Migration, reason: &str, message: &str)
 }
 
 /// A source without its worker. `unseen` is the machine's record if it is not shown yet.
-async fn settle_source(daemon: Arc<Daemon>, held: OwnershipRecord, unseen: Option<VmRecord>) {
+/// `copy`: its worker, if that outlived the last daemon.
+async fn settle_source(
+    daemon: Arc<Daemon>,
+    held: OwnershipRecord,
+    unseen: Option<VmRecord>,
+    copy: Option<WorkerLink>,
+) {
     let (uid, committed) = (held.vm_uid.clone(), held.phase() == Phase::HandedOver);
-    let Some((decided, held)) = settle::source(Arc::clone(&daemon), held).await else { return };
+    let Some((decided, held, copy)) = settle::source(Arc::clone(&daemon), held, copy).await else { return };
     let shown = match unseen {
+        None if copy.is_some() => taken_back(&daemon, &held, copy).await,
         Some(record) => {
             let stored = record.vm.as_ref().map_or(State::Unspecified, VirtualMachine::observed_state);
             own(&daemon, record, held, stored)
@@ -270,8 +287,35 @@ fn why(decided: Decided, committed: bool) -> Option<ApiError> {
             "LOST",
             "vpmud died while the machine was stopped for a migration and the destination holds no complete copy; start it afresh",
         ),
+        Decided::Failed(_) => ApiError::internal(
+            "LOST",
+            "the destination lost the copy that it was given and gave the machine back, and the copy here had died with its worker; start it afresh",
+        ),
         _ => ApiError::internal("HOST_RESTARTED", RESTARTED),
     })
+}
+
+/// The destination gave it back and the copy here was kept: it goes on.
+async fn taken_back(
+    daemon: &Arc<Daemon>,
+    held: &OwnershipRecord,
+    copy: Option<WorkerLink>,
+) -> Result<(), ApiError> {
+    let Some(worker) = copy else { return Ok(()) };
+    if let Some(mut record) = daemon.store.get_migration(&held.vm_uid, &held.migration_id) {
+        if let Some(migration) = record.migration.as_mut() {
+            fail(
+                migration,
+                "RETURNED",
+                "the destination could not start the machine and gave it back; it goes on here",
+            );
+        }
+        daemon.store.put_migration(&record).await?;
+    }
+    let status = Box::new(worker.status().await?);
+    let Some(handle) = daemon.registry.by_uid(&held.vm_uid) else { return Ok(()) };
+    let survivor = Box::new(Survivor::Live { worker, status });
+    handle.ask(|reply| Command::Reattach { survivor, reply }).await
 }
 
 async fn settled(

@@ -1,5 +1,5 @@
-//! What a restart interrupted is brought to its end by the same machines, without a worker: in thread isolation that
-//! died with its daemon. With nothing to wait for but the other host, one effect is done after the other.
+//! What a restart interrupted is brought to its end by the same machines, without a worker (in thread isolation that died
+//! with its daemon) or, at a source that had handed over, with the one that outlived it. With nothing to wait for but the other host, one effect is done after the other.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use crate::daemon::Daemon;
 use crate::handover::recovery::Worker;
 use crate::handover::{Digest, Handover, PeerAnswer, destination, source};
 use crate::peer::Peer;
+use crate::worker_link::WorkerLink;
 
 /// What both sides need.
 struct Settler {
@@ -66,14 +67,74 @@ impl Settler {
     }
 }
 
-/// Goes on as the source; none if the daemon ends before it is over.
+/// Goes on as the source; none if the daemon ends before it is over, and a worker that can outlives it then. The worker
+/// comes back if it runs, or is paused, under a grant.
 pub(super) async fn source(
     daemon: Arc<Daemon>,
     held: OwnershipRecord,
+    worker: Option<WorkerLink>,
+) -> Option<(source::Outcome, OwnershipRecord, Option<WorkerLink>)> {
+    let mut copy = Copy { worker, id: held.migration_id.clone() };
+    let settled = settle_source(daemon, held, &mut copy).await;
+    if settled.is_none()
+        && let Some(worker) = copy.worker.as_ref().filter(|worker| worker.outlives_daemon())
+    {
+        worker.keep();
+    }
+    settled.map(|(outcome, held)| (outcome, held, copy.worker))
+}
+
+/// A worker that outlived its daemon, until it is ended.
+struct Copy {
+    worker: Option<WorkerLink>,
+    id: String,
+}
+
+impl Copy {
+    async fn end(&mut self) -> source::Event {
+        if let Some(worker) = self.worker.take() {
+            worker.end().await;
+        }
+        source::Event::WorkerDied
+    }
+
+    async fn seal(&mut self, epoch: u64) -> source::Event {
+        let Some(worker) = &self.worker else { return source::Event::WorkerDied };
+        match worker.seal(&self.id, epoch).await {
+            Ok(()) => source::Event::WorkerSealed,
+            Err(error) => {
+                tracing::error!(migration = %self.id, %error, "a worker cannot be sealed and is ended");
+                self.end().await
+            }
+        }
+    }
+
+    async fn grant(&mut self, epoch: u64, run: bool) -> source::Event {
+        let Some(worker) = &self.worker else { return source::Event::WorkerDied };
+        if let Err(error) = worker.cancel_migration(&self.id).await {
+            tracing::info!(migration = %self.id, %error, "the copy had ended already");
+        }
+        match worker.grant(epoch, run).await {
+            Ok(_) => source::Event::Granted,
+            Err(error) => {
+                tracing::error!(migration = %self.id, %error, "a worker does not run on and is ended");
+                self.end().await
+            }
+        }
+    }
+}
+
+async fn settle_source(
+    daemon: Arc<Daemon>,
+    held: OwnershipRecord,
+    copy: &mut Copy,
 ) -> Option<(source::Outcome, OwnershipRecord)> {
     use source::{Effect, Event};
-    let handover = Handover::of(&held, &daemon.host.host_id, false);
-    let (mut machine, first) = source::Source::recovered(handover, &held, Worker::Dead)?;
+    let wanted = daemon.registry.by_uid(&held.vm_uid).map(|h| h.view().vm.desired_state());
+    let handover = Handover::of(&held, &daemon.host.host_id, wanted != Some(DesiredState::Paused));
+    let condition =
+        if copy.worker.is_some() { Worker::Sealed { epoch: handover.epoch } } else { Worker::Dead };
+    let (mut machine, first) = source::Source::recovered(handover, &held, condition)?;
     let voice = daemon.migrations.answers.voice(&held.migration_id, machine.answer());
     let mut settler = Settler { daemon, held, backoff: Backoff::new(), asked: false };
     let (mut effects, mut events) = (first, VecDeque::new());
@@ -94,10 +155,10 @@ pub(super) async fn source(
                 Effect::SendGo { epoch, digest } => {
                     events.push_back(go(&settler.daemon, &machine.handover, epoch, digest).await);
                 }
-                // The worker died with its daemon; so did what it had not stored.
-                Effect::SealWorker { .. } | Effect::EndWorker | Effect::Grant { .. } => {
-                    events.push_back(Event::WorkerDied);
-                }
+                // What the last daemon had not stored of it died with that.
+                Effect::SealWorker { epoch } => events.push_back(copy.seal(epoch).await),
+                Effect::EndWorker => events.push_back(copy.end().await),
+                Effect::Grant { epoch, run } => events.push_back(copy.grant(epoch, run).await),
                 Effect::PersistPmu => events.push_back(Event::PmuPersisted),
                 // Without a stream: a destination that waits asks. The others begin a migration, or answer a user
                 // who cannot reach this one.

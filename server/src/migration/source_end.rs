@@ -61,6 +61,9 @@ impl Source {
     /// The daemon ends in the middle; the next one goes on from the journal.
     pub(super) fn leave(&mut self) -> Ended {
         let why = self.work.left.take().unwrap_or_else(ApiError::shutting_down);
+        if self.lease.worker.outlives_daemon() {
+            return Ended { outcome: Outcome::Left, migration: Err(why) };
+        }
         if matches!(
             self.work.machine.state(),
             State::HandedOver { .. } | State::Releasing | State::SavingReleased
@@ -135,6 +138,13 @@ impl Source {
                 Err(error)
             }
         };
+        let left = matches!(outcome, Outcome::Left);
+        if left {
+            // Not over: the next daemon asks the destination and ends it.
+            last = self.progress.borrow().clone();
+            last.set_state(Shown::InDoubt);
+            "vpmud was ended in the middle; the next one goes on".clone_into(&mut last.phase);
+        }
         let record =
             MigrationRecord { migration: Some(outcome::storable(&last)), vm_uid: self.handle.uid.clone() };
         if let Err(error) = self.daemon.store.put_migration(&record).await {

@@ -164,6 +164,8 @@ pub enum Outcome {
         /// The worker is gone: why.
         lost: Option<ApiError>,
     },
+    /// The daemon ends in the middle: the worker and the records stay as they are for the next one.
+    Left,
     /// It went.
     Moved {
         /// Ownership now.

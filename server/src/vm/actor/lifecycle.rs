@@ -273,6 +273,13 @@ impl Actor {
 
     pub(super) async fn stop(&mut self, seed: Seed, reply: Reply<Uuid>) {
         let Some(running) = self.begin(seed, reply).await else { return };
+        // Durable before the worker is told: whoever dies in between, the next daemon ends what the user has ended.
+        let before = self.vm.desired_state();
+        self.vm.set_desired_state(DesiredState::Stopped);
+        if let Err(error) = self.daemon.store.put_vm(&self.record()).await {
+            self.vm.set_desired_state(before);
+            return running.finish(Err(error.into())).await;
+        }
         self.show(State::Stopping);
         self.retire_worker("stop").await;
         if let Err(error) = self.end_unheld().await {
@@ -296,18 +303,27 @@ impl Actor {
         let Some(running) = self.begin(seed, reply).await else { return };
         let previous = self.state();
         self.show(State::Stopping);
+        // Durable before the worker is told: whoever dies in between, the next daemon finds a worker without a machine.
+        let gone = OwnershipRecord { phase: Phase::Deleted as i32, ..self.ownership.clone() };
+        match self.daemon.store.append_ownership(gone).await {
+            Ok(gone) => self.ownership = gone,
+            Err(error) => {
+                self.show(previous);
+                return running.finish(Err(error.into())).await;
+            }
+        }
         if let Some(worker) = self.worker.take()
             && let Err(error) = worker.shutdown().await
         {
             tracing::warn!(vm = %self.name, %error, "the worker of a deleted machine did not end in order");
         }
-        let result = self.do_delete().await;
-        match result {
+        match self.do_delete().await {
             Ok(()) => {
                 self.forget();
                 running.finish(Ok(pack_empty())).await;
             }
             Err(error) => {
+                // Asked again, it goes on from here.
                 let state = if previous == State::Moved { State::Moved } else { State::Stopped };
                 self.show(state);
                 running.finish(Err(error)).await;
@@ -339,8 +355,6 @@ impl Actor {
 
     pub(super) async fn do_delete(&mut self) -> Result<(), ApiError> {
         self.end_unheld().await?;
-        let gone = OwnershipRecord { phase: Phase::Deleted as i32, ..self.ownership.clone() };
-        self.ownership = self.daemon.store.append_ownership(gone).await?;
         self.daemon.store.delete_vm(&self.vm.uid).await?;
         Ok(())
     }

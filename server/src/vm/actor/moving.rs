@@ -37,6 +37,7 @@ impl Actor {
         self.migration = None;
         self.vm.migration.clear();
         match outcome {
+            Outcome::Left => Ok(()),
             Outcome::Stayed { ownership, lost: None } => {
                 self.ownership = ownership;
                 let paused = self.vm.desired_state() == DesiredState::Paused;

@@ -41,12 +41,35 @@ fn row(epoch: u64, status: &WorkerStatus, wants_to_run: bool) -> Row {
     }
 }
 
+fn useless(status: &WorkerStatus) -> bool {
+    row(0, status, false) == Row::Useless
+}
+
 impl Actor {
     pub(super) async fn reattach(&mut self, survivor: Survivor) -> Result<(), ApiError> {
+        if self.migration.is_none()
+            && let Some(held) = self.daemon.store.ownership(&self.vm.uid)
+        {
+            // Settling a migration may have decided since this actor was made.
+            self.ownership = held;
+        }
         let owned = matches!(self.ownership.phase(), Phase::Owned | Phase::Entered);
+        let unwanted = self.vm.desired_state() == DesiredState::Stopped;
         // Recovery shows a machine that had run, or may have, as ended with the last daemon.
         let had_run = self.vm.reason == "HOST_RESTARTED";
         match survivor {
+            // The user has ended it, and nobody could say so; or a start that was not acknowledged had not come far.
+            Survivor::Live { worker, status } if owned && (unwanted || !had_run && useless(&status)) => {
+                worker.end().await;
+                if had_run {
+                    self.change(State::Stopped, "", "", Kind::Updated, |_| {}).await
+                } else {
+                    Ok(())
+                }
+            }
+            Survivor::Dead { .. } if owned && had_run && unwanted => {
+                self.change(State::Stopped, "", "", Kind::Updated, |_| {}).await
+            }
             Survivor::Live { worker, status } if owned => self.take_back(worker, *status).await,
             Survivor::Live { worker, .. } => {
                 worker.end().await;
@@ -109,6 +132,7 @@ impl Actor {
         let edit = |vm: &mut VirtualMachine| {
             vm.set_desired_state(desired);
             vm.next_restart_time = None;
+            vm.moved_to.clear();
         };
         self.change(state, "", "", Kind::Updated, edit).await?;
         match self.follow_worker(&worker).await {
