@@ -185,8 +185,7 @@ impl Machine {
 
     /// Our figures and the hypervisor's, read without stopping anybody.
     pub fn all_statistics(&self) -> Result<api::VirtualMachineStats, WorkerError> {
-        let mut all = api::VirtualMachineStats::default();
-        all.vcpus = self
+        let vcpus = self
             .statistics()
             .into_iter()
             .map(|s| api::VcpuStats {
@@ -199,6 +198,7 @@ impl Machine {
                 hypervisor: Vec::new(),
             })
             .collect();
+        let mut all = api::VirtualMachineStats { vcpus, ..api::VirtualMachineStats::default() };
         for figure in self.vm.statistics()? {
             let list = match figure.vcpu {
                 None => Some(&mut all.hypervisor),

@@ -71,7 +71,7 @@ pub(super) fn check_foreign(fd: &OwnedFd, bytes: u64) -> Result<(), MemoryError>
 /// Whether a memory file is made of huge pages.
 pub(super) fn is_hugetlb(fd: &OwnedFd) -> bool {
     const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
-    rustix::fs::fstatfs(fd).is_ok_and(|stat| i64::from(stat.f_type) == HUGETLBFS_MAGIC)
+    rustix::fs::fstatfs(fd).is_ok_and(|stat| stat.f_type == HUGETLBFS_MAGIC)
 }
 
 impl Mapping {

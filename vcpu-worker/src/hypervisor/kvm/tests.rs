@@ -480,7 +480,7 @@ fn statistics_are_read_while_the_guest_runs() {
     // From another thread while it spins: a call that waited for the vCPU would never come back.
     let (send, receive) = std::sync::mpsc::channel();
     let spinning = std::thread::spawn(move || {
-        let memory = super::tests::memory(2 * MIB);
+        let memory = GuestMemory::new("spin", 2 * MIB).expect("memory");
         let (vm, mut vcpu) = start(&memory, guest::spin(), EntryMode::LongUser);
         send.send((vm, vcpu.kicker())).expect("sent");
         assert_eq!(vcpu.run().expect("run"), Exit::Interrupted);
