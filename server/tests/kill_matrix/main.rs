@@ -9,6 +9,7 @@
 //! VPMU_KILL_MATRIX=random:50:7   ...                                  the same with this seed
 //! VPMU_KILL_MATRIX=thread/move   ...                                  every cell whose name contains one of these, by commas
 //! VPMU_KILL_MATRIX_JOBS=4        cells at once; default 2
+//! VPMU_KILL_MATRIX_TIMEOUT_MS=3000   time-outs in cells of silence; default 1000, too little on a machine that is busy
 //! ```
 #![allow(missing_docs, unreachable_pub)]
 

@@ -19,9 +19,8 @@ use super::support::*;
 const MEMORY: u64 = 16;
 const FILL: u64 = 4 << 20;
 /// Time-outs where nothing is waited for but the fault itself, and where the fault is silence; the silence.
-const PATIENT: &str = "4000";
-const HASTY: &str = "1000";
-const SILENCE: Duration = Duration::from_millis(3300);
+const PATIENT: u64 = 4000;
+const HASTY: u64 = 1000;
 /// File system of a host in the cells with a full disk.
 const DISK: &str = "size=24m";
 
@@ -99,7 +98,7 @@ pub async fn play(cell: Cell, extra: Extra, dir: &Path) -> Played {
     world.fault(cell, extra, sw.as_ref()).await;
     let (got, reason) = world.settle(cell, extra).await;
     world.check(cell, extra, got, &before, left).await;
-    world.clean_up(got).await;
+    world.clean_up(cell, extra, got).await;
     Played { got, reason, ms: begin.elapsed().as_millis() }
 }
 
@@ -262,7 +261,7 @@ impl World {
                 if who != holder {
                     self.host(holder).signal(Signal::CONT);
                 }
-                tokio::time::sleep(SILENCE).await;
+                tokio::time::sleep(silence()).await;
                 for victim in stopped {
                     // It may have been ended meanwhile.
                     let _ = kill_process(victim, Signal::CONT);
@@ -277,7 +276,7 @@ impl World {
                     links[1].deafen();
                 }
                 self.host(holder).signal(Signal::CONT);
-                tokio::time::sleep(SILENCE).await;
+                tokio::time::sleep(silence()).await;
                 links.iter().for_each(Link::heal);
                 self.links = Some(links);
             }
@@ -432,11 +431,28 @@ impl World {
     }
 
     /// Everything can be removed, and then nothing is left.
-    async fn clean_up(&mut self, got: Got) {
+    async fn clean_up(&mut self, cell: Cell, extra: Extra, got: Got) {
+        if let Fault::Disk(who) = cell.fault {
+            // A store whose writes failed only reads until its daemon is started again.
+            let options = options(cell, extra);
+            let options: Vec<_> = options.iter().map(String::as_str).collect();
+            self.host(who).kill().await;
+            self.host(who).restart_with(&options).await;
+        }
         for host in [&self.a, &self.b] {
+            let begin = Instant::now();
             for vm in host.list().await {
-                let request = DeleteVirtualMachineRequest { name: vm.name, ..Default::default() };
-                let deleted = host.vms().await.delete_virtual_machine(request).await.expect("accepted");
+                // A source that was restarted may still be waiting for the destination's word.
+                let deleted = loop {
+                    let request = DeleteVirtualMachineRequest { name: vm.name.clone(), ..Default::default() };
+                    match host.vms().await.delete_virtual_machine(request).await {
+                        Ok(deleted) => break deleted,
+                        Err(refused) => {
+                            assert!(begin.elapsed() < DEADLINE, "it cannot be deleted: {refused:?}");
+                        }
+                    }
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                };
                 host.finish(deleted.into_inner()).await.expect("deleted");
             }
         }
@@ -476,12 +492,21 @@ fn counted_once(cell: Cell, pmu: &Pmu) {
     }
 }
 
+/// A machine that has much else to do needs more than the usual second.
+fn hasty() -> u64 {
+    std::env::var("VPMU_KILL_MATRIX_TIMEOUT_MS").map_or(HASTY, |ms| ms.parse().expect("milliseconds"))
+}
+
+fn silence() -> Duration {
+    Duration::from_millis(hasty() * 33 / 10)
+}
+
 fn options(cell: Cell, extra: Extra) -> Vec<String> {
     let silent = matches!(cell.fault, Fault::Stop(_) | Fault::Cut | Fault::OneWay);
     let isolation = if cell.isolation == Isolation::Process { "process" } else { "thread" };
     let hypervisor = if extra.kvm { "kvm" } else { "simulated" };
-    let timeout = if silent { HASTY } else { PATIENT };
-    ["--isolation", isolation, "--hypervisor", hypervisor, "--handover-timeout", timeout]
+    let timeout = if silent { hasty() } else { PATIENT }.to_string();
+    ["--isolation", isolation, "--hypervisor", hypervisor, "--handover-timeout", &timeout]
         .map(str::to_owned)
         .to_vec()
 }

@@ -1,0 +1,174 @@
+//! What arrives is what was there: guest memory compared page by page while both copies stand still, and the PMU state
+//! of every vCPU by digest over hop after hop.
+//!
+//! ```text
+//! VPMU_INTEGRITY=200      migrations whose memory is compared; default 3
+//! VPMU_INTEGRITY_HOPS=20  hops from host to host and back; default 6
+//! ```
+
+mod support;
+
+use std::path::{Path, PathBuf};
+
+use support::*;
+use vcpu_worker::memory::GuestMemory;
+use vcpu_worker::probe::layout;
+use vcpu_worker::process::Identity;
+use vpmu_proto::api::*;
+
+const MEMORY: u64 = 32;
+const HELD: [&str; 6] =
+    ["--isolation", "process", "--hypervisor", "simulated", "--hold-at", "before:destination-grant"];
+const FREE: [&str; 4] = ["--isolation", "process", "--hypervisor", "simulated"];
+
+fn times(name: &str, default: u32) -> u32 {
+    std::env::var(name).ok().map_or(default, |n| n.parse().expect("a number"))
+}
+
+fn memory(pid: u32) -> GuestMemory {
+    let mut entries = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("a worker").flatten();
+    let open = |path: PathBuf| {
+        let name = std::fs::read_link(&path).ok()?;
+        let file = std::fs::File::options().read(true).write(true).open(&path).ok()?;
+        let guest = name.to_string_lossy().starts_with("/memfd:");
+        guest.then(|| GuestMemory::from_fd(file.into(), MEMORY << 20).ok()).flatten()
+    };
+    entries.find_map(|e| open(e.path())).expect("guest memory")
+}
+
+fn workers(host: &Path) -> Vec<Identity> {
+    let entries = std::fs::read_dir(host.join("state/run")).into_iter().flatten().flatten();
+    let lives = |i: &Identity| Identity::of(i.pid).is_ok_and(|now| now == *i);
+    entries.filter_map(|e| Identity::read(&e.path())).filter(lives).collect()
+}
+
+/// Ends workers that a failed test leaves.
+struct Leftovers(PathBuf);
+
+impl Drop for Leftovers {
+    fn drop(&mut self) {
+        for side in ["a", "b"] {
+            for worker in workers(&self.0.join(side)) {
+                let pid = rustix::process::Pid::from_raw(worker.pid.cast_signed()).expect("a pid");
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+    }
+}
+
+fn spec(vcpus: u32) -> VirtualMachineSpec {
+    let probe = ProbeBoot { working_set_bytes: 2 << 20, fill_bytes: 8 << 20, ..ProbeBoot::default() };
+    VirtualMachineSpec { boot: Some(virtual_machine_spec::Boot::Probe(probe)), ..probe_spec(vcpus, MEMORY) }
+}
+
+fn to(host: &Host) -> CreateMigrationRequest {
+    CreateMigrationRequest {
+        parent: name("vm"),
+        spec: Some(MigrationSpec { destination: host.peer(), ..MigrationSpec::default() }),
+        ..CreateMigrationRequest::default()
+    }
+}
+
+/// Pages that differ, without the word in which the host tells the guest that it was resumed; and pages that are not
+/// zero.
+fn compare(left: &GuestMemory, right: &GuestMemory) -> (Vec<u64>, u64) {
+    let (mut ours, mut theirs) = (vec![0; 4096], vec![0; 4096]);
+    let (mut different, mut used) = (Vec::new(), 0);
+    for page in 0..left.pages() {
+        left.read_at(page * 4096, &mut ours).expect("reads");
+        right.read_at(page * 4096, &mut theirs).expect("reads");
+        for bytes in [&mut ours, &mut theirs] {
+            if page == (layout::block(0) + layout::R_MARK) / 4096 {
+                let at = ((layout::block(0) + layout::R_MARK) % 4096) as usize;
+                bytes[at..at + 8].fill(0);
+            }
+        }
+        if ours != theirs {
+            different.push(page);
+        }
+        used += u64::from(ours.iter().any(|b| *b != 0));
+    }
+    (different, used)
+}
+
+#[tokio::test]
+async fn memory_is_equal_page_by_page_after_each_migration() {
+    let n = times("VPMU_INTEGRITY", 3);
+    let dir = tempfile::tempdir().expect("tempdir");
+    let _leftovers = Leftovers(dir.path().to_owned());
+    let mut here = Host::start(&dir.path().join("a"), &FREE).await;
+    let mut there = Host::start(&dir.path().join("b"), &FREE).await;
+    here.create("vm", spec(1)).await;
+    here.start_vm("vm").await;
+    let mut pages = 0;
+    for number in 0..n {
+        here.until_counting("vm").await;
+        let left = memory(here.get("vm").await.worker_pid);
+        assert_eq!(there.terminate().await, 0);
+        there.restart_with(&HELD).await;
+        let operation = here.migrations().await.create_migration(to(&there)).await.expect("accepted");
+        there.until_held().await;
+        // Sealed there, complete here, and neither runs.
+        let arrived = workers(&there.dir);
+        assert_eq!(arrived.len(), 1, "migration {number}");
+        let (different, used) = compare(&left, &memory(arrived[0].pid));
+        assert!(different.is_empty(), "migration {number}: pages {different:?} differ");
+        assert!(used * 4096 >= 2 << 20, "migration {number}: only {used} pages are used");
+        pages += left.pages();
+        there.signal(rustix::process::Signal::CONT);
+        let moved: Migration = unpack(&here.finish(operation.into_inner()).await.expect("moved"));
+        assert!(moved.result.expect("a result").rounds > 0);
+        std::mem::swap(&mut here, &mut there);
+    }
+    println!("{n} migrations, {pages} pages compared, none differs");
+    let probe = here.live_pmu("vm").await.probe.expect("a report");
+    assert!(probe.vcpus.iter().all(|v| v.faults == 0), "{probe:?}");
+    here.stop_vm("vm").await;
+}
+
+#[tokio::test]
+async fn counters_go_on_over_hops_from_host_to_host_and_back() {
+    let hops = times("VPMU_INTEGRITY_HOPS", 6);
+    let dir = tempfile::tempdir().expect("tempdir");
+    let options = ["--hypervisor", if have_kvm() { "kvm" } else { "simulated" }];
+    let mut here = Host::start(&dir.path().join("a"), &options).await;
+    let mut there = Host::start(&dir.path().join("b"), &options).await;
+    here.create("vm", spec(2)).await;
+    here.start_vm("vm").await;
+    let mut last: Vec<Vec<u64>> = Vec::new();
+    for hop in 0..hops {
+        here.until_counting("vm").await;
+        let operation = here.migrations().await.create_migration(to(&there)).await.expect("accepted");
+        let moved: Migration = unpack(&here.finish(operation.into_inner()).await.expect("moved"));
+        let result = moved.result.expect("a result");
+        assert_eq!(result.pmu_at_stop.len(), 2, "hop {hop}");
+        for (stop, resume) in result.pmu_at_stop.iter().zip(&result.pmu_at_resume) {
+            assert_eq!(stop.digest, resume.digest, "hop {hop}, vCPU {}", stop.vcpu);
+            assert_eq!(stop.counters, resume.counters, "hop {hop}, vCPU {}", stop.vcpu);
+            assert_eq!((stop.pmis, stop.pmi_pending), (resume.pmis, resume.pmi_pending), "hop {hop}");
+        }
+        // Counters that take no overflow, and the interrupts raised so far.
+        let now: Vec<Vec<u64>> = result
+            .pmu_at_stop
+            .iter()
+            .map(|v| {
+                let free = v.counters.iter().filter(|c| c.live && !c.pmi_enabled).map(|c| c.value);
+                free.chain([v.pmis]).collect()
+            })
+            .collect();
+        for (vcpu, (old, new)) in last.iter().zip(&now).enumerate() {
+            assert!(
+                old.iter().zip(new).all(|(o, n)| n >= o),
+                "hop {hop}, vCPU {vcpu}: {old:?}, then {new:?}"
+            );
+        }
+        last = now;
+        std::mem::swap(&mut here, &mut there);
+    }
+    let end = here.until_counting("vm").await;
+    for (vcpu, report) in end.vcpus.iter().zip(&end.probe.as_ref().expect("a report").vcpus) {
+        assert_eq!(report.faults, 0, "{report:?}");
+        assert!(vcpu.pmis >= last[vcpu.vcpu as usize][last[0].len() - 1], "{vcpu:?}");
+    }
+    println!("{hops} hops, every digest at the stop equal to the one at the resume");
+}
