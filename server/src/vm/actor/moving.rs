@@ -130,8 +130,15 @@ impl Actor {
             note(vm, Event::Running { now: wall_ms() });
         };
         self.change(state, "", "", Kind::Updated, edit).await?;
-        self.follow_worker(&worker).await?;
-        pmu
+        match self.follow_worker(&worker).await {
+            Ok(()) => pmu,
+            Err(error) => {
+                // It died between its grant and this: nobody else would notice.
+                let died = worker.died_of(&error).await;
+                let error = if died { worker.obituary().await } else { error };
+                self.give_up(&error).await
+            }
+        }
     }
 
     pub(super) async fn drop_incoming(&mut self, ownership: OwnershipRecord) -> Result<(), ApiError> {

@@ -141,7 +141,7 @@ impl Actor {
         }
     }
 
-    async fn give_up(&mut self, error: &ApiError) -> Result<(), ApiError> {
+    pub(super) async fn give_up(&mut self, error: &ApiError) -> Result<(), ApiError> {
         if let Some(worker) = self.worker.take() {
             worker.end().await;
         }
