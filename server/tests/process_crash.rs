@@ -208,7 +208,7 @@ async fn work(mut known: Known, apis: [Api; 2], stop: Arc<AtomicBool>, seed: u64
                 acknowledged += 1;
             }
             Ok(Err(_)) => break,
-            Err(_) => panic!("{op:?} of {known:?} is not answered within 90 s"),
+            Err(late) => panic!("{op:?} of {known:?} is not answered within 90 s: {late}"),
         }
     }
     (known, acknowledged)

@@ -143,7 +143,7 @@ impl MigrationsService for MigrationsApi {
         &self,
         request: Request<CheckMigrationRequest>,
     ) -> Result<Response<CheckMigrationResponse>, Status> {
-        Ok(Response::new(self.check(request.into_inner()).await?))
+        Ok(Response::new(Box::pin(self.check(request.into_inner())).await?))
     }
 
     async fn create_migration(
