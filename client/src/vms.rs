@@ -5,11 +5,11 @@ use crate::error::ClientError;
 use crate::names;
 use tonic::Streaming;
 use vpmu_proto::api::{
-    CreateVirtualMachineRequest, DeleteVirtualMachineRequest, GetVirtualMachineRequest,
+    CpuPlacement, CreateVirtualMachineRequest, DeleteVirtualMachineRequest, GetVirtualMachineRequest,
     GetVirtualMachineStatsRequest, ListVirtualMachinesRequest, PauseVirtualMachineRequest,
     RestoreVirtualMachineRequest, ResumeVirtualMachineRequest, SnapshotVirtualMachineRequest,
-    StartVirtualMachineRequest, StopVirtualMachineRequest, VirtualMachine, VirtualMachineSpec,
-    VirtualMachineStats, WatchVirtualMachinesRequest, WatchVirtualMachinesResponse,
+    StartVirtualMachineRequest, StopVirtualMachineRequest, UpdateVcpuPlacementRequest, VirtualMachine,
+    VirtualMachineSpec, VirtualMachineStats, WatchVirtualMachinesRequest, WatchVirtualMachinesResponse,
 };
 use vpmu_proto::longrunning::Operation;
 
@@ -130,6 +130,20 @@ impl Client {
             request_id: request_id(),
         });
         self.call("RestoreVirtualMachine", self.raw_vms().restore_virtual_machine(request)).await
+    }
+
+    /// Gives a machine's vCPUs other host cores; a running one is moved without being stopped.
+    pub async fn update_placement(
+        &self,
+        name: &str,
+        placement: CpuPlacement,
+    ) -> Result<VirtualMachine, ClientError> {
+        let request = self.request(UpdateVcpuPlacementRequest {
+            name: names::vm(name),
+            placement: Some(placement),
+            etag: String::new(),
+        });
+        self.call("UpdateVcpuPlacement", self.raw_vms().update_vcpu_placement(request)).await
     }
 
     /// Streams the present state, then every change, of one machine or (with `None`) of all.

@@ -40,6 +40,38 @@ pub struct Grant {
     pub memory_nodes: Vec<u32>,
 }
 
+/// A move that is under way; dropping it gives the new cores back.
+#[derive(Debug)]
+pub struct Move {
+    capacity: Arc<Capacity>,
+    id: GrantId,
+    /// The new core of each vCPU.
+    pub cores: Vec<u32>,
+    /// What becomes of it when it is dropped; none: both places stay the machine's until its grant ends.
+    end: Option<bool>,
+}
+
+impl Move {
+    /// The machine is on the new cores: the old ones are free.
+    pub fn keep(mut self) {
+        self.end = Some(true);
+    }
+
+    /// Nobody knows where the machine is: nobody else gets either place as long as it has a worker.
+    pub fn leave_both(mut self) {
+        self.end = None;
+    }
+}
+
+impl Drop for Move {
+    fn drop(&mut self) {
+        if let Some(moved) = self.end {
+            self.capacity.state().cores.settle(self.id, moved);
+            self.capacity.changed();
+        }
+    }
+}
+
 impl Capacity {
     /// A host of `memory_bytes`, on which vCPUs may use `usable` cores and the daemon's own threads `own`.
     pub fn new(memory_bytes: u64, topology: Topology, usable: &[u32], own: &[u32]) -> Arc<Self> {
@@ -149,6 +181,13 @@ impl Capacity {
 }
 
 impl Grant {
+    /// Other cores for the machine that has this grant; it holds both until the move is kept, or dropped.
+    pub fn begin_move(&self, wanted: &Wanted) -> Result<Move, ApiError> {
+        let granted = self.capacity.state().cores.begin_move(self.id, wanted).map_err(|r| r.exhausted())?;
+        self.capacity.changed();
+        Ok(Move { capacity: Arc::clone(&self.capacity), id: self.id, cores: granted.cpus, end: Some(false) })
+    }
+
     /// Where the threads of its worker that run no vCPU may be.
     pub fn housekeeping(&self) -> Vec<u32> {
         self.capacity.housekeeping()

@@ -98,7 +98,7 @@ struct Inner {
     direct: Option<Worker>,
     fence: Fence,
     seq: AtomicU64,
-    cores: Vec<u32>,
+    cores: Mutex<Arc<[u32]>>,
     grant: Mutex<Option<Grant>>,
     thread: tokio::sync::Mutex<Option<vcpu_worker::channel::InProcessWorker>>,
     process: Option<WorkerProcess>,
@@ -148,7 +148,7 @@ impl WorkerLink {
                 direct: thread.as_ref().and_then(vcpu_worker::channel::InProcessWorker::direct),
                 fence: fence.clone(),
                 seq: AtomicU64::new(0),
-                cores: cores.clone(),
+                cores: Mutex::new(cores.as_slice().into()),
                 grant: Mutex::new(Some(grant)),
                 thread: tokio::sync::Mutex::new(thread),
                 process,
@@ -247,7 +247,7 @@ impl WorkerLink {
             direct: None,
             fence,
             seq: AtomicU64::new(0),
-            cores: cores.clone(),
+            cores: Mutex::new(cores.as_slice().into()),
             grant: Mutex::new(Some(grant(cores))),
             thread: tokio::sync::Mutex::new(None),
             process: Some(process),
@@ -334,8 +334,46 @@ impl WorkerLink {
     }
 
     /// Host core of each vCPU.
-    pub fn cores(&self) -> &[u32] {
-        &self.inner.cores
+    pub fn cores(&self) -> Arc<[u32]> {
+        Arc::clone(&self.inner.cores.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Moves its vCPUs to other cores of this host; returns where they are.
+    pub async fn place(
+        &self,
+        wanted: &crate::placement::Wanted,
+        fifo_priority: u32,
+    ) -> Result<Vec<u32>, ApiError> {
+        let moving = {
+            let grant = self.inner.grant.lock().unwrap_or_else(PoisonError::into_inner);
+            let ended = || ApiError::aborted("VM_GONE", "", "the machine ended meanwhile; look again");
+            grant.as_ref().ok_or_else(ended)?.begin_move(wanted)?
+        };
+        let cores = moving.cores.clone();
+        let request =
+            UpdatePlacementRequest { fence: self.fence(), vcpu_cores: cores.clone(), fifo_priority };
+        let error = match call(self.inner.command, self.client().update_placement(request)).await {
+            Ok(answer) if answer.vcpu_cores == cores => {
+                moving.keep();
+                *self.inner.cores.lock().unwrap_or_else(PoisonError::into_inner) = cores.as_slice().into();
+                return Ok(cores);
+            }
+            Ok(answer) => {
+                let found = answer.vcpu_cores;
+                ApiError::internal(
+                    "PLACEMENT_UNCERTAIN",
+                    format!(
+                        "the worker says that its vCPUs are on {found:?} instead of {cores:?}; stop the machine"
+                    ),
+                )
+            }
+            Err(error) => error,
+        };
+        // Only a worker that refused, or moved everything back, is known to be where it was.
+        if !matches!(error.code(), tonic::Code::FailedPrecondition | tonic::Code::InvalidArgument) {
+            moving.leave_both();
+        }
+        Err(error)
     }
 
     /// Gives the right to run at `epoch`, and runs at once if asked. Returns the monotonic time of the first entry, ns.

@@ -22,6 +22,16 @@ pub const DOMAIN: &str = "worker.vpmu";
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WorkerError {
+    /// vCPUs could not be given other cores.
+    #[error("the vCPUs are not moved: {problem}; {}", back_text(.old, .back))]
+    Placement {
+        /// What failed.
+        problem: String,
+        /// Where they were.
+        old: Vec<u32>,
+        /// Whether all are there again, or why not.
+        back: Result<(), String>,
+    },
     /// An argument is wrong.
     #[error("{field} is {value}: {remedy}")]
     Invalid {
@@ -174,6 +184,8 @@ impl WorkerError {
             Self::PmuImage { .. } => "PMU_IMAGE_REJECTED",
             Self::Core { .. } => "CORE_NOT_AVAILABLE",
             Self::Thread { .. } => "THREAD_FAILED",
+            Self::Placement { back: Ok(()), .. } => "PLACEMENT_FAILED",
+            Self::Placement { back: Err(_), .. } => "PLACEMENT_UNCERTAIN",
             Self::Deadline { .. } => "WORKER_TIMEOUT",
             Self::Cancelled { .. } => "CANCELLED",
             Self::BadState { .. } => "STATE_REJECTED",
@@ -194,10 +206,15 @@ impl WorkerError {
             | Self::Boot { .. }
             | Self::Lazy(LazyError::Unsupported { .. }) => Code::FailedPrecondition,
             Self::Memory(_) | Self::Backing(_) => Code::ResourceExhausted,
+            Self::Placement { back: Ok(()), .. } => Code::FailedPrecondition,
             Self::Hypervisor(HvError::State { .. }) | Self::PmuImage { .. } | Self::BadState { .. } => {
                 Code::DataLoss
             }
-            Self::Hypervisor(_) | Self::Pmu { .. } | Self::Thread { .. } | Self::Lazy(_) => Code::Internal,
+            Self::Hypervisor(_)
+            | Self::Pmu { .. }
+            | Self::Thread { .. }
+            | Self::Placement { .. }
+            | Self::Lazy(_) => Code::Internal,
             Self::Deadline { .. } => Code::DeadlineExceeded,
             Self::Migration { .. } => Code::Aborted,
             Self::Cancelled { .. } => Code::Cancelled,
@@ -232,6 +249,13 @@ fn snapshot_code(error: &SnapshotError) -> Code {
         SnapshotError::Length { .. } | SnapshotError::Damaged { .. } => Code::DataLoss,
         SnapshotError::Cancelled => Code::Cancelled,
         SnapshotError::Guest(_) => Code::Internal,
+    }
+}
+
+fn back_text(old: &[u32], back: &Result<(), String>) -> String {
+    match back {
+        Ok(()) => format!("all are on cores {old:?} again; choose others"),
+        Err(why) => format!("and not all are back on cores {old:?} ({why}); stop the machine"),
     }
 }
 

@@ -26,6 +26,7 @@ use crate::vcpu::{Left, Listener, VcpuHandle, VcpuLink};
 pub mod build;
 mod lazy;
 pub mod options;
+mod place;
 pub mod snapshot;
 pub mod throttle;
 

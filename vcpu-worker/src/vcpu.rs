@@ -5,7 +5,7 @@
 //! kick after an exit and then looks into its inbox, so none is lost), and figures that are read without stopping it.
 //! What it does with a message is the table in [`state`]; what it does in the guest is [`run`].
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -78,6 +78,9 @@ pub struct VcpuSetup {
 /// What the thread shares with its handle.
 struct Shared {
     state: AtomicU8,
+    core: AtomicU32,
+    /// SCHED_FIFO priority; 0 for the ordinary scheduler.
+    fifo: AtomicU8,
     stats: Stats,
 }
 
@@ -89,6 +92,11 @@ impl Shared {
             2 => State::Ended,
             _ => State::Gone,
         }
+    }
+
+    fn set_place(&self, core: u32, fifo: Option<u8>) {
+        self.core.store(core, Ordering::SeqCst);
+        self.fifo.store(fifo.unwrap_or(0), Ordering::SeqCst);
     }
 
     fn set_state(&self, state: State) {
@@ -133,7 +141,6 @@ impl VcpuLink {
 /// Talks to one vCPU thread. Dropping it ends the thread and waits for it.
 pub struct VcpuHandle {
     link: VcpuLink,
-    core: u32,
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -141,12 +148,17 @@ pub struct VcpuHandle {
 impl VcpuHandle {
     /// Starts the thread and waits until it is pinned, has made its vCPU and is paused. Blocks for that long.
     pub fn spawn(setup: VcpuSetup) -> Result<Self, WorkerError> {
-        let (index, core) = (setup.index, setup.slot.id());
+        let index = setup.index;
         let name = thread_name(&setup.vm_name, index);
         let failed = |problem: String| WorkerError::Thread { thread: name.clone(), problem };
         let (inbox, requests) = sync_channel(INBOX);
         let (ready, started) = sync_channel(1);
-        let shared = Arc::new(Shared { state: AtomicU8::new(0), stats: Stats::default() });
+        let shared = Arc::new(Shared {
+            state: AtomicU8::new(0),
+            core: AtomicU32::new(setup.slot.id()),
+            fifo: AtomicU8::new(setup.fifo.unwrap_or(0)),
+            stats: Stats::default(),
+        });
         let thread = std::thread::Builder::new()
             .name(name.clone())
             .spawn({
@@ -157,7 +169,7 @@ impl VcpuHandle {
         match started.recv() {
             Ok(Ok(kick)) => {
                 let link = VcpuLink { index, inbox, kick };
-                Ok(Self { link, core, shared, thread: Mutex::new(Some(thread)) })
+                Ok(Self { link, shared, thread: Mutex::new(Some(thread)) })
             }
             Ok(Err(error)) => {
                 drop(thread.join());
@@ -199,7 +211,12 @@ impl VcpuHandle {
 
     /// Host core.
     pub fn core(&self) -> u32 {
-        self.core
+        self.shared.core.load(Ordering::SeqCst)
+    }
+
+    /// SCHED_FIFO priority; none under the ordinary scheduler.
+    pub fn fifo(&self) -> Option<u8> {
+        Some(self.shared.fifo.load(Ordering::SeqCst)).filter(|priority| *priority != 0)
     }
 
     /// Where it is.

@@ -35,6 +35,10 @@ pub(crate) enum VmCommand {
     Get(NameArgs),
     /// Delete a machine, ending it first if it runs.
     Delete(NameArgs),
+    /// Give a machine's vCPUs other host cores; a running one is moved without being stopped, and its counts go on.
+    ///
+    /// Without an option: shared cores that the host chooses. All threads go, or none.
+    Placement(PlaceArgs),
     /// List machines.
     List,
     /// Print machines as they are, then every change, until interrupted.
@@ -76,6 +80,14 @@ pub(crate) struct RestoreArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct PlaceArgs {
+    /// The machine.
+    name: String,
+    #[command(flatten)]
+    placement: super::placement::PlacementArgs,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct WatchArgs {
     /// One machine; all if not given.
     name: Option<String>,
@@ -102,6 +114,9 @@ pub(crate) async fn run(context: &Context, command: VmCommand) -> Result<ExitCod
         VmCommand::Stats(args) => super::stats::run(context, &args.name).await?,
         VmCommand::Pause(args) => show(context, &client.pause_vm(&args.name).await?)?,
         VmCommand::Resume(args) => show(context, &client.resume_vm(&args.name).await?)?,
+        VmCommand::Placement(args) => {
+            show(context, &client.update_placement(&args.name, args.placement.spec()).await?)?;
+        }
         VmCommand::Get(args) => get(context, &client.get_vm(&args.name).await?)?,
         VmCommand::Delete(args) => {
             let operation = client.delete_vm(&args.name).await?;

@@ -208,6 +208,10 @@ impl VirtualMachinesService for Script {
         unscripted()
     }
 
+    async fn update_vcpu_placement(&self, _: Request<UpdateVcpuPlacementRequest>) -> Answer<VirtualMachine> {
+        unscripted()
+    }
+
     type WatchVirtualMachinesStream = Items<WatchVirtualMachinesResponse>;
 
     async fn watch_virtual_machines(

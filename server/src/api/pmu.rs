@@ -43,7 +43,7 @@ impl PmuApi {
             mode: self.daemon.host.pmu_mode.to_owned(),
             shape: images.first().and_then(|i| i.shape.clone()).or_else(|| view.pmu_shape.clone()),
             host_pmu: self.daemon.host.host_pmu.clone(),
-            vcpus: pmu_view::decode_all(&images, worker.cores())?,
+            vcpus: pmu_view::decode_all(&images, &worker.cores())?,
             read_time: Some(crate::ops::now()),
             probe,
         })

@@ -219,6 +219,23 @@ impl VirtualMachinesService for Vms {
         Ok(Response::new(super::snapshots::restore(&self.daemon, request.get_ref()).await?))
     }
 
+    async fn update_vcpu_placement(
+        &self,
+        request: Request<UpdateVcpuPlacementRequest>,
+    ) -> Result<Response<VirtualMachine>, Status> {
+        let UpdateVcpuPlacementRequest { name, placement, etag } = request.into_inner();
+        let name = VmName::parse("name", &name, "")?;
+        let handle = self.daemon.registry.get(&name)?;
+        let placement = placement.ok_or_else(|| {
+            let remedy =
+                "say where the vCPUs are to be; an empty one means shared cores that the host chooses";
+            ApiError::invalid("placement", "", "FIELD_REQUIRED", "is missing", remedy)
+        })?;
+        let vcpus = handle.view().vm.spec.as_ref().map_or(0, |spec| spec.vcpus);
+        crate::placement::validate("placement", &placement, vcpus, &self.daemon.capacity)?;
+        Ok(Response::new(handle.ask(|reply| Command::Place { placement, etag, reply }).await?))
+    }
+
     type WatchVirtualMachinesStream = BoxStream<WatchVirtualMachinesResponse>;
 
     async fn watch_virtual_machines(

@@ -326,7 +326,7 @@ impl Source {
         let records = crate::pmu_view::records(
             &self.handle.uid,
             images,
-            self.lease.worker.cores(),
+            &self.lease.worker.cores(),
             self.work.machine.handover.epoch,
             "migrate-out",
             self.daemon.host.pmu_mode,

@@ -9,11 +9,12 @@
 //! * a right to run is journalled before the worker is told (grant), and taken from the worker before it is journalled;
 //! * readers never wait for the actor: they use the published snapshot.
 //!
-//! What it does is in [`lifecycle`] (users), [`moving`] (migrations), [`reattach`] (workers that outlived a daemon),
+//! What it does is in [`lifecycle`] and [`placing`] (users), [`moving`] (migrations), [`reattach`] (workers that outlived a daemon),
 //! [`restarting`] (the restart policy), [`snapshot`] and the table of `transitions`.
 
 mod lifecycle;
 mod moving;
+mod placing;
 mod reattach;
 mod restarting;
 mod snapshot;
@@ -142,6 +143,10 @@ impl Actor {
             }
             Command::Resume { reply } => {
                 let result = self.resume().await;
+                let _ = reply.send(result);
+            }
+            Command::Place { placement, etag, reply } => {
+                let result = self.place(placement, &etag).await;
                 let _ = reply.send(result);
             }
             Command::Worker { incarnation, event } => self.worker_event(incarnation, event).await,
@@ -305,7 +310,7 @@ impl Actor {
     async fn checkpoint(&mut self) {
         let Some(worker) = self.worker.clone().filter(|_| self.state() == State::Running) else { return };
         let stored = match worker.pmu().await {
-            Ok(images) => self.store_pmu(images, worker.cores(), "checkpoint").await,
+            Ok(images) => self.store_pmu(images, &worker.cores(), "checkpoint").await,
             Err(error) => Err(error),
         };
         if let Err(error) = stored {
@@ -372,7 +377,7 @@ impl Actor {
         let Some(worker) = self.worker.take() else { return };
         self.console = Arc::new(worker.console_history().await);
         let stored = match worker.shutdown().await {
-            Ok(images) => self.store_pmu(images, worker.cores(), cause).await,
+            Ok(images) => self.store_pmu(images, &worker.cores(), cause).await,
             Err(error) => Err(error),
         };
         if let Err(error) = stored {

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use vpmu_proto::api::VirtualMachine;
+use vpmu_proto::api::{CpuPlacement, VirtualMachine};
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
 use vpmu_proto::worker::{PmuImage, RestoreFrom, WorkerEvent};
 
@@ -78,6 +78,15 @@ pub enum Command {
     },
     /// Resume.
     Resume {
+        /// The machine after it.
+        reply: Reply<VirtualMachine>,
+    },
+    /// Give its vCPUs other cores.
+    Place {
+        /// What is asked for, judged already.
+        placement: CpuPlacement,
+        /// If not empty, must be the current one.
+        etag: String,
         /// The machine after it.
         reply: Reply<VirtualMachine>,
     },

@@ -27,6 +27,8 @@ pub enum Action {
     Resume,
     /// Delete it.
     Delete,
+    /// Give its vCPUs other cores.
+    Place,
     /// Move it away.
     Migrate,
     /// Let a copy arrive under this name and uid.
@@ -37,12 +39,13 @@ pub enum Action {
 
 impl Action {
     /// Every action.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Start,
         Self::Stop,
         Self::Pause,
         Self::Resume,
         Self::Delete,
+        Self::Place,
         Self::Migrate,
         Self::Receive,
         Self::Snapshot,
@@ -56,6 +59,7 @@ impl Action {
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::Delete => "delete",
+            Self::Place => "place",
             Self::Migrate => "migrate",
             Self::Receive => "receive",
             Self::Snapshot => "snapshot",
@@ -85,6 +89,7 @@ pub fn verdict(state: State, action: Action) -> Verdict {
         (S::Running, A::Pause) => Verdict::Via(S::Paused),
         (S::Paused, A::Resume) => Verdict::Via(S::Running),
         (S::Stopped | S::Failed | S::Running | S::Paused | S::Moved, A::Delete) => Verdict::Via(S::Stopping),
+        (S::Stopped | S::Failed | S::Running | S::Paused, A::Place) => Verdict::Via(state),
         (S::Running | S::Paused, A::Migrate) => Verdict::Via(S::MigratingOut),
         // It is what it was afterwards.
         (S::Running | S::Paused, A::Snapshot) => Verdict::Via(state),
@@ -153,7 +158,7 @@ mod tests {
     fn a_stopped_machine_can_only_start_or_go() {
         let legal: Vec<_> =
             Action::ALL.into_iter().filter(|a| verdict(State::Stopped, *a) != Verdict::Illegal).collect();
-        assert_eq!(legal, [Action::Start, Action::Delete]);
+        assert_eq!(legal, [Action::Start, Action::Delete, Action::Place]);
         let error = refusal("projects/default/virtualMachines/a", State::Stopped, Action::Resume, "");
         assert_eq!(error.reason(), "ILLEGAL_TRANSITION");
         assert!(error.message().contains("start, delete"), "{}", error.message());

@@ -150,7 +150,7 @@ impl Plan {
             memory_bytes: spec.memory_bytes,
             boot,
             kind,
-            slots: slots(request, spec.vcpus, cores)?,
+            slots: slots(&request.vcpu_cores, spec.vcpus as usize, cores)?,
             shape,
             policy,
             exposed,
@@ -167,21 +167,18 @@ impl Plan {
     }
 }
 
-fn slots(
-    request: &CreateVmRequest,
-    vcpus: u32,
+/// The cores that vCPUs are asked onto, one each.
+pub(crate) fn slots(
+    asked: &[u32],
+    vcpus: usize,
     cores: &HostCores,
 ) -> Result<Vec<Arc<CoreSlot>>, WorkerError> {
-    if request.vcpu_cores.len() != vcpus as usize {
+    if asked.len() != vcpus {
         let remedy = format!("give one core for each of the {vcpus} vCPUs");
-        return Err(WorkerError::invalid(
-            "vcpu_cores",
-            format!("{} entries", request.vcpu_cores.len()),
-            remedy,
-        ));
+        return Err(WorkerError::invalid("vcpu_cores", format!("{} entries", asked.len()), remedy));
     }
     (0u32..)
-        .zip(&request.vcpu_cores)
+        .zip(asked)
         .map(|(vcpu, core)| {
             cores.slot(*core).ok_or_else(|| WorkerError::Core { vcpu, core: *core, allowed: cores.ids() })
         })
@@ -189,7 +186,7 @@ fn slots(
 }
 
 /// A priority from outside; 0 is none.
-fn fifo(priority: u32) -> Result<Option<u8>, WorkerError> {
+pub(crate) fn fifo(priority: u32) -> Result<Option<u8>, WorkerError> {
     match u8::try_from(priority) {
         Ok(0) => Ok(None),
         Ok(priority @ 1..=99) => Ok(Some(priority)),

@@ -1,7 +1,12 @@
 //! Where the worker's threads are.
 
+use vpmu_proto::worker::UpdatePlacementRequest;
+
+use super::Inner;
 use crate::error::WorkerError;
 use crate::host::affinity;
+use crate::machine::build;
+use crate::vcpu::request::Place;
 
 /// Most cores that are taken from outside.
 const MAX_CORES: usize = 8192;
@@ -20,4 +25,13 @@ pub(super) async fn housekeeping(cores: Vec<u32>) -> Result<u32, WorkerError> {
             Err(WorkerError::invalid("cores", shown, remedy))
         }
     }
+}
+
+/// Gives the vCPUs other cores.
+pub(super) async fn update(inner: &Inner, request: &UpdatePlacementRequest) -> Result<Vec<u32>, WorkerError> {
+    let _control = inner.control.lock().await;
+    let machine = inner.machine()?;
+    let fifo = build::fifo(request.fifo_priority)?;
+    let slots = build::slots(&request.vcpu_cores, machine.cores().len(), &inner.cores)?;
+    machine.place(slots.into_iter().map(|slot| Place { slot, fifo }).collect(), &inner.cores).await
 }

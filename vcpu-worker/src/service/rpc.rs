@@ -130,6 +130,19 @@ impl WorkerService for Worker {
         Ok(Response::new(events::watch(&self.inner)))
     }
 
+    async fn update_placement(
+        &self,
+        request: Request<proto::UpdatePlacementRequest>,
+    ) -> Answer<proto::UpdatePlacementResponse> {
+        let r = request.into_inner();
+        self.inner.fence(r.fence.as_ref())?;
+        // Once begun it runs to its end, also if the caller goes away: all of them move, or none.
+        let inner = Arc::clone(&self.inner);
+        let done = tokio::spawn(async move { placement::update(&inner, &r).await });
+        let answer = done.await.map_err(|e| Status::internal(format!("moving the vCPUs: {e}")))?;
+        Ok(Response::new(proto::UpdatePlacementResponse { vcpu_cores: answer? }))
+    }
+
     async fn set_housekeeping(
         &self,
         request: Request<proto::SetHousekeepingRequest>,

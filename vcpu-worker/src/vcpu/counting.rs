@@ -183,6 +183,17 @@ impl Counting {
         Ok(())
     }
 
+    /// Counts on another core from here on. Everything of this guest has been taken off the old one ([`Self::release`]).
+    pub(super) fn move_to(&mut self, slot: Arc<CoreSlot>) {
+        debug_assert!(self.token.is_none(), "released before");
+        self.slot = slot;
+    }
+
+    /// The core that it counts on.
+    pub(super) fn core(&self) -> u32 {
+        self.slot.id()
+    }
+
     /// Replaces the whole state; only while put.
     pub(super) fn import(&mut self, image: &Image) -> Result<(), WorkerError> {
         let vcpu = self.vcpu;

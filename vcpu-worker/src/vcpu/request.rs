@@ -1,8 +1,11 @@
 //! What other threads ask of a vCPU thread, and how they get the answer.
 
+use std::sync::Arc;
+
 use tokio::sync::oneshot;
 use vpmu_proto::worker::StatePiece;
 
+use crate::cores::CoreSlot;
 use crate::error::WorkerError;
 use crate::hypervisor::InitialRegs;
 
@@ -28,6 +31,8 @@ pub enum RequestKind {
     Save,
     /// Write the state.
     Load,
+    /// Go to another core.
+    Place,
     /// End the thread.
     Stop,
 }
@@ -46,6 +51,21 @@ pub enum LoadFrom {
     },
 }
 
+/// Where a vCPU thread is to be.
+#[derive(Clone)]
+pub struct Place {
+    /// Core to be pinned to and to count on.
+    pub slot: Arc<CoreSlot>,
+    /// SCHED_FIFO priority; none for the ordinary scheduler.
+    pub fifo: Option<u8>,
+}
+
+impl std::fmt::Debug for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Place(core {}, fifo {:?})", self.slot.id(), self.fifo)
+    }
+}
+
 /// A request. Dropping the receiver of its answer is allowed; the request is done all the same.
 #[derive(Debug)]
 pub enum Request {
@@ -59,6 +79,8 @@ pub enum Request {
     Save(Reply<Saved>),
     /// Sets state; answered with the PMU's image as read back.
     Load(LoadFrom, Reply<Option<pmu::Image>>),
+    /// Go to another core, PMU put; answered with the core that the kernel says.
+    Place(Place, Reply<u32>),
     /// End the thread; answered with the last image.
     Stop(Option<Reply<Option<pmu::Image>>>),
 }
@@ -72,6 +94,7 @@ impl Request {
             Self::Look(_) => RequestKind::Look,
             Self::Save(_) => RequestKind::Save,
             Self::Load(..) => RequestKind::Load,
+            Self::Place(..) => RequestKind::Place,
             Self::Stop(_) => RequestKind::Stop,
         }
     }
@@ -88,6 +111,7 @@ impl Request {
             }
             Self::Look(reply) | Self::Load(_, reply) => drop(reply.send(Err(error))),
             Self::Save(reply) => drop(reply.send(Err(error))),
+            Self::Place(_, reply) => drop(reply.send(Err(error))),
         }
     }
 }

@@ -12,14 +12,14 @@ use std::time::{Duration, Instant};
 use vpmu_proto::worker::{GuestEnd, guest_end};
 
 use super::counting::{Counting, Pmi, TICK};
-use super::request::{LoadFrom, Reply, Request};
+use super::request::{LoadFrom, Place, Reply, Request};
 use super::state::{Effect, Event, State, step};
 use super::throttle::Throttle;
 use super::{Left, Listener, Shared, VcpuSetup};
 use crate::devices::{Asked, Devices};
 use crate::error::WorkerError;
 use crate::grant::RunRight;
-use crate::host::affinity::VcpuThread;
+use crate::host::affinity::{VcpuThread, pinned_core};
 use crate::host::{TickTimer, boottime_ns, monotonic_ns, pin_current_thread, schedule, thread_cpu_ns};
 use crate::hypervisor::{Completion, Exit, Kick, Vcpu, Vm};
 
@@ -81,6 +81,7 @@ struct Driver {
     finishing: bool,
     throttle: Arc<Throttle>,
     throttle_seen: u64,
+    fifo: Option<u8>,
 }
 
 impl Driver {
@@ -121,6 +122,7 @@ impl Driver {
             finishing: false,
             throttle,
             throttle_seen: 0,
+            fifo,
         };
         Ok((driver, kick))
     }
@@ -450,7 +452,9 @@ impl Driver {
             self.counting.enter()?;
             self.arm(SHORTEST_TICK)?;
             let exit = self.vcpu.run();
-            self.counting.leave()?;
+            if let Some(ns) = self.counting.leave()? {
+                self.shared.stats.guest_ns(ns);
+            }
             if self.counting.pmi_raised() {
                 self.judge()?;
             }
@@ -485,8 +489,28 @@ impl Driver {
             }
             Request::Look(reply) => drop(reply.send(self.counting.image())),
             Request::Save(reply) => drop(reply.send(self.save())),
+            Request::Place(place, reply) => drop(reply.send(self.place(place))),
             Request::Load(from, reply) => drop(reply.send(self.load(from))),
         }
+    }
+
+    /// Takes the PMU off the old core while still on it, then goes. After an error it is where it was.
+    fn place(&mut self, to: Place) -> Result<u32, WorkerError> {
+        self.counting.release()?;
+        let (from, core) = (self.counting.core(), to.slot.id());
+        let failed =
+            |problem: String| WorkerError::Thread { thread: format!("vCPU {}", self.index), problem };
+        pin_current_thread(core).map_err(|e| failed(format!("pinning it to core {core}: {e}")))?;
+        if to.fifo != self.fifo
+            && let Err(error) = schedule::set_current(to.fifo)
+        {
+            pin_current_thread(from).map_err(|e| failed(format!("{error}; and back to core {from}: {e}")))?;
+            return Err(failed(format!("scheduling it at priority {:?}: {error}", to.fifo)));
+        }
+        self.fifo = to.fifo;
+        self.counting.move_to(to.slot);
+        self.shared.set_place(core, to.fifo);
+        pinned_core().ok_or_else(|| failed("the kernel lets it run on several cores".to_owned()))
     }
 
     fn save(&mut self) -> Result<super::request::Saved, WorkerError> {

@@ -9,6 +9,8 @@
 //!      └──────── Stop ───────────┴──────▶ Gone ◀───────┘
 //! ```
 //!
+//! Going to another core (`Place`) leaves the state what it is, with the PMU put on the old one first.
+//!
 //! Invariants: every way out of Running finishes a half-done instruction (which may touch the PMU) and then puts
 //! the PMU; state is read and written in Paused only; Gone is final.
 
@@ -80,14 +82,15 @@ impl Refusal {
 /// One step: where it goes and what it does, or why not (then it stays).
 pub fn step(state: State, event: Event) -> Result<(State, &'static [Effect]), Refusal> {
     use Effect::{Announce, FinishPending, Put, Serve, Sync};
-    use RequestKind::{Load, Look, Pause, Run, Save, Stop};
+    use RequestKind::{Load, Look, Pause, Place, Run, Save, Stop};
     let refuse = |asked, remedy| Err(Refusal { asked, state, remedy });
     match (state, event) {
-        (State::Paused, Event::Request(Pause | Look | Save | Load)) => Ok((State::Paused, &[Serve])),
+        (State::Paused, Event::Request(Pause | Look | Save | Load | Place)) => Ok((State::Paused, &[Serve])),
         (State::Paused | State::Ended, Event::Request(Stop)) => Ok((State::Gone, &[Serve])),
 
         (State::Paused | State::Running, Event::Request(Run)) => Ok((State::Running, &[Serve])),
         (State::Running, Event::Request(Look)) => Ok((State::Running, &[Sync, Serve])),
+        (State::Running, Event::Request(Place)) => Ok((State::Running, &[Put, Serve])),
         (State::Running, Event::Request(Pause)) => Ok((State::Paused, &[FinishPending, Put, Serve])),
         (State::Running, Event::Request(Stop)) => Ok((State::Gone, &[FinishPending, Put, Serve])),
         (State::Running, Event::Request(asked @ (Save | Load))) => refuse(asked, "pause it first"),
@@ -107,15 +110,16 @@ pub fn step(state: State, event: Event) -> Result<(State, &'static [Effect]), Re
 #[cfg(test)]
 mod tests {
     use super::*;
-    use RequestKind::{Load, Look, Pause, Run, Save, Stop};
+    use RequestKind::{Load, Look, Pause, Place, Run, Save, Stop};
 
     const STATES: [State; 4] = [State::Paused, State::Running, State::Ended, State::Gone];
-    const EVENTS: [Event; 8] = [
+    const EVENTS: [Event; 9] = [
         Event::Request(Run),
         Event::Request(Pause),
         Event::Request(Look),
         Event::Request(Save),
         Event::Request(Load),
+        Event::Request(Place),
         Event::Request(Stop),
         Event::GuestEnded,
         Event::RightLost,
@@ -132,6 +136,15 @@ mod tests {
                 assert!(!effects.iter().skip(1).any(|e| *e == Effect::FinishPending), "{event:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_core_is_left_with_its_pmu_put() {
+        assert_eq!(
+            step(State::Running, Event::Request(Place)),
+            Ok((State::Running, [Effect::Put, Effect::Serve].as_slice()))
+        );
+        assert!(step(State::Ended, Event::Request(Place)).is_err());
     }
 
     #[test]

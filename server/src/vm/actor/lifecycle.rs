@@ -331,7 +331,8 @@ impl Actor {
         }
     }
 
-    fn may_delete(&self, etag: &str) -> Result<(), ApiError> {
+    /// Refuses a change that was meant for an earlier record.
+    pub(super) fn check_etag(&self, etag: &str) -> Result<(), ApiError> {
         if !etag.is_empty() && etag != self.vm.etag {
             return Err(ApiError::aborted(
                 "ETAG_MISMATCH",
@@ -343,6 +344,11 @@ impl Actor {
                 ),
             ));
         }
+        Ok(())
+    }
+
+    fn may_delete(&self, etag: &str) -> Result<(), ApiError> {
+        self.check_etag(etag)?;
         if self.ownership.phase() == Phase::HandedOver {
             return Err(ApiError::precondition(
                 "HANDOVER_OPEN",
@@ -393,7 +399,7 @@ impl Actor {
         self.edit(State::Paused, "", "", edit);
         let counts = !images.is_empty();
         let batch = match Batch::new().put_vm(&self.record()) {
-            Ok(batch) => self.with_pmu(batch, images, worker.cores(), "pause"),
+            Ok(batch) => self.with_pmu(batch, images, &worker.cores(), "pause"),
             Err(error) => Err(error.into()),
         };
         let stored = match batch {

@@ -114,7 +114,7 @@ impl Actor {
         note(&mut self.vm, Event::ByUser);
         self.daemon.host.hypervisor.clone_into(&mut self.vm.hypervisor);
         self.daemon.host.pmu_mode.clone_into(&mut self.vm.pmu_mode);
-        let pmu = self.store_pmu(images, worker.cores(), "migrate-in").await;
+        let pmu = self.store_pmu(images, &worker.cores(), "migrate-in").await;
         let state = if paused { State::Paused } else { State::Running };
         let desired = if paused { DesiredState::Paused } else { DesiredState::Running };
         if let Some(error) = lost {
