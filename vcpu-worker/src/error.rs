@@ -204,9 +204,9 @@ impl WorkerError {
             }
             Self::Hypervisor(HvError::Unsupported { .. })
             | Self::Boot { .. }
-            | Self::Lazy(LazyError::Unsupported { .. }) => Code::FailedPrecondition,
+            | Self::Lazy(LazyError::Unsupported { .. })
+            | Self::Placement { back: Ok(()), .. } => Code::FailedPrecondition,
             Self::Memory(_) | Self::Backing(_) => Code::ResourceExhausted,
-            Self::Placement { back: Ok(()), .. } => Code::FailedPrecondition,
             Self::Hypervisor(HvError::State { .. }) | Self::PmuImage { .. } | Self::BadState { .. } => {
                 Code::DataLoss
             }
