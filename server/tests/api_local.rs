@@ -332,6 +332,7 @@ async fn a_cancel_before_the_stop_leaves_it_and_its_memory_here() {
     let operation = a.migrations().await.create_migration(local(&b)).await.expect("accepted").into_inner();
     let migration: Migration = unpack(operation.metadata.as_ref().expect("metadata"));
     let cancel = CancelMigrationRequest { name: migration.name.clone() };
+    b.until_held().await;
     a.migrations().await.cancel_migration(cancel.clone()).await.expect("cancelled");
     let error = a.finish(operation).await.expect_err("cancelled");
     assert_eq!(reason_of(&error), "CANCELLED");

@@ -63,8 +63,9 @@ fn half_of_it_shrinks_and_the_rest_goes_as_it_is() {
         assert!(plain > raw, "headers cost something");
         for compression in [Compression::Lz4, Compression::Zstd] {
             let (before, after) = moved(compression, connections, &source);
-            // The other half does not shrink: 12 % are left for what is not tried any more.
-            assert!(after * 100 < before * 62, "{compression:?}: {before} bytes became {after}");
+            // The other half does not shrink; how much of the first is not tried after it depends on how the
+            // connections share the pages.
+            assert!(after * 100 < before * 75, "{compression:?}: {before} bytes became {after}");
         }
     }
 }
