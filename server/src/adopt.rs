@@ -13,6 +13,7 @@
 //!
 //! Invariant: when recovery begins, each machine has at most one live worker and it has this daemon's term.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use vpmu_proto::store::OwnershipRecord;
@@ -50,26 +51,43 @@ pub async fn before_recovery(daemon: &Arc<Daemon>) -> Result<(Vec<(String, Survi
     let uids = processes.uids().map_err(|e| {
         ApiError::internal("RUNTIME_DIR", format!("{}: {e}; make it readable", processes.run_dir.display()))
     })?;
+    let mut machines: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for name in uids {
+        let uid = name.split('.').next().unwrap_or_default().to_owned();
+        machines.entry(uid).or_default().push(name);
+    }
     let (mut survivors, mut copies) = (Vec::new(), Copies::new());
-    for uid in uids {
-        match processes.find(&uid) {
-            Ok(Found::Live(process)) => {
-                let pid = process.pid();
-                if daemon.store.ownership(&uid).is_some_and(|held| held.phase() == Phase::HandedOver) {
-                    if let Some(copy) = keep_copy(daemon, &uid, process).await {
-                        copies.insert(uid, copy);
-                    }
-                } else if let Some(survivor) = settle(daemon, &uid, process).await {
-                    survivors.push((uid, survivor));
-                } else {
-                    tracing::info!(%uid, pid, "the worker of a machine that is not here any more was ended");
+    for (uid, names) in machines {
+        let found = sort_out(daemon, &uid, names, &mut copies).await?;
+        survivors.extend(found.map(|survivor| (uid, survivor)));
+    }
+    close_renewals(daemon, &survivors).await?;
+    Ok((survivors, copies))
+}
+
+/// A machine has one worker, or two while one was to replace the other (`migration::renew`): the record's incarnation says
+/// which it is, and the other is ended before anything else.
+async fn sort_out(
+    daemon: &Arc<Daemon>,
+    uid: &str,
+    names: Vec<String>,
+    copies: &mut Copies,
+) -> Result<Option<Survivor>, ApiError> {
+    let processes = &daemon.workers.processes;
+    let held = daemon.store.ownership(uid).unwrap_or_default();
+    let own = format!("{uid}.{}", held.incarnation);
+    let next = format!("{uid}.{}", held.incarnation + 1);
+    let (mut live, mut dead) = (BTreeMap::new(), None);
+    for name in names {
+        match processes.find(&name) {
+            Ok(Found::Live(process)) => drop(live.insert(name, process)),
+            Ok(Found::Dead(end)) => {
+                processes.clear(&name);
+                if name == own || name == uid {
+                    dead = Some(Survivor::Dead { end });
                 }
             }
-            Ok(Found::Dead(end)) => {
-                processes.clear(&uid);
-                survivors.push((uid, Survivor::Dead { end }));
-            }
-            Ok(Found::Nothing) => processes.clear(&uid),
+            Ok(Found::Nothing) => processes.clear(&name),
             // Unreachable is not dead: nothing is started beside it.
             Err(error) => {
                 return Err(ApiError::internal(
@@ -79,11 +97,85 @@ pub async fn before_recovery(daemon: &Arc<Daemon>) -> Result<(Vec<(String, Survi
             }
         }
     }
-    Ok((survivors, copies))
+    let current = live.remove(&own).or_else(|| live.remove(uid));
+    let heir = live.remove(&next).filter(|_| current.is_none() && is_renewal(daemon, &held));
+    for (name, process) in live {
+        tracing::info!(
+            name,
+            pid = process.pid(),
+            "a worker that another has replaced, or was to replace, is ended"
+        );
+        process.end().await;
+    }
+    if let Some(process) = current {
+        let pid = process.pid();
+        if held.phase() == Phase::HandedOver {
+            if let Some(copy) = keep_copy(daemon, uid, process).await {
+                copies.insert(uid.to_owned(), copy);
+            }
+            return Ok(None);
+        }
+        let survivor = settle(daemon, uid, process).await;
+        if survivor.is_none() {
+            tracing::info!(%uid, pid, "the worker of a machine that is not here any more was ended");
+        }
+        return Ok(survivor);
+    }
+    if let Some(process) = heir
+        && let Some(survivor) = inherit(daemon, held, process).await
+    {
+        return Ok(Some(survivor));
+    }
+    Ok(dead)
+}
+
+/// The machine was being given another worker of this host, at the stop.
+fn is_renewal(daemon: &Daemon, held: &OwnershipRecord) -> bool {
+    held.phase() == Phase::Quiesced && held.peer_host == daemon.host.host_id
+}
+
+/// The old worker died with the daemon, whose threads it was, and the new one may hold the copy: then it is the machine.
+async fn inherit(daemon: &Arc<Daemon>, held: OwnershipRecord, process: WorkerProcess) -> Option<Survivor> {
+    let uid = held.vm_uid.clone();
+    let heir = OwnershipRecord { incarnation: held.incarnation + 1, ..held };
+    let (worker, status) = match attach(daemon, &heir, process).await {
+        Ok(attached) => attached,
+        Err(error) => {
+            tracing::error!(%uid, %error, "the new worker of a machine whose old one died cannot be attached");
+            return None;
+        }
+    };
+    if status.state() != worker_status::State::Ready {
+        worker.end().await;
+        return None;
+    }
+    let record = OwnershipRecord { epoch: heir.epoch + 1, phase: Phase::Owned as i32, ..heir };
+    match daemon.store.append_ownership(record).await {
+        Ok(_) => Some(Survivor::Live { worker, status: Box::new(status) }),
+        Err(error) => {
+            tracing::error!(%uid, %error, "the new worker of a machine cannot be made its owner");
+            worker.keep();
+            Some(Survivor::Refused(error.into()))
+        }
+    }
+}
+
+/// A renewal whose workers are all gone has no other host to be asked: the machine is owned here, without a worker.
+async fn close_renewals(daemon: &Arc<Daemon>, survivors: &[(String, Survivor)]) -> Result<(), ApiError> {
+    for held in daemon.store.ownerships() {
+        let undecided = survivors
+            .iter()
+            .all(|(uid, found)| *uid != held.vm_uid || matches!(found, Survivor::Dead { .. }));
+        if is_renewal(daemon, &held) && undecided {
+            let record = OwnershipRecord { epoch: held.epoch + 1, phase: Phase::Owned as i32, ..held };
+            daemon.store.append_ownership(record).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Workers whose machines were handed over and not released: each holds what may become the last copy again.
-pub type Copies = std::collections::BTreeMap<String, WorkerLink>;
+pub type Copies = BTreeMap<String, WorkerLink>;
 
 /// The rows "HandedOver": one that runs is ended, every other keeps its copy.
 async fn keep_copy(daemon: &Arc<Daemon>, uid: &str, process: WorkerProcess) -> Option<WorkerLink> {

@@ -19,6 +19,10 @@ pub struct Cli {
 enum Command {
     /// Serves the control plane of this host.
     Serve(ServeArgs),
+    /// Replaces a vpmud that runs by another binary; its machines go on.
+    Upgrade(crate::upgrade::command::UpgradeArgs),
+    /// Says what this binary is and speaks.
+    Version(crate::upgrade::command::VersionArgs),
     /// Shows the whole path in front of you: two hosts, a machine, its counters, a live migration, a host that dies.
     Demo(crate::demo::DemoArgs),
     /// Measures this host: each figure of vpmud beside what the bare kernel takes, or QEMU, in the same run.
@@ -130,6 +134,8 @@ pub fn main() -> ExitCode {
     };
     match cli.command {
         Command::Serve(args) => serve(args.into()),
+        Command::Upgrade(args) => crate::upgrade::command::main(&args),
+        Command::Version(args) => crate::upgrade::command::version(&args),
         Command::Demo(args) => crate::demo::main(&args),
         Command::Bench(command) => crate::bench::main(&command),
         Command::Worker(args) => match vcpu_worker::process::main(&args) {
@@ -145,6 +151,7 @@ pub fn main() -> ExitCode {
 
 fn serve(config: ServeConfig) -> ExitCode {
     init_tracing();
+    let state_dir = config.state_dir.clone();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -156,12 +163,38 @@ fn serve(config: ServeConfig) -> ExitCode {
     // Blocking helpers (none should be left) get a moment, not for ever.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some(image)) => become_binary(&state_dir, &image),
         Err(error) => {
             eprintln!("vpmud: [{}] {error}", error.reason());
+            if let Some(previous) = crate::upgrade::fallback() {
+                eprintln!("vpmud: this binary does not come to serve: {} goes on", previous.display());
+                let error = exec(&previous, None);
+                eprintln!("vpmud: {} cannot be run: {error}", previous.display());
+            }
             ExitCode::FAILURE
         }
     }
+}
+
+/// This process becomes another vpmud with the same command line; if the system refuses, the one before.
+fn become_binary(state_dir: &std::path::Path, image: &std::path::Path) -> ExitCode {
+    let previous = state_dir.join(crate::upgrade::PREVIOUS);
+    let previous = std::path::absolute(&previous).unwrap_or(previous);
+    let error = exec(image, Some(&previous));
+    eprintln!("vpmud: {} cannot be run: {error}; this version goes on", image.display());
+    let error = exec(&previous, None);
+    eprintln!("vpmud: {} cannot be run: {error}; the machines go on, start vpmud again", previous.display());
+    ExitCode::FAILURE
+}
+
+/// Returns only if it fails.
+fn exec(image: &std::path::Path, came_from: Option<&std::path::Path>) -> std::io::Error {
+    use std::os::unix::process::CommandExt as _;
+    let mut command = std::process::Command::new(image);
+    command.arg0("vpmud").args(std::env::args_os().skip(1));
+    command.env(crate::upgrade::CAME_FROM, came_from.unwrap_or_else(|| std::path::Path::new("")));
+    command.exec()
 }
 
 /// Logs go to standard error; RUST_LOG chooses what.

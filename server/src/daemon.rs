@@ -66,6 +66,8 @@ pub struct Daemon {
     pub tasks: TaskTracker,
     /// A machine that moves to another vpmud on this machine hands its memory over unless its request says otherwise.
     pub auto_local: bool,
+    /// It ends to become another binary: machines in processes of their own go on.
+    pub upgrading: std::sync::atomic::AtomicBool,
     /// For tests: where to stop this process, once at each.
     pub hold_at: Vec<crate::migration::hold::Hold>,
     /// What migrations wait for, and how long.

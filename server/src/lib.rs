@@ -30,6 +30,7 @@ pub mod pmu_view;
 pub mod serve;
 pub mod status;
 pub mod store;
+pub mod upgrade;
 pub mod validate;
 pub mod vm;
 pub mod worker_link;

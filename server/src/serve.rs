@@ -85,8 +85,8 @@ fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> ServeError {
     move |source| ServeError::Io { what, source }
 }
 
-/// Serves until SIGTERM or SIGINT.
-pub async fn run(config: ServeConfig) -> Result<(), ServeError> {
+/// Serves until SIGTERM or SIGINT, or until this daemon is to become another binary, which it returns.
+pub async fn run(config: ServeConfig) -> Result<Option<PathBuf>, ServeError> {
     // Signals first: one that comes while it starts must end it in order too.
     let mut terminate = signal(SignalKind::terminate()).map_err(io("cannot handle SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io("cannot handle SIGINT"))?;
@@ -119,7 +119,7 @@ async fn serve(
     host: Host,
     store: Store,
     asked_to_end: impl Future<Output = ()>,
-) -> Result<(), ServeError> {
+) -> Result<Option<PathBuf>, ServeError> {
     let mut listeners = Vec::new();
     for address in &config.listen {
         listeners.push((listen::open(address).await?, true));
@@ -163,6 +163,7 @@ async fn serve(
             seccomp: config.seccomp,
             violate: config.worker_violates,
             cgroups: Arc::new(cgroups),
+            image: std::sync::Mutex::default(),
         }),
     };
     let daemon = Arc::new(Daemon {
@@ -187,6 +188,7 @@ async fn serve(
         shutdown: CancellationToken::new(),
         recovered: CancellationToken::new(),
         tasks: TaskTracker::new(),
+        upgrading: std::sync::atomic::AtomicBool::new(false),
         auto_local: config.local_migration == crate::config::LocalMigration::Auto,
         hold_at: config.hold_at.iter().copied().map(Into::into).collect(),
         limits: config.limits(),
@@ -220,15 +222,23 @@ async fn serve(
             }
         });
     }
-    say_ready(&daemon, &listen, &peer_listen)?;
+    let (switch, mut image) = tokio::sync::mpsc::channel(1);
+    crate::upgrade::serve(&daemon, switch).await;
+    match say_ready(&daemon, &listen, &peer_listen) {
+        Err(error) if crate::upgrade::is_successor() => tracing::warn!(%error, "not said"),
+        said => said?,
+    }
+    crate::upgrade::serves(&config.state_dir);
 
+    let mut next = None;
     tokio::select! {
         () = asked_to_end => {}
+        Some(image) = image.recv() => next = Some(image),
         ended = servers.join_next() => tracing::error!(?ended, "a listener ended by itself; ending"),
     }
     end(&daemon, servers, &end_workers).await;
     drop(files);
-    Ok(())
+    Ok(next)
 }
 
 /// Makes the directory of snapshots, and removes from it what a host that died was writing.

@@ -71,6 +71,8 @@ pub struct Launch<'a> {
     pub incoming: bool,
     /// State comes from a snapshot.
     pub restore: Option<RestoreFrom>,
+    /// The machine has a worker that goes on meanwhile; this one is a process.
+    pub beside: bool,
 }
 
 /// A worker; cloned freely, ended by [`WorkerLink::end`] or with its last clone.
@@ -124,8 +126,12 @@ impl WorkerLink {
         launch: Launch<'_>,
     ) -> Result<(Self, CreateVmResponse), ApiError> {
         let failed = |e| ApiError::internal("WORKER_START_FAILED", format!("cannot start a worker: {e}"));
-        let (channel, thread, process) = if factory.processes.enabled {
-            let started = factory.processes.start(launch.vm_uid, launch.vm_name).await;
+        let (channel, thread, process) = if factory.processes.isolated() || launch.beside {
+            let started = if launch.beside {
+                factory.processes.start_beside(launch.vm_uid, launch.incarnation, launch.vm_name).await
+            } else {
+                factory.processes.start(launch.vm_uid, launch.vm_name).await
+            };
             let (channel, process) = started.map_err(failed)?;
             (channel, None, Some(process))
         } else {
@@ -267,9 +273,9 @@ impl WorkerLink {
         self.inner.process.as_ref().map_or("", WorkerProcess::sandbox)
     }
 
-    /// Whether its machine goes on when the daemon ends.
-    pub fn outlives_daemon(&self) -> bool {
-        self.inner.process.is_some() && self.inner.outlives
+    /// Whether its machine goes on when the daemon ends: at an upgrade every process does.
+    pub fn outlives_daemon(&self, upgrading: bool) -> bool {
+        self.inner.process.is_some() && (self.inner.outlives || upgrading)
     }
 
     /// The daemon ends: the worker goes on without it.

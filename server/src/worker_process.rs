@@ -7,7 +7,7 @@
 
 use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -51,6 +51,8 @@ pub struct Processes {
     pub violate: Option<vcpu_worker::sandbox::Kind>,
     /// Where workers get cgroups of their own.
     pub cgroups: Arc<crate::cgroup::Cgroups>,
+    /// Binary of new workers, which are processes then in any case; none: this process's own.
+    pub image: Mutex<Option<PathBuf>>,
 }
 
 /// What a runtime directory of an earlier run shows.
@@ -79,7 +81,28 @@ pub struct WorkerProcess {
 }
 
 impl Processes {
-    /// Uids that have a runtime directory.
+    /// Sets the binary of new workers: an upgrade is under way.
+    pub fn set_image(&self, image: Option<PathBuf>) {
+        *self.image.lock().unwrap_or_else(PoisonError::into_inner) = image;
+    }
+
+    fn image(&self) -> Option<PathBuf> {
+        self.image.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether new workers are processes.
+    pub fn isolated(&self) -> bool {
+        self.enabled || self.image().is_some()
+    }
+
+    /// Runtime directories of one machine: `UID`, and `UID.INCARNATION` for a worker that was made beside another.
+    fn names_of(&self, uid: &str) -> io::Result<Vec<String>> {
+        let mut names = self.uids()?;
+        names.retain(|name| name.split('.').next() == Some(uid));
+        Ok(names)
+    }
+
+    /// Names of runtime directories: uids, and those of [`Self::start_beside`].
     pub fn uids(&self) -> io::Result<Vec<String>> {
         match std::fs::read_dir(&self.run_dir) {
             Ok(entries) => entries.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect(),
@@ -118,17 +141,38 @@ impl Processes {
 
     /// Ends a worker that nobody holds, if there is one.
     pub async fn end_unheld(&self, uid: &str) -> io::Result<()> {
-        if let Found::Live(old) = self.find(uid)? {
-            tracing::warn!(uid, pid = old.pid, "a worker that nobody holds is ended");
-            old.end().await;
+        for name in self.names_of(uid)? {
+            if let Found::Live(old) = self.find(&name)? {
+                tracing::warn!(uid, pid = old.pid, "a worker that nobody holds is ended");
+                old.end().await;
+            }
+            self.clear(&name);
         }
-        self.clear(uid);
         Ok(())
     }
 
     /// Starts a worker for a machine that has none, and connects to it.
     pub async fn start(&self, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
         self.end_unheld(uid).await?;
+        self.start_in(uid, name).await
+    }
+
+    /// Starts a worker for a machine that has one already, in the runtime directory `UID.INCARNATION`.
+    pub async fn start_beside(
+        &self,
+        uid: &str,
+        incarnation: u64,
+        name: &str,
+    ) -> io::Result<(Channel, WorkerProcess)> {
+        let dir = format!("{uid}.{incarnation}");
+        if let Found::Live(old) = self.find(&dir)? {
+            old.end().await;
+        }
+        self.clear(&dir);
+        self.start_in(&dir, name).await
+    }
+
+    async fn start_in(&self, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.run_dir)?;
         let dir = self.run_dir.join(uid);
         DirBuilder::new().mode(0o700).create(&dir)?;
@@ -165,8 +209,9 @@ impl Processes {
         let cores: Vec<_> = self.cores.iter().map(ToString::to_string).collect();
         let violate = self.violate.and_then(|kind| clap::ValueEnum::to_possible_value(&kind));
         // The running image itself, also when the file has been replaced by an upgrade.
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = Command::new(self.image().unwrap_or_else(|| PathBuf::from("/proc/self/exe")));
         command
+            .env_remove(crate::upgrade::CAME_FROM)
             .arg0("vpmud")
             .arg("worker")
             .arg("--socket")
@@ -294,6 +339,12 @@ impl WorkerProcess {
     fn reap(&self) {
         if let Some(mut child) = self.child.lock().unwrap_or_else(PoisonError::into_inner).take() {
             drop(child.wait());
+        } else {
+            // An adopted one is a child where this process is the one that started it, before an upgrade.
+            use rustix::process::{WaitId, WaitIdOptions, waitid};
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+            // Else it is no child, and whoever has it for one waits for it.
+            let _ = waitid(WaitId::PidFd(self.pidfd.get_ref().as_fd()), options);
         }
     }
 

@@ -3,39 +3,15 @@
 
 mod support;
 
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use support::guest::*;
 use support::*;
 use tonic::Code;
-use vcpu_worker::memory::GuestMemory;
-use vcpu_worker::probe::{ProbeConfig, verify_memory};
-use vcpu_worker::process::Identity;
 use vpmu_proto::api::virtual_machine::{DesiredState, State};
 use vpmu_proto::api::*;
 
 const MIB: u64 = 1 << 20;
-
-/// Ends every worker process that a test leaves, also when it panics.
-struct Workers(Vec<PathBuf>);
-
-impl Workers {
-    fn alive(&self) -> Vec<Identity> {
-        let entries = self.0.iter().filter_map(|dir| std::fs::read_dir(dir).ok()).flatten().flatten();
-        let identities = entries.filter_map(|e| Identity::read(&e.path()));
-        identities.filter(|i| Identity::of(i.pid).is_ok_and(|now| now == *i)).collect()
-    }
-}
-
-impl Drop for Workers {
-    fn drop(&mut self) {
-        for left in self.alive() {
-            let pid = rustix::process::Pid::from_raw(left.pid.cast_signed()).expect("a pid");
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-        }
-    }
-}
 
 struct Pair {
     a: Host,
@@ -68,73 +44,6 @@ async fn run(from: &Host, to: &Host) -> Migration {
     unpack(&from.finish(operation).await.expect("migrated"))
 }
 
-/// A guest that has filled a part of its memory and dirties another.
-fn filled(vcpus: u32, memory_mib: u64, fill: u64) -> VirtualMachineSpec {
-    let boot = ProbeBoot {
-        fill_bytes: fill * MIB,
-        working_set_bytes: 4 * MIB,
-        dirty_pages_per_second: 20_000,
-        ..ProbeBoot::default()
-    };
-    VirtualMachineSpec {
-        boot: Some(virtual_machine_spec::Boot::Probe(boot)),
-        ..probe_spec(vcpus, memory_mib)
-    }
-}
-
-/// Every mapping of guest memory of a process, by its descriptor.
-fn memories(pid: u32, bytes: u64) -> Vec<GuestMemory> {
-    let dir = PathBuf::from(format!("/proc/{pid}/fd"));
-    let links = std::fs::read_dir(&dir).expect("descriptors").flatten();
-    let guests = links.filter(|e| {
-        let target = std::fs::read_link(e.path()).unwrap_or_default();
-        target.to_string_lossy().starts_with("/memfd:")
-    });
-    guests
-        .filter_map(|e| {
-            let file = std::fs::File::options().read(true).write(true).open(e.path()).ok()?;
-            GuestMemory::from_fd(OwnedFd::from(file), bytes).ok()
-        })
-        .filter(|memory| memory.resident_pages().is_some_and(|pages| !pages.is_empty()))
-        .collect()
-}
-
-/// Stops the guest for a moment and compares all its memory with what its own report implies.
-async fn verify(host: &Host) {
-    let vm = host.get("vm").await;
-    let running = vm.observed_state() == State::Running;
-    if running {
-        let request = PauseVirtualMachineRequest { name: name("vm") };
-        host.vms().await.pause_virtual_machine(request).await.expect("paused");
-    }
-    let spec = vm.spec.expect("spec");
-    let Some(virtual_machine_spec::Boot::Probe(probe)) = &spec.boot else { panic!("the probe") };
-    let config = ProbeConfig::from_boot(probe, spec.vcpus, spec.memory_bytes, 1_000_000, None);
-    let pid = if vm.worker_pid == 0 { host.child.id().expect("running") } else { vm.worker_pid };
-    let memories = memories(pid, spec.memory_bytes);
-    assert_eq!(memories.len(), 1, "one process has one copy");
-    let pages = verify_memory(&memories[0], &config).expect("the guest's pattern");
-    assert!(pages * 4096 >= probe.fill_bytes, "{pages} pages");
-    if running {
-        let request = ResumeVirtualMachineRequest { name: name("vm") };
-        host.vms().await.resume_virtual_machine(request).await.expect("resumed");
-    }
-}
-
-/// Waits until the guest has written all that it fills.
-async fn until_filled(host: &Host) {
-    host.until_counting("vm").await;
-    let begin = Instant::now();
-    loop {
-        let pmu = host.live_pmu("vm").await;
-        if pmu.probe.expect("probe").vcpus.iter().all(|v| v.pages_dirtied > 100) {
-            return;
-        }
-        assert!(begin.elapsed() < DEADLINE, "it does not fill its memory");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
 /// Counters that take no overflow never go back, and those of the stop are those of the resume.
 fn exact(result: &MigrationResult, now: &Pmu) {
     assert!(!result.pmu_at_stop.is_empty());
@@ -161,7 +70,7 @@ async fn there_and_back(a: &[&str], b: &[&str]) {
     let Pair { a, b, workers, _dir } = pair(a, b).await;
     a.create("vm", filled(2, 128, 32)).await;
     a.start_vm("vm").await;
-    until_filled(&a).await;
+    until_filled(&a, "vm").await;
     for (from, to) in [(&a, &b), (&b, &a)] {
         let migration = run(from, to).await;
         assert_eq!(migration.state(), migration::State::Succeeded);
@@ -175,7 +84,7 @@ async fn there_and_back(a: &[&str], b: &[&str]) {
         assert!(result.bytes < MIB, "only state goes over: {} bytes", result.bytes);
         assert_eq!(from.get("vm").await.observed_state(), State::Moved);
         exact(&result, &to.until_counting("vm").await);
-        verify(to).await;
+        verify(to, "vm").await;
     }
     let request = PauseVirtualMachineRequest { name: name("vm") };
     a.vms().await.pause_virtual_machine(request).await.expect("paused");
@@ -187,7 +96,7 @@ async fn there_and_back(a: &[&str], b: &[&str]) {
     for (before, after) in before.vcpus.iter().zip(&after.vcpus) {
         assert_eq!((&before.counters, before.pmis), (&after.counters, after.pmis), "it stood still");
     }
-    verify(&b).await;
+    verify(&b, "vm").await;
     let request = ResumeVirtualMachineRequest { name: name("vm") };
     b.vms().await.resume_virtual_machine(request).await.expect("resumed");
     exact(&result, &b.until_counting("vm").await);
@@ -246,7 +155,7 @@ async fn killed(source: bool, point: &str, stays: bool, options: &[&str]) {
     let Pair { mut a, mut b, workers, _dir } = pair(on_a, on_b).await;
     a.create("vm", filled(1, 64, 16)).await;
     a.start_vm("vm").await;
-    until_filled(&a).await;
+    until_filled(&a, "vm").await;
     let before = a.live_pmu("vm").await;
     a.migrations().await.create_migration(local(&b)).await.expect("accepted");
     let victim = if source { &mut a } else { &mut b };
@@ -267,7 +176,7 @@ async fn killed(source: bool, point: &str, stays: bool, options: &[&str]) {
     }
     let report = now.probe.expect("probe");
     assert_eq!(report.vcpus.iter().map(|v| v.faults).sum::<u64>(), 0, "{point}");
-    verify(keeper).await;
+    verify(keeper, "vm").await;
     if options.contains(&"process") {
         let begin = Instant::now();
         while workers.alive().len() != 1 {
@@ -278,7 +187,7 @@ async fn killed(source: bool, point: &str, stays: bool, options: &[&str]) {
     // And what was killed can take part again.
     let (from, to) = if stays { (&a, &b) } else { (&b, &a) };
     assert_eq!(run(from, to).await.state(), migration::State::Succeeded, "{point}");
-    verify(to).await;
+    verify(to, "vm").await;
     to.stop_vm("vm").await;
 }
 
@@ -328,7 +237,7 @@ async fn a_cancel_before_the_stop_leaves_it_and_its_memory_here() {
     let Pair { a, mut b, workers: _workers, _dir } = pair(&THREAD, &held).await;
     a.create("vm", filled(1, 64, 16)).await;
     a.start_vm("vm").await;
-    until_filled(&a).await;
+    until_filled(&a, "vm").await;
     let operation = a.migrations().await.create_migration(local(&b)).await.expect("accepted").into_inner();
     let migration: Migration = unpack(operation.metadata.as_ref().expect("metadata"));
     let cancel = CancelMigrationRequest { name: migration.name.clone() };
@@ -337,11 +246,76 @@ async fn a_cancel_before_the_stop_leaves_it_and_its_memory_here() {
     let error = a.finish(operation).await.expect_err("cancelled");
     assert_eq!(reason_of(&error), "CANCELLED");
     a.until("vm", "running", is(State::Running)).await;
-    verify(&a).await;
+    verify(&a, "vm").await;
     let again = a.migrations().await.cancel_migration(cancel).await;
     expect_error(again, Code::FailedPrecondition, "MIGRATION_OVER");
     b.kill_at_hold().await;
     b.restart_with(&THREAD).await;
     assert_eq!(run(&a, &b).await.state(), migration::State::Succeeded);
-    verify(&b).await;
+    verify(&b, "vm").await;
+}
+
+/// Not a test: `cargo test --release -p vpmu-server --test api_local -- --ignored --nocapture figures` on a machine with
+/// nothing else to do prints the medians of each size, isolation and mode; sizes alternate.
+#[tokio::test]
+#[ignore = "a measurement"]
+async fn figures() {
+    let rounds: usize = std::env::var("VPMU_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
+    println!("isolation memory_mib  total_us blackout_us gap_us | stop save transfer persist restore resume");
+    for options in [THREAD, PROCESS] {
+        let Pair { a, b, workers: _workers, _dir } = pair(&options, &options).await;
+        let sizes = [256, 1024, 4096];
+        for size in sizes {
+            let boot = ProbeBoot {
+                fill_bytes: size / 2 * MIB,
+                dirty_pages_per_second: 5000,
+                ..ProbeBoot::default()
+            };
+            let spec = VirtualMachineSpec {
+                boot: Some(virtual_machine_spec::Boot::Probe(boot)),
+                ..probe_spec(1, size)
+            };
+            let id = format!("vm{size}");
+            a.create(&id, spec).await;
+        }
+        let mut all: Vec<Vec<MigrationResult>> = vec![Vec::new(); sizes.len()];
+        for (size, results) in sizes.iter().zip(&mut all) {
+            // One machine runs at a time: on few cores the others would be measured too.
+            let id = format!("vm{size}");
+            a.start_vm(&id).await;
+            a.until_counting(&id).await;
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            for round in 0..rounds {
+                let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
+                let request = CreateMigrationRequest { parent: name(&id), ..local(to) };
+                let operation = from.migrations().await.create_migration(request).await.expect("accepted");
+                let done: Migration = unpack(&from.finish(operation.into_inner()).await.expect("migrated"));
+                results.push(done.result.expect("a result"));
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            let last = if rounds % 2 == 0 { &a } else { &b };
+            last.stop_vm(&id).await;
+        }
+        for (size, results) in sizes.iter().zip(&all) {
+            let median = |f: &dyn Fn(&MigrationResult) -> u64| {
+                let mut values: Vec<u64> = results.iter().map(f).collect();
+                values.sort_unstable();
+                values[values.len() / 2]
+            };
+            let part = |f: fn(&BlackoutBreakdown) -> u64| median(&|r| r.breakdown.as_ref().map_or(0, f));
+            println!(
+                "{:9} {size:10} {:9} {:11} {:6} | {} {} {} {} {} {}",
+                options[1],
+                median(&|r| r.total_us),
+                median(&|r| r.blackout_us),
+                median(&|r| r.guest_gap_us.unwrap_or(0)),
+                part(|b| b.stop_us),
+                part(|b| b.save_us),
+                part(|b| b.transfer_us),
+                part(|b| b.persist_us),
+                part(|b| b.restore_us),
+                part(|b| b.resume_us),
+            );
+        }
+    }
 }

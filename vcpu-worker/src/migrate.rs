@@ -16,7 +16,7 @@ mod finish;
 mod incoming;
 mod outgoing;
 
-pub use incoming::{IncomingMigration, IncomingState, Phase};
+pub use incoming::{Door, IncomingMigration, IncomingState, Phase};
 pub use outgoing::{OutgoingMigration, OutgoingState, Source};
 
 /// Parses what both ends are given; names the field that is wrong.

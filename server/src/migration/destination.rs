@@ -149,6 +149,16 @@ pub(super) fn arriving(mut vm: VirtualMachine) -> VirtualMachine {
     vm
 }
 
+/// Where the worker that is to receive a machine listens, if that is a Unix socket.
+pub(super) fn data_socket(daemon: &Daemon, id: uuid::Uuid) -> PathBuf {
+    let file = format!("{DATA_SOCKET}{}.sock", &id.simple().to_string()[..12]);
+    let path = state_dir(daemon).join(&file);
+    if path.as_os_str().len() > MAX_DATA_PATH {
+        return std::env::temp_dir().join(format!("vpmud-{file}"));
+    }
+    path
+}
+
 /// One machine on its way here.
 pub(super) struct Incoming {
     pub(super) daemon: Arc<Daemon>,
@@ -186,6 +196,7 @@ impl Incoming {
             spec: &spec,
             incoming: true,
             restore: None,
+            beside: false,
         };
         let (worker, built) = WorkerLink::launch(&self.daemon.workers, grant, launch).await?;
         self.worker = Some(worker.clone());
@@ -218,12 +229,7 @@ impl Incoming {
 
     /// Where the worker listens if it listens on a Unix socket.
     fn data_socket(&self) -> PathBuf {
-        let file = format!("{DATA_SOCKET}{}.sock", &self.id.simple().to_string()[..12]);
-        let path = state_dir(&self.daemon).join(&file);
-        if path.as_os_str().len() > MAX_DATA_PATH {
-            return std::env::temp_dir().join(format!("vpmud-{file}"));
-        }
-        path
+        data_socket(&self.daemon, self.id)
     }
 
     /// The worker removes its socket when it has everything; one that died does not.

@@ -24,6 +24,7 @@ pub mod limits;
 pub mod outcome;
 mod record;
 pub mod recover;
+pub mod renew;
 pub mod resolve;
 mod settle;
 mod source;

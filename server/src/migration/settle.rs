@@ -75,9 +75,11 @@ pub(super) async fn source(
     worker: Option<WorkerLink>,
 ) -> Option<(source::Outcome, OwnershipRecord, Option<WorkerLink>)> {
     let mut copy = Copy { worker, id: held.migration_id.clone() };
-    let settled = settle_source(daemon, held, &mut copy).await;
+    let settled = settle_source(Arc::clone(&daemon), held, &mut copy).await;
     if settled.is_none()
-        && let Some(worker) = copy.worker.as_ref().filter(|worker| worker.outlives_daemon())
+        && let Some(worker) = copy.worker.as_ref().filter(|worker| {
+            worker.outlives_daemon(daemon.upgrading.load(std::sync::atomic::Ordering::SeqCst))
+        })
     {
         worker.keep();
     }

@@ -61,7 +61,8 @@ impl Source {
     /// The daemon ends in the middle; the next one goes on from the journal.
     pub(super) fn leave(&mut self) -> Ended {
         let why = self.work.left.take().unwrap_or_else(ApiError::shutting_down);
-        if self.lease.worker.outlives_daemon() {
+        if self.lease.worker.outlives_daemon(self.daemon.upgrading.load(std::sync::atomic::Ordering::SeqCst))
+        {
             return Ended { outcome: Outcome::Left, migration: Err(why) };
         }
         if matches!(

@@ -29,6 +29,7 @@ mod writer;
 pub use batch::Batch;
 pub use disk::Damaged;
 pub use envelope::Problem;
+pub(crate) use envelope::SCHEMA;
 pub use error::StoreError;
 
 use crate::journal::{Journal, JournalError, Recovery};

@@ -166,6 +166,10 @@ impl Actor {
                 let result = self.adopt(*arrival).await;
                 let _ = reply.send(result);
             }
+            Command::Renewed { worker, ownership, images, reply } => {
+                let result = self.renewed(worker, ownership, images).await;
+                let _ = reply.send(result);
+            }
             Command::DropIncoming { ownership, reply } => {
                 let result = self.drop_incoming(ownership).await;
                 let _ = reply.send(result);
@@ -387,7 +391,8 @@ impl Actor {
 
     /// The daemon ends, and in thread isolation the machine with it; in process isolation it goes on unless told otherwise.
     async fn end(&mut self) {
-        let stays = self.worker.clone().filter(WorkerLink::outlives_daemon);
+        let upgrading = self.daemon.upgrading.load(Ordering::SeqCst);
+        let stays = self.worker.clone().filter(|worker| worker.outlives_daemon(upgrading));
         if let Some(worker) = stays {
             self.checkpoint().await;
             worker.keep();

@@ -131,6 +131,17 @@ pub enum Command {
         /// Durable.
         reply: Reply<()>,
     },
+    /// It has another worker on this host, which runs it, or holds it paused.
+    Renewed {
+        /// The worker.
+        worker: WorkerLink,
+        /// The record that names it.
+        ownership: OwnershipRecord,
+        /// PMU images as restored.
+        images: Vec<PmuImage>,
+        /// Durable.
+        reply: Reply<()>,
+    },
     /// It did not arrive.
     DropIncoming {
         /// What the journal says now.

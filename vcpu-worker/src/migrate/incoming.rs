@@ -46,6 +46,16 @@ pub enum IncomingState {
     Failed(Arc<WorkerError>),
 }
 
+/// How memory comes in.
+pub struct Door {
+    /// Data connections.
+    pub connections: u16,
+    /// They are encrypted.
+    pub tls: Option<Tls>,
+    /// The memory itself is handed over first; then state alone comes.
+    pub local: bool,
+}
+
 /// One migration at its destination.
 pub struct IncomingMigration {
     id: String,
@@ -56,19 +66,17 @@ pub struct IncomingMigration {
 }
 
 impl IncomingMigration {
-    /// Opens the listener and starts receiving; returns the listener's address. `local`: the memory itself is awaited
-    /// first. Blocks for a moment: not for a runtime's worker thread.
-    #[expect(clippy::too_many_arguments, reason = "what a migration is made of, each of another type")]
+    /// Opens the listener and starts receiving; returns the listener's address. Blocks for a moment: not for a runtime's
+    /// worker thread.
     pub fn start(
         id: &str,
         session: SessionId,
         listen: &DataAddress,
-        connections: u16,
-        tls: Option<Tls>,
-        local: bool,
+        door: Door,
         machine: Arc<Machine>,
         runtime: Handle,
     ) -> Result<(Arc<Self>, String), WorkerError> {
+        let Door { connections, tls, local } = door;
         let mut incoming = Incoming::bind(listen, session, connections, machine.memory().clone())
             .map_err(|e| failed(id, &e))?;
         if let Some(tls) = tls {

@@ -20,7 +20,7 @@ use crate::dataplane::precopy::Goals;
 use crate::dataplane::{Compression, DataAddress, Fingerprint, Identity, Tls};
 use crate::error::WorkerError;
 use crate::migrate::{
-    IncomingMigration, IncomingState, OutgoingMigration, OutgoingState, Source, connections, session,
+    Door, IncomingMigration, IncomingState, OutgoingMigration, OutgoingState, Source, connections, session,
 };
 
 /// Progress of the source.
@@ -264,7 +264,7 @@ pub(super) async fn prepare_incoming(
         return Err(WorkerError::invalid("listen", &r.listen, "use a tcp address for TLS"));
     }
     let started = tokio::task::spawn_blocking(move || {
-        IncomingMigration::start(&id, session, &listen, connections, tls, local, machine, runtime)
+        IncomingMigration::start(&id, session, &listen, Door { connections, tls, local }, machine, runtime)
     });
     let (incoming, data_address) = started
         .await

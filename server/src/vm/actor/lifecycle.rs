@@ -235,7 +235,8 @@ impl Actor {
         spec: &'a VirtualMachineSpec,
         restore: Option<RestoreFrom>,
     ) -> Launch<'a> {
-        Launch { vm_uid: &self.vm.uid, vm_name: self.name.vm(), incarnation, spec, incoming: false, restore }
+        let (vm_uid, vm_name) = (self.vm.uid.as_str(), self.name.vm());
+        Launch { vm_uid, vm_name, incarnation, spec, incoming: false, restore, beside: false }
     }
 
     fn take_worker(&mut self, (worker, built): (WorkerLink, vpmu_proto::worker::CreateVmResponse)) {

@@ -8,6 +8,7 @@ use vpmu_proto::api::VirtualMachine;
 use vpmu_proto::api::virtual_machine::{DesiredState, State};
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
+use vpmu_proto::worker::PmuImage;
 
 use super::Actor;
 use super::restarting::{note, note_end, wall_ms};
@@ -16,6 +17,7 @@ use crate::vm::command::{Arrival, Command, Lease, Outcome};
 use crate::vm::restart::Event;
 use crate::vm::transitions::Action;
 use crate::vm::view::ActiveMigration;
+use crate::worker_link::WorkerLink;
 
 impl Actor {
     pub(super) fn begin_migration(
@@ -139,6 +141,25 @@ impl Actor {
                 self.give_up(&error).await
             }
         }
+    }
+
+    /// The machine runs on another worker of this host; this makes the records follow.
+    pub(super) async fn renewed(
+        &mut self,
+        worker: WorkerLink,
+        ownership: OwnershipRecord,
+        images: Vec<PmuImage>,
+    ) -> Result<(), ApiError> {
+        self.migration = None;
+        self.vm.migration.clear();
+        self.ownership = ownership;
+        self.worker = Some(worker.clone());
+        let pmu = self.store_pmu(images, worker.cores(), "migrate-in").await;
+        let paused = self.vm.desired_state() == DesiredState::Paused;
+        let state = if paused { State::Paused } else { State::Running };
+        self.change(state, "", "", Kind::Updated, |_| {}).await?;
+        self.follow_worker(&worker).await?;
+        pmu
     }
 
     pub(super) async fn drop_incoming(&mut self, ownership: OwnershipRecord) -> Result<(), ApiError> {
