@@ -154,7 +154,7 @@ impl Processes {
     /// Starts a worker for a machine that has none, and connects to it.
     pub async fn start(&self, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
         self.end_unheld(uid).await?;
-        self.start_in(uid, name).await
+        self.start_in(uid, name)
     }
 
     /// Starts a worker for a machine that has one already, in the runtime directory `UID.INCARNATION`.
@@ -169,10 +169,10 @@ impl Processes {
             old.end().await;
         }
         self.clear(&dir);
-        self.start_in(&dir, name).await
+        self.start_in(&dir, name)
     }
 
-    async fn start_in(&self, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
+    fn start_in(&self, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.run_dir)?;
         let dir = self.run_dir.join(uid);
         DirBuilder::new().mode(0o700).create(&dir)?;

@@ -293,7 +293,7 @@ async fn figures() {
                 results.push(done.result.expect("a result"));
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
-            let last = if rounds % 2 == 0 { &a } else { &b };
+            let last = if rounds.is_multiple_of(2) { &a } else { &b };
             last.stop_vm(&id).await;
         }
         for (size, results) in sizes.iter().zip(&all) {

@@ -154,7 +154,7 @@ impl Actor {
         self.vm.migration.clear();
         self.ownership = ownership;
         self.worker = Some(worker.clone());
-        let pmu = self.store_pmu(images, worker.cores(), "migrate-in").await;
+        let pmu = self.store_pmu(images, &worker.cores(), "migrate-in").await;
         let paused = self.vm.desired_state() == DesiredState::Paused;
         let state = if paused { State::Paused } else { State::Running };
         self.change(state, "", "", Kind::Updated, |_| {}).await?;
