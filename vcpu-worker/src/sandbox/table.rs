@@ -49,7 +49,7 @@ pub(super) const DATA: &[Call] = calls![
 /// All others, besides what vCPUs and migrations may: they build the machine (kernel files, KVM, memory, threads), serve
 /// the daemon's socket (epoll), and write the exit record. New filters may be added (seccomp), never taken away.
 pub(super) const CONTROL: &[Call] = calls![
-    SYS_openat SYS_statfs SYS_fstatfs SYS_readlink SYS_readlinkat SYS_getdents64 SYS_access SYS_faccessat SYS_faccessat2
+    SYS_open SYS_openat SYS_statfs SYS_fstatfs SYS_readlink SYS_readlinkat SYS_getdents64 SYS_access SYS_faccessat SYS_faccessat2
     SYS_rename SYS_renameat SYS_renameat2 SYS_chmod SYS_fchmod SYS_fchmodat SYS_mkdir SYS_mkdirat SYS_umask SYS_flock
     SYS_copy_file_range SYS_sendfile SYS_splice SYS_pipe2 SYS_dup
     SYS_epoll_create1 SYS_epoll_ctl SYS_epoll_wait SYS_epoll_pwait SYS_epoll_pwait2
