@@ -4,7 +4,8 @@ use crate::client::Client;
 use crate::error::ClientError;
 use crate::names;
 use vpmu_proto::api::{
-    GetHostPmuCapabilitiesRequest, GetPmuRequest, GetPmuStateRequest, HostPmuCapabilities, Pmu, PmuState,
+    AuditPmuRequest, GetHostPmuCapabilitiesRequest, GetPmuRequest, GetPmuStateRequest, HostPmuCapabilities,
+    Pmu, PmuAudit, PmuState,
 };
 
 impl Client {
@@ -18,6 +19,12 @@ impl Client {
     pub async fn get_pmu_state(&self, vm: &str) -> Result<PmuState, ClientError> {
         let request = self.request(GetPmuStateRequest { name: names::vm(vm) });
         self.call("GetPmuState", self.raw_pmu().get_pmu_state(request)).await
+    }
+
+    /// Compares the registers of a machine's cores with what was left there.
+    pub async fn audit_pmu(&self, vm: &str) -> Result<PmuAudit, ClientError> {
+        let request = self.request(AuditPmuRequest { name: names::vm(vm) });
+        self.call("AuditPmu", self.raw_pmu().audit_pmu(request)).await
     }
 
     /// What the host's PMU back end offers to guests.

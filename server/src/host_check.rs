@@ -11,7 +11,7 @@ use crate::config::PmuMode;
 /// Options of `vpmud host check`.
 #[derive(Debug, clap::Args)]
 pub struct HostCheckArgs {
-    /// The PMU mode that the host is judged for; auto is the model, as in `serve`.
+    /// The PMU mode that the host is judged for; auto is the one that `serve` would choose.
     #[arg(long, value_enum, default_value = "auto")]
     pmu: PmuMode,
     /// The modelled host PMU.
@@ -37,12 +37,21 @@ pub fn main(args: &HostCheckArgs) -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let host = vcpu_worker::host::probe();
     let mode = match args.pmu {
-        PmuMode::Auto | PmuMode::Model => Mode::Model,
+        PmuMode::Auto => {
+            let offers = crate::pmu_mode::look(&host, model, host.kvm.is_ok());
+            match crate::pmu_mode::choose(PmuMode::Auto, &offers).map_or("model", |chosen| chosen.mode) {
+                "kvm" => Mode::Kvm,
+                "msr" => Mode::Msr,
+                _ => Mode::Model,
+            }
+        }
+        PmuMode::Model => Mode::Model,
         PmuMode::Msr => Mode::Msr,
         PmuMode::Kvm => Mode::Kvm,
     };
-    let facts = vcpu_worker::host::pmu::facts(&vcpu_worker::host::probe(), Some(model));
+    let facts = vcpu_worker::host::pmu::facts(&host, Some(model));
     let mut lines = report(&facts, mode);
     lines.push(topology_line(&vcpu_worker::host::Topology::of_this_host()));
     match args.output {

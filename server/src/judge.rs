@@ -4,12 +4,15 @@ use vcpu_worker::host::{Topology, affinity};
 use vpmu_proto::peer::CpuidLeaf;
 
 use crate::config::{ConfigError, HypervisorKind, ServeConfig};
+use crate::pmu_mode::Chosen;
 use crate::serve::ServeError;
 
 /// What this host can do, judged before anything is opened.
 pub(crate) struct Host {
     pub(crate) hypervisor: HypervisorKind,
     pub(crate) shape: pmu::Shape,
+    /// "model", "msr" or "kvm".
+    pub(crate) pmu_mode: &'static str,
     pub(crate) pmu_name: String,
     pub(crate) notes: Vec<String>,
     /// Cores that vCPUs may use.
@@ -48,21 +51,29 @@ impl Host {
                 HypervisorKind::Simulated
             }
         };
-        let shape: pmu::Shape =
+        let model: pmu::Shape =
             config.model_pmu.parse().map_err(|e: pmu::ShapeError| ConfigError::ModelPmu {
                 value: crate::status::clip(&config.model_pmu, 64),
                 problem: e.to_string(),
             })?;
         let cores = judge_cores(&config.cores, &facts.allowed_cores, &topology, &pinnable)?;
-        let mut notes = vec![
-            "msr: the switcher's back end on /dev/cpu/N/msr is not there yet".to_owned(),
-            "kvm: the back end on the host kernel's vPMU is not there yet".to_owned(),
-        ];
+        let with_kvm = hypervisor == HypervisorKind::Kvm;
+        let (facts, offers) = tokio::task::spawn_blocking(move || {
+            let offers = crate::pmu_mode::look(&facts, model, with_kvm);
+            (facts, offers)
+        })
+        .await
+        .map_err(|e| ServeError::Io { what: "cannot look at the host", source: std::io::Error::other(e) })?;
+        let Chosen { mode, shape, mut notes } = crate::pmu_mode::choose(config.pmu, &offers)?;
+        for note in &notes {
+            tracing::info!(pmu_mode = mode, "{note}");
+        }
         if let Some(why) = no_kvm {
             notes.push(format!("no KVM: {why}"));
         }
         Ok(Self {
             hypervisor,
+            pmu_mode: mode,
             pmu_name: shape.to_string(),
             shape,
             notes,

@@ -26,6 +26,7 @@ pub mod ops;
 pub mod parent;
 pub mod peer;
 pub mod placement;
+pub mod pmu_mode;
 pub mod pmu_view;
 pub mod serve;
 pub mod status;

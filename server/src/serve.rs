@@ -145,10 +145,12 @@ async fn serve(
     } else {
         crate::cgroup::Cgroups::default()
     };
+    let backend =
+        vcpu_worker::cores::Backend::named(host.pmu_mode).unwrap_or(vcpu_worker::cores::Backend::Model);
     let workers = WorkerFactory {
-        cores: Arc::new(vcpu_worker::cores::HostCores::new(host.shape, &host.cores)),
+        cores: Arc::new(vcpu_worker::cores::HostCores::with(backend, host.shape, &host.cores)),
         hypervisor: host.hypervisor.as_str(),
-        pmu_mode: "model",
+        pmu_mode: host.pmu_mode,
         model_pmu: host.pmu_name.clone(),
         store_id: store.store_id().to_owned(),
         term: store.term(),
@@ -158,6 +160,7 @@ async fn serve(
             run_dir,
             cores: host.cores.clone(),
             model_pmu: host.pmu_name.clone(),
+            pmu_mode: host.pmu_mode,
             enabled: isolated,
             stop_vms: config.stop_vms,
             seccomp: config.seccomp,
@@ -171,7 +174,7 @@ async fn serve(
         host: HostInfo {
             host_id: store.store_id().to_owned(),
             hypervisor: host.hypervisor.as_str(),
-            pmu_mode: "model",
+            pmu_mode: host.pmu_mode,
             shape: host.shape,
             host_pmu: host.pmu_name,
             notes: host.notes,

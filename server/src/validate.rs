@@ -4,8 +4,8 @@ use std::path::Path;
 
 use vpmu_proto::api::virtual_machine_spec::{Boot, RestartPolicy};
 use vpmu_proto::api::{
-    CreateVirtualMachineRequest, MigrationSpec, VirtualMachine, VirtualMachineSpec, migration_spec, pmu_spec,
-    virtual_machine,
+    CreateVirtualMachineRequest, MigrationSpec, VirtualMachine, VirtualMachineSpec, cpu_placement,
+    migration_spec, pmu_event_filter, pmu_spec, virtual_machine,
 };
 
 use crate::config::Address;
@@ -216,6 +216,47 @@ fn pmu(spec: &mut VirtualMachineSpec, host: &HostInfo) -> Result<(), ApiError> {
             &format!("counters are not what this host ({}) can give: {e}", host.host_pmu),
             "ask for fewer, or leave both 0 for all of them",
         )
+    })
+}
+
+/// Checks the PMU against what holds it on this host.
+pub fn pmu_on_host(spec: &VirtualMachineSpec, host: &HostInfo) -> Result<(), ApiError> {
+    let Some(pmu) = spec.pmu.as_ref().filter(|pmu| !pmu.disabled) else { return Ok(()) };
+    let dedicated = spec.placement.as_ref().is_some_and(|p| p.policy() == cpu_placement::Policy::Dedicated);
+    if host.pmu_mode == "msr" && !dedicated {
+        return Err(ApiError::invalid(
+            &format!("{SPEC}.placement.policy"),
+            "SHARED",
+            "MSR_NEEDS_DEDICATED",
+            "does not go with the processor's own counters: a core's PMU has room for one vCPU in mode msr",
+            "set policy to DEDICATED, or pmu.disabled",
+        ));
+    }
+    let Some(filter) = &pmu.event_filter else { return Ok(()) };
+    let field = format!("{SPEC}.pmu.event_filter");
+    if pmu_event_filter::Action::try_from(filter.action).is_err() {
+        let field = format!("{field}.action");
+        return Err(ApiError::invalid(
+            &field,
+            filter.action,
+            "BAD_ACTION",
+            "is no action",
+            "use ALLOW or DENY",
+        ));
+    }
+    // Judged before it is copied: the list comes from outside.
+    if filter.events.len() > pmu::filter::MAX_FILTER_EVENTS {
+        return Err(ApiError::invalid(
+            &format!("{field}.events"),
+            filter.events.len(),
+            "FILTER_TOO_MANY",
+            "entries are more than 300",
+            "merge unit masks into masked entries",
+        ));
+    }
+    let checked = pmu::EventFilter::new(host.shape.vendor, vcpu_worker::machine::build::filter_spec(filter));
+    checked.map(drop).map_err(|e| {
+        ApiError::invalid(&field, "events", e.reason(), &format!("cannot be used: {e}"), "correct the entry")
     })
 }
 

@@ -428,6 +428,13 @@ impl WorkerLink {
         Ok(call(self.inner.command, self.client().get_pmu(GetPmuRequest { fence: self.fence() })).await?.pmu)
     }
 
+    /// Registers of its vCPUs' cores that somebody else wrote.
+    pub async fn audit_pmu(&self) -> Result<Vec<CoreAudit>, ApiError> {
+        Ok(call(self.inner.command, self.client().audit_pmu(AuditPmuRequest { fence: self.fence() }))
+            .await?
+            .vcpus)
+    }
+
     /// Where its threads that run no vCPU may be.
     pub async fn set_housekeeping(&self, cores: Vec<u32>) -> Result<(), ApiError> {
         let request = SetHousekeepingRequest { fence: self.fence(), cores };

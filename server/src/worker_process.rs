@@ -39,8 +39,10 @@ pub struct Processes {
     pub run_dir: PathBuf,
     /// Host cores that vCPUs may use.
     pub cores: Vec<u32>,
-    /// The modelled host PMU.
+    /// The host's PMU, or its model.
     pub model_pmu: String,
+    /// "model", "msr" or "kvm".
+    pub pmu_mode: &'static str,
     /// New workers are processes; those that exist are looked after in any case.
     pub enabled: bool,
     /// They end with the daemon.
@@ -221,6 +223,7 @@ impl Processes {
             .arg(dir)
             .arg(format!("--name={name}"))
             .args(["--cores", &cores.join(","), "--model-pmu", &self.model_pmu])
+            .args(["--pmu-mode", self.pmu_mode])
             .args(["--seccomp", self.seccomp.as_str()])
             .args(violate.map(|kind| format!("--violate={}", kind.get_name())))
             .stdin(Stdio::from(OwnedFd::from(listener)))

@@ -10,9 +10,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use pmu::{Core, ModelPmu, Shape};
+use pmu::Shape;
 
+use crate::host::msr::{self, MsrError};
 use crate::hypervisor::Kick;
+
+mod pmu_of_core;
+
+pub use pmu_of_core::{CorePmu, MsrPaths};
 
 /// How long a holder may keep a core that somebody waits for.
 pub const SLICE: Duration = Duration::from_millis(2);
@@ -20,23 +25,67 @@ pub const SLICE: Duration = Duration::from_millis(2);
 /// The cores of one process, shared by all its virtual machines.
 pub struct HostCores {
     shape: Shape,
+    backend: Backend,
     slots: BTreeMap<u32, Arc<CoreSlot>>,
 }
 
 impl std::fmt::Debug for HostCores {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("HostCores")
+            .field("mode", &self.mode())
             .field("shape", &self.shape.to_string())
             .field("cores", &self.slots.keys())
-            .finish()
+            .finish_non_exhaustive()
+    }
+}
+
+/// Who holds the guests' PMUs.
+#[derive(Debug, Clone)]
+pub enum Backend {
+    /// A software PMU a core.
+    Model,
+    /// The processor's, through the msr driver.
+    Msr(MsrPaths),
+    /// KVM's own vPMU: cores are for pinning only.
+    Kvm,
+}
+
+impl Backend {
+    /// From its name in the API; the msr driver is this host's.
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "model" => Some(Self::Model),
+            "msr" => Some(Self::Msr(MsrPaths::of_this_host())),
+            "kvm" => Some(Self::Kvm),
+            _ => None,
+        }
+    }
+
+    /// Its name in the API.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Model => "model",
+            Self::Msr(_) => "msr",
+            Self::Kvm => "kvm",
+        }
     }
 }
 
 impl HostCores {
     /// One model PMU of `shape` for each of `cores` (host CPU numbers; duplicates count once).
     pub fn new(shape: Shape, cores: &[u32]) -> Self {
-        let slots = cores.iter().map(|id| (*id, Arc::new(CoreSlot::new(*id, &shape)))).collect();
-        Self { shape, slots }
+        Self::with(Backend::Model, shape, cores)
+    }
+
+    /// `cores` whose PMUs are of `shape`, held by `backend`. Nothing is opened before a vCPU claims a core.
+    pub fn with(backend: Backend, shape: Shape, cores: &[u32]) -> Self {
+        let slots = cores.iter().map(|id| (*id, Arc::new(CoreSlot::new(*id, &shape, &backend)))).collect();
+        Self { shape, backend, slots }
+    }
+
+    /// "model", "msr" or "kvm".
+    pub fn mode(&self) -> &'static str {
+        self.backend.name()
     }
 
     /// The host's PMU.
@@ -58,7 +107,10 @@ impl HostCores {
 /// One host core.
 pub struct CoreSlot {
     id: u32,
-    pmu: Mutex<Core<ModelPmu>>,
+    shape: Shape,
+    /// Where its device is, in mode `msr`.
+    msr: Option<MsrPaths>,
+    pmu: Mutex<CorePmu>,
     turn: Mutex<Turn>,
     freed: Condvar,
     waiting: AtomicU32,
@@ -72,10 +124,16 @@ struct Turn {
 }
 
 impl CoreSlot {
-    fn new(id: u32, shape: &Shape) -> Self {
+    fn new(id: u32, shape: &Shape, backend: &Backend) -> Self {
+        let (msr, pmu) = match backend {
+            Backend::Msr(paths) => (Some(paths.clone()), CorePmu::msr(*shape)),
+            Backend::Model | Backend::Kvm => (None, CorePmu::model(*shape)),
+        };
         Self {
             id,
-            pmu: Mutex::new(Core::new(ModelPmu::new(*shape), *shape)),
+            shape: *shape,
+            msr,
+            pmu: Mutex::new(pmu),
             turn: Mutex::new(Turn { next_ticket: 0, serving: 0, holder: None }),
             freed: Condvar::new(),
             waiting: AtomicU32::new(0),
@@ -85,6 +143,16 @@ impl CoreSlot {
     /// Host CPU number.
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// Opens what a vCPU needs to count here: in mode `msr` the core's device, for which there is one user; otherwise
+    /// nothing. Opens files; any thread may.
+    ///
+    /// # Errors
+    /// In mode `msr`, with what stands against it.
+    pub fn prepare(self: &Arc<Self>) -> Result<Prepared, MsrError> {
+        let opened = self.msr.as_ref().map(|paths| msr::open(self.id, self.shape, paths)).transpose()?;
+        Ok(Prepared { slot: Arc::clone(self), opened })
     }
 
     /// Waits for the token: at most about one slice for each vCPU that asked before. `kick` is how later askers get
@@ -126,6 +194,39 @@ impl CoreSlot {
     }
 }
 
+/// A core that a vCPU may claim.
+pub struct Prepared {
+    slot: Arc<CoreSlot>,
+    opened: Option<msr::Opened>,
+}
+
+impl Prepared {
+    /// Takes the core's PMU for a vCPU that is to count on it, on that vCPU's thread, pinned to the core.
+    ///
+    /// # Errors
+    /// In mode `msr`, with every precondition that does not hold.
+    pub fn claim(self) -> Result<Claim, MsrError> {
+        if let Some(opened) = self.opened {
+            let (device, held) = opened.take(&self.slot.shape)?;
+            lock(&self.slot.pmu).open(device, held);
+        }
+        Ok(Claim { slot: self.slot })
+    }
+}
+
+/// A vCPU's place on a core; dropping it closes the core's device. The guest's PMU has been taken off before.
+pub struct Claim {
+    slot: Arc<CoreSlot>,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if self.slot.msr.is_some() {
+            lock(&self.slot.pmu).close();
+        }
+    }
+}
+
 /// The right to use a core's PMU; dropping it passes it on.
 pub struct Token {
     slot: Arc<CoreSlot>,
@@ -134,7 +235,7 @@ pub struct Token {
 
 impl Token {
     /// The core's PMU.
-    pub fn core(&self) -> MutexGuard<'_, Core<ModelPmu>> {
+    pub fn core(&self) -> MutexGuard<'_, CorePmu> {
         lock(&self.slot.pmu)
     }
 

@@ -22,6 +22,9 @@ pub const DOMAIN: &str = "worker.vpmu";
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WorkerError {
+    /// A core's PMU cannot be taken (mode `msr`).
+    #[error("{0}")]
+    Msr(#[from] crate::host::msr::MsrError),
     /// vCPUs could not be given other cores.
     #[error("the vCPUs are not moved: {problem}; {}", back_text(.old, .back))]
     Placement {
@@ -184,6 +187,7 @@ impl WorkerError {
             Self::PmuImage { .. } => "PMU_IMAGE_REJECTED",
             Self::Core { .. } => "CORE_NOT_AVAILABLE",
             Self::Thread { .. } => "THREAD_FAILED",
+            Self::Msr(e) => e.reason(),
             Self::Placement { back: Ok(()), .. } => "PLACEMENT_FAILED",
             Self::Placement { back: Err(_), .. } => "PLACEMENT_UNCERTAIN",
             Self::Deadline { .. } => "WORKER_TIMEOUT",
@@ -202,9 +206,10 @@ impl WorkerError {
             Self::Refused(_) | Self::Vcpu(_) | Self::Empty | Self::Occupied { .. } | Self::State { .. } => {
                 Code::FailedPrecondition
             }
-            Self::Hypervisor(HvError::Unsupported { .. })
+            Self::Hypervisor(HvError::Unsupported { .. } | HvError::Pmu { .. })
             | Self::Boot { .. }
             | Self::Lazy(LazyError::Unsupported { .. })
+            | Self::Msr(_)
             | Self::Placement { back: Ok(()), .. } => Code::FailedPrecondition,
             Self::Memory(_) | Self::Backing(_) => Code::ResourceExhausted,
             Self::Hypervisor(HvError::State { .. }) | Self::PmuImage { .. } | Self::BadState { .. } => {

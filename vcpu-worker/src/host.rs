@@ -2,11 +2,12 @@
 //!
 //! - [`probe`] reads the facts once; nothing in it changes the host.
 //! - [`topology`] reads its processors; [`affinity`] pins threads and keeps others off; [`schedule`] sets their class.
-//! - [`pmu`] reads what matters to guests' PMUs, for the host check.
+//! - [`pmu`] reads what matters to guests' PMUs, for the host check; [`msr`] takes a core's PMU through the msr driver.
 //! - [`clock`] reads clocks; [`tick`] interrupts a vCPU thread by its own CPU time.
 
 pub mod affinity;
 pub mod clock;
+pub mod msr;
 pub mod pmu;
 pub mod schedule;
 pub mod tick;

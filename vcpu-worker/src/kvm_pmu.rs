@@ -18,8 +18,9 @@
 //! Who calls this must keep PMU MSRs out of the vCPU's other state (KVM lists them too, in an order that starts counting early), restore
 //! CPUID and PERF_CAPABILITIES before and VCPU_EVENTS after, and look at [`Restored::armed_overflows`].
 //!
-//! The run loop does not use it yet, and mode `kvm` is refused where [`detect`](detect::detect) finds no vPMU. The machines this was
-//! written on have none: everything here is shown on a recording fake, and on real KVM only the refusals and the event filter. What a
+//! vCPU threads use it through `hypervisor::Vcpu::{save_pmu, restore_pmu}`; mode `kvm` is refused where [`detect`](detect::detect) finds no
+//! vPMU. The machines this was written on have none: everything here is shown on a recording fake, and on real KVM only the refusals and the
+//! event filter. What a
 //! host with a PMU still has to show: that KVM's list holds what [`KvmPmu::new`] expects, that a save of a counting guest reads twice the
 //! same, and that restore and read-back agree. `vpmud host check --pmu kvm` says whether a host can; `VPMU_REQUIRE_KVM=1 cargo test -p
 //! vcpu-worker --lib kvm_pmu` then makes that round trip on its KVM.
@@ -32,7 +33,7 @@ mod list;
 mod port;
 
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 #[cfg(test)]
 mod tests;
 

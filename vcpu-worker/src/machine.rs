@@ -243,6 +243,12 @@ impl Machine {
         Ok(to_proto(self.ask("reading the PMUs", |v| v.ask(Request::Look)).await?))
     }
 
+    /// Registers of each vCPU's core that somebody else wrote; its PMU is put for it.
+    pub async fn audit(&self) -> Result<Vec<Vec<pmu::core::ForeignWrite>>, WorkerError> {
+        let _turn = self.looks.acquire().await;
+        self.ask("auditing the cores", |v| v.ask(Request::Audit)).await
+    }
+
     /// Ends every vCPU thread and waits for it; returns the last images.
     pub async fn stop(self: Arc<Self>) -> Result<Vec<PmuImage>, WorkerError> {
         let machine = Arc::clone(&self);

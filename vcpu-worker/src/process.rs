@@ -29,7 +29,7 @@ use vpmu_proto::worker::worker_service_server::WorkerServiceServer;
 use vpmu_proto::worker::{GuestEnd, guest_end};
 
 use crate::channel::MAX_MESSAGE;
-use crate::cores::HostCores;
+use crate::cores::{Backend, HostCores};
 use crate::service::{Worker, WorkerOptions};
 
 /// Bytes of log that a worker writes at most.
@@ -59,9 +59,12 @@ pub struct Args {
     /// Host cores that vCPUs may be pinned to, e.g. 0,1.
     #[arg(long, value_delimiter = ',', required = true)]
     pub cores: Vec<u32>,
-    /// The model of the host's PMU.
+    /// The host's PMU, or its model.
     #[arg(long, default_value = "intel:v5:8+4:48")]
     pub model_pmu: String,
+    /// Who holds the guest's PMU: model, msr or kvm.
+    #[arg(long, default_value = "model")]
+    pub pmu_mode: String,
     /// What a forbidden system call leads to.
     #[arg(long, value_enum, default_value = "enforce")]
     pub seccomp: crate::sandbox::Mode,
@@ -167,7 +170,7 @@ pub fn main(args: &Args) -> io::Result<()> {
         // Cut to 15 bytes by the kernel; only shown.
         rustix::thread::set_name(&name)?;
     }
-    crate::sandbox::confine(args.seccomp, args.violate, args.runtime_dir.as_deref())
+    crate::sandbox::confine(args.seccomp, args.violate, args.runtime_dir.as_deref(), args.pmu_mode == "msr")
         .map_err(|e| failed("confining", "this process", &e))?;
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -190,7 +193,9 @@ fn listen(args: &Args) -> io::Result<UnixListener> {
 
 async fn serve(args: &Args) -> io::Result<()> {
     let shape = args.model_pmu.parse().map_err(|e| failed("--model-pmu", &args.model_pmu, &e))?;
-    let cores = Arc::new(HostCores::new(shape, &args.cores));
+    let backend = Backend::named(&args.pmu_mode)
+        .ok_or_else(|| failed("--pmu-mode", &args.pmu_mode, &"give model, msr or kvm"))?;
+    let cores = Arc::new(HostCores::with(backend, shape, &args.cores));
     let shutdown = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate())?;
     let shown = args.socket.display().to_string();

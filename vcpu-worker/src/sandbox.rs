@@ -70,12 +70,12 @@ static ACTIVE: OnceLock<Active> = OnceLock::new();
 /// File in the runtime directory that says which forbidden call ended the worker; empty while none has.
 pub const VIOLATION: &str = "violation";
 
-/// Confines this process. Must be called on the main thread while it is the only one.
+/// Confines this process; `rawio` leaves it CAP_SYS_RAWIO, which the msr driver asks for. Must be called on the main thread while it is the only one.
 ///
 /// # Errors
 /// If a step that the kernel offers fails: a worker that cannot be confined does not run.
-pub fn confine(mode: Mode, violate: Option<Kind>, runtime_dir: Option<&Path>) -> io::Result<()> {
-    privileges::drop_all()?;
+pub fn confine(mode: Mode, violate: Option<Kind>, runtime_dir: Option<&Path>, rawio: bool) -> io::Result<()> {
+    privileges::drop_all(rawio)?;
     // Read once and remembered; a vCPU thread may not open the file.
     let _ = crate::host::boot_id();
     quiet_panics();

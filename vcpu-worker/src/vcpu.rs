@@ -20,6 +20,8 @@ use crate::grant::RunRight;
 use crate::hypervisor::{Kick, Vm};
 
 mod counting;
+#[cfg(test)]
+mod kernel_pmu_tests;
 pub mod request;
 mod run;
 pub mod state;

@@ -5,7 +5,6 @@ mod worker_common;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use pmu::Hardware as _;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use vcpu_worker::channel::in_process;
@@ -64,10 +63,10 @@ fn left_behind(cores: &Arc<HostCores>, core: u32) -> Vec<(u32, u64)> {
     let nobody: Arc<dyn Kick> = Arc::new(Nobody);
     let slot = cores.slot(core).expect("a core of this host");
     let token = slot.acquire(&nobody);
-    let mut model = token.core().hardware().clone();
+    let mut core_pmu = token.core();
     let ranges = pmu::PMU_MSR_RANGES.iter().flat_map(|(first, count)| *first..first + count);
     ranges
-        .filter_map(|msr| Some((msr, model.rdmsr(msr).ok()?)))
+        .filter_map(|msr| Some((msr, core_pmu.peek(msr).ok()?)))
         .filter(|(msr, v)| *v != 0 && *msr != 0x345)
         .collect()
 }

@@ -7,8 +7,9 @@ use clap::{ArgGroup, Args, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use vpmu_client::api::{
-    CpuPlacement, CpuidSpec, CreateVirtualMachineRequest, KernelBoot, MemoryBacking, PmuSpec, ProbeBoot,
-    VirtualMachine, VirtualMachineSpec, cpuid_spec, memory_backing, pmu_spec, virtual_machine_spec,
+    CpuPlacement, CpuidSpec, CreateVirtualMachineRequest, KernelBoot, MemoryBacking, PmuEventFilter, PmuSpec,
+    ProbeBoot, VirtualMachine, VirtualMachineSpec, cpuid_spec, memory_backing, pmu_event_filter, pmu_spec,
+    virtual_machine_spec,
 };
 use vpmu_client::{names, units};
 
@@ -108,6 +109,12 @@ pub(crate) struct CreateArgs {
     /// How much is undone when a vCPU leaves a core.
     #[arg(long, value_enum, default_value = "strict", help_heading = "PMU")]
     switch_policy: SwitchPolicy,
+    /// Events that the guest's counters may count, and no others: selector values as hex or decimal, e.g. 0x3c,0xc0.
+    #[arg(long, conflicts_with_all = ["no_pmu", "pmu_deny"], value_delimiter = ',', value_parser = parse_event, value_name = "EVENTS", help_heading = "PMU")]
+    pmu_allow: Vec<u64>,
+    /// Events that the guest's counters may not count.
+    #[arg(long, conflicts_with = "no_pmu", value_delimiter = ',', value_parser = parse_event, value_name = "EVENTS", help_heading = "PMU")]
+    pmu_deny: Vec<u64>,
     /// Show the PMU to a guest that will use RDPMC, which faults in model and msr mode.
     #[arg(long, help_heading = "PMU")]
     expose_without_rdpmc: bool,
@@ -251,6 +258,7 @@ fn spec(args: &CreateArgs) -> Result<VirtualMachineSpec, Failure> {
             switch_policy: switch_policy.into(),
             disabled: args.no_pmu,
             expose_without_rdpmc: args.expose_without_rdpmc,
+            event_filter: event_filter(args),
         }),
         restart_policy: restart_policy.into(),
         memory_backing: Some(backing(args)).filter(|b| *b != MemoryBacking::default()),
@@ -280,6 +288,27 @@ fn cpuid(args: &CreateArgs) -> CpuidSpec {
         Cpuid::Baseline => cpuid_spec::Policy::Baseline,
     };
     CpuidSpec { policy: policy.into(), features: args.cpu_features.clone() }
+}
+
+/// Fixed counters are events too: a list of allowed events leaves them all on, as a list of denied ones does.
+fn event_filter(args: &CreateArgs) -> Option<PmuEventFilter> {
+    let (action, events, fixed_counters) = if args.pmu_allow.is_empty() {
+        (pmu_event_filter::Action::Deny, &args.pmu_deny, 0)
+    } else {
+        (pmu_event_filter::Action::Allow, &args.pmu_allow, u32::MAX)
+    };
+    let filter =
+        PmuEventFilter { action: action.into(), events: events.clone(), fixed_counters, masked: false };
+    (!events.is_empty()).then_some(filter)
+}
+
+/// Event select and unit mask, `0x412e` or decimal.
+fn parse_event(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| format!("{text:?} is no event: write its select and unit mask, e.g. 0x412e"))
 }
 
 /// The daemon has another working directory: paths are sent absolute.

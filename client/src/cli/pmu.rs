@@ -8,7 +8,7 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use vpmu_client::units;
-use vpmu_client::view::{PmuStateView, PmuView};
+use vpmu_client::view::{PmuAuditView, PmuStateView, PmuView};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum PmuCommand {
@@ -16,6 +16,16 @@ pub(crate) enum PmuCommand {
     Show(ShowArgs),
     /// Show a machine's counters again and again, with their rates, until interrupted.
     Watch(WatchArgs),
+    /// Compare the PMU registers of a machine's cores with what was left there, to find who else writes them.
+    ///
+    /// Exits with 1 if it finds any. Costs a running vCPU one switch; such a core is cleaned before it is used again.
+    Audit(AuditArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AuditArgs {
+    /// The machine.
+    name: String,
 }
 
 #[derive(Debug, Args)]
@@ -66,8 +76,33 @@ pub(crate) async fn run(context: &Context, command: PmuCommand) -> Result<ExitCo
             }
         }
         PmuCommand::Watch(args) => watch(context, args).await?,
+        PmuCommand::Audit(args) => return audit(context, &args.name).await,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn audit(context: &Context, name: &str) -> Result<ExitCode, Failure> {
+    let audit = context.client.audit_pmu(name).await?;
+    let clean = audit.foreign.is_empty();
+    if context.json() {
+        output::json(&PmuAuditView::from(&audit))?;
+    } else {
+        for f in &audit.foreign {
+            output::line(&format!(
+                "vCPU {} on core {}: {} ({:#x}) was left at {:#x} and holds {:#x}",
+                f.vcpu, f.core, f.register, f.msr, f.expected, f.found
+            ))?;
+        }
+        let found = match (audit.mode.as_str(), clean) {
+            ("kvm", _) => "the kernel owns the registers in mode kvm: nothing to audit".to_owned(),
+            (_, true) => format!("{} vCPUs' cores hold what was left there", audit.vcpus),
+            (_, false) => {
+                "somebody else writes these registers: stop the profilers on these cores".to_owned()
+            }
+        };
+        output::line(&format!("{name}: {found}"))?;
+    }
+    Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 async fn watch(context: &Context, args: WatchArgs) -> Result<(), Failure> {

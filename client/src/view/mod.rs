@@ -12,8 +12,8 @@ pub use error::{ErrorView, ViolationView};
 pub use migration::{BreakdownView, CheckView, MigrationView, MismatchView};
 pub use operation::OperationView;
 pub use pmu::{
-    CounterView, HostCpuView, HostView, PmuStateView, PmuView, ProbeView, RegisterView, ShapeView, VcpuView,
-    shape_text,
+    CounterView, ForeignWriteView, HostCpuView, HostView, PmuAuditView, PmuStateView, PmuView, ProbeView,
+    RegisterView, ShapeView, VcpuView, shape_text,
 };
 pub use vm::{BootView, PlacementView, PmuSpecView, VmEventView, VmView};
 

@@ -3,7 +3,9 @@
 use super::time;
 use crate::names;
 use serde::Serialize;
-use vpmu_proto::api::{HostCpu, HostPmuCapabilities, Pmu, PmuShape, PmuState, ProbeVcpuReport, VcpuPmu};
+use vpmu_proto::api::{
+    HostCpu, HostPmuCapabilities, Pmu, PmuAudit, PmuShape, PmuState, ProbeVcpuReport, VcpuPmu,
+};
 
 /// What a PMU looks like.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -271,6 +273,55 @@ pub struct HostView {
     pub notes: Vec<String>,
     /// The host's processors and who has them.
     pub topology: Vec<HostCpuView>,
+}
+
+/// What `pmu audit --output json` prints.
+#[derive(Clone, Debug, Serialize)]
+pub struct PmuAuditView {
+    /// Short name of the machine.
+    pub name: String,
+    /// `model`, `msr` or `kvm`.
+    pub mode: String,
+    /// vCPUs whose cores were audited.
+    pub vcpus: u32,
+    /// Registers that somebody else wrote.
+    pub foreign: Vec<ForeignWriteView>,
+}
+
+/// A register that somebody else wrote.
+#[derive(Clone, Debug, Serialize)]
+pub struct ForeignWriteView {
+    /// vCPU index.
+    pub vcpu: u32,
+    /// Host core.
+    pub core: u32,
+    /// MSR number.
+    pub msr: u32,
+    /// Its name.
+    pub register: String,
+    /// What was left there.
+    pub expected: u64,
+    /// What is there.
+    pub found: u64,
+}
+
+impl From<&PmuAudit> for PmuAuditView {
+    fn from(audit: &PmuAudit) -> Self {
+        let foreign = audit.foreign.iter().map(|f| ForeignWriteView {
+            vcpu: f.vcpu,
+            core: f.core,
+            msr: f.msr,
+            register: f.register.clone(),
+            expected: f.expected,
+            found: f.found,
+        });
+        Self {
+            name: names::short(audit.name.trim_end_matches("/pmu")).to_owned(),
+            mode: audit.mode.clone(),
+            vcpus: audit.vcpus,
+            foreign: foreign.collect(),
+        }
+    }
 }
 
 /// One processor of a host.

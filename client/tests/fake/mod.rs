@@ -260,6 +260,10 @@ impl PmuService for Script {
         std::future::pending().await
     }
 
+    async fn audit_pmu(&self, _: Request<AuditPmuRequest>) -> Answer<PmuAudit> {
+        unscripted()
+    }
+
     async fn get_pmu_state(&self, r: Request<GetPmuStateRequest>) -> Answer<PmuState> {
         Ok(Response::new(PmuState {
             name: format!("{}/pmuState", r.into_inner().name),

@@ -33,7 +33,7 @@ impl MigrationsApi {
         let name = VmName::parse("parent", &request.parent, "")?;
         let (spec, destination) = validate::migration(request.spec)?;
         let handle = self.daemon.registry.get(&name)?;
-        let checked = source_begin::check(&self.daemon, &handle, &spec, &destination).await?;
+        let checked = Box::pin(source_begin::check(&self.daemon, &handle, &spec, &destination)).await?;
         Ok(CheckMigrationResponse {
             compatible: checked.mismatches.iter().all(|m| m.warning),
             mismatches: checked.mismatches,
@@ -47,7 +47,7 @@ impl MigrationsApi {
         let (spec, destination) = validate::migration(request.spec.clone())?;
         let handle = daemon.registry.get(&name)?;
         if request.validate_only {
-            return self.validate_only(&handle, spec, &destination).await;
+            return Box::pin(self.validate_only(&handle, spec, &destination)).await;
         }
         // No wait: whoever migrates wants to follow it. The metadata is filled when the migration has its name.
         Box::pin(operation(
@@ -84,7 +84,7 @@ impl MigrationsApi {
         destination: &crate::config::Address,
     ) -> Result<Operation, ApiError> {
         Self::admit(handle)?;
-        let checked = source_begin::check(&self.daemon, handle, &spec, destination).await?;
+        let checked = Box::pin(source_begin::check(&self.daemon, handle, &spec, destination)).await?;
         check::refuse(&handle.name.to_string(), &checked.mismatches)?;
         let mut migration = Migration {
             name: MigrationName { vm: handle.name.clone(), id: uuid::Uuid::nil() }.to_string(),

@@ -49,6 +49,36 @@ impl PmuApi {
         })
     }
 
+    async fn audit(&self, name: &str) -> Result<PmuAudit, ApiError> {
+        let name = VmName::parse("name", name, "/pmu")?;
+        let view = self.daemon.registry.get(&name)?.view();
+        let worker = view.worker.clone().ok_or_else(|| {
+            let state = crate::vm::transitions::state_name(view.state());
+            let message = format!("{name} is {state} and is on no core; start it first");
+            ApiError::precondition("VM_HAS_NO_WORKER", &name.to_string(), message)
+        })?;
+        let audits = worker.audit_pmu().await?;
+        let vendor = self.daemon.host.shape.vendor;
+        let mode = self.daemon.host.pmu_mode;
+        let audited = if mode == "kvm" { 0 } else { audits.len() };
+        let foreign = audits.into_iter().flat_map(|audit| {
+            audit.foreign.into_iter().map(move |f| PmuForeignWrite {
+                vcpu: audit.vcpu,
+                core: audit.core,
+                msr: f.msr,
+                register: pmu::register_name(f.msr, vendor),
+                expected: f.expected,
+                found: f.found,
+            })
+        });
+        Ok(PmuAudit {
+            name: format!("{name}/pmu"),
+            mode: mode.to_owned(),
+            foreign: foreign.collect(),
+            vcpus: u32::try_from(audited).unwrap_or(u32::MAX),
+        })
+    }
+
     fn persisted(&self, name: &str) -> Result<PmuState, ApiError> {
         let name = VmName::parse("name", name, "/pmuState")?;
         let handle = self.daemon.registry.get(&name)?;
@@ -90,6 +120,10 @@ impl PmuService for PmuApi {
         request: Request<GetPmuStateRequest>,
     ) -> Result<Response<PmuState>, Status> {
         Ok(Response::new(self.persisted(&request.get_ref().name)?))
+    }
+
+    async fn audit_pmu(&self, request: Request<AuditPmuRequest>) -> Result<Response<PmuAudit>, Status> {
+        Ok(Response::new(self.audit(&request.get_ref().name).await?))
     }
 
     async fn get_host_pmu_capabilities(

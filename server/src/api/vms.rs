@@ -40,6 +40,7 @@ impl Vms {
             let field = "virtual_machine.spec.placement";
             crate::placement::validate(field, placement, spec.vcpus, &daemon.capacity)?;
         }
+        validate::pmu_on_host(&spec, &daemon.host)?;
         let mut vm = VirtualMachine {
             name: name.to_string(),
             uid: uuid::Uuid::new_v4().to_string(),

@@ -78,12 +78,12 @@ fn perf_capabilities() -> u64 {
     }
 }
 
-fn text(path: impl AsRef<Path>) -> Option<String> {
+pub(super) fn text(path: impl AsRef<Path>) -> Option<String> {
     fs::read_to_string(path).ok().map(|t| t.trim().to_owned())
 }
 
 /// A module parameter or sysctl: Y, N, 1, 0.
-fn flag(text: &str) -> Option<bool> {
+pub(super) fn flag(text: &str) -> Option<bool> {
     match text {
         "Y" | "y" | "1" => Some(true),
         "N" | "n" | "0" => Some(false),
@@ -110,7 +110,7 @@ fn msr_opens(core: u32) -> bool {
 
 /// Processes with perf events open (software ones look the same from here), or `None` if some processes could not be looked at and none of
 /// the others has any.
-fn perf_users() -> Option<Vec<String>> {
+pub(super) fn perf_users() -> Option<Vec<String>> {
     let mut users = Vec::new();
     let mut hidden = false;
     for process in fs::read_dir("/proc").ok()?.flatten() {

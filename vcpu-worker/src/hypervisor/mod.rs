@@ -122,6 +122,14 @@ pub enum HvError {
         /// What to do about it.
         remedy: String,
     },
+    /// KVM's own vPMU.
+    #[error("{message}")]
+    Pmu {
+        /// Stable code.
+        reason: &'static str,
+        /// What is wrong, with its remedy.
+        message: String,
+    },
     /// State that cannot be set into this VM.
     #[error("state piece {kind}: {problem}")]
     State {
@@ -138,6 +146,7 @@ impl HvError {
         match self {
             Self::Os { .. } => "HYPERVISOR_CALL_FAILED",
             Self::Unsupported { .. } => "HYPERVISOR_UNSUPPORTED",
+            Self::Pmu { reason, .. } => reason,
             Self::State { .. } => "STATE_REJECTED",
         }
     }
@@ -214,6 +223,22 @@ pub trait Vcpu: Send {
     fn save(&mut self) -> Result<Vec<StatePiece>, HvError>;
     /// Sets saved state.
     fn restore(&mut self, pieces: &[StatePiece]) -> Result<(), HvError>;
+    /// Whether the hypervisor itself keeps this vCPU's PMU (PMU mode `kvm`).
+    fn has_pmu(&self) -> bool {
+        false
+    }
+    /// The PMU that the hypervisor keeps; none if it keeps none.
+    fn save_pmu(&mut self) -> Result<Option<pmu::Image>, HvError> {
+        Ok(None)
+    }
+    /// Sets it, after `restore`, and reads it back. Returns whether it holds overflows that the guest has not acknowledged
+    /// and that interrupt.
+    fn restore_pmu(&mut self, _: &pmu::Image) -> Result<bool, HvError> {
+        Err(HvError::Unsupported {
+            what: "a PMU of its own for this vCPU",
+            remedy: "restore it where the PMU mode is the same".to_owned(),
+        })
+    }
     /// Current LVT performance counter register of its local APIC.
     fn lvtpc(&mut self) -> Result<u32, HvError>;
     /// Injects an NMI.

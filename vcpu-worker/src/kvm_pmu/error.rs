@@ -153,6 +153,15 @@ pub enum KvmPmuError {
     FilterMissing,
 }
 
+impl From<KvmPmuError> for HvError {
+    fn from(error: KvmPmuError) -> Self {
+        match error {
+            KvmPmuError::Call(error) => error,
+            other => Self::Pmu { reason: other.reason(), message: other.to_string() },
+        }
+    }
+}
+
 impl KvmPmuError {
     /// Stable reason code.
     #[must_use]

@@ -13,40 +13,40 @@ use crate::hypervisor::HvError;
 
 /// What was asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Call {
+pub(crate) enum Call {
     Get(Vec<u32>),
     Set(Vec<(u32, u64)>),
 }
 
 /// The fake.
 #[derive(Debug, Clone)]
-pub(super) struct FakeKvm {
-    pub(super) shape: Shape,
-    pub(super) values: BTreeMap<u32, u64>,
-    pub(super) listed: Vec<u32>,
-    pub(super) calls: Vec<Call>,
-    pub(super) violations: Vec<String>,
+pub(crate) struct FakeKvm {
+    pub(crate) shape: Shape,
+    pub(crate) values: BTreeMap<u32, u64>,
+    pub(crate) listed: Vec<u32>,
+    pub(crate) calls: Vec<Call>,
+    pub(crate) violations: Vec<String>,
     /// The next SET processes so many entries.
-    pub(super) stop_next_set: Option<usize>,
+    pub(crate) stop_next_set: Option<usize>,
     /// Registers that refuse every write.
-    pub(super) read_only: BTreeSet<u32>,
+    pub(crate) read_only: BTreeSet<u32>,
     /// Registers that refuse every write of a value other than 0.
-    pub(super) zero_only: BTreeSet<u32>,
+    pub(crate) zero_only: BTreeSet<u32>,
     /// Registers that refuse to be read.
-    pub(super) unreadable: BTreeSet<u32>,
+    pub(crate) unreadable: BTreeSet<u32>,
     /// Takes writes and keeps 0.
-    pub(super) forgets: Option<u32>,
+    pub(crate) forgets: Option<u32>,
     /// Goes up by one after each GET.
-    pub(super) moves: Option<u32>,
+    pub(crate) moves: Option<u32>,
     /// Calls, counted from 0, that fail as a whole.
-    pub(super) fails: BTreeSet<usize>,
+    pub(crate) fails: BTreeSet<usize>,
     /// What calls claim beyond what they did.
-    pub(super) overcount: usize,
+    pub(crate) overcount: usize,
 }
 
 impl FakeKvm {
     /// As after reset.
-    pub(super) fn new(shape: Shape) -> Self {
+    pub(crate) fn new(shape: Shape) -> Self {
         let mut values: BTreeMap<u32, u64> = list::expected(&shape).into_iter().map(|msr| (msr, 0)).collect();
         if shape.has_global() {
             values.insert(shape.control_msr(), shape.gp);
@@ -69,7 +69,7 @@ impl FakeKvm {
     }
 
     /// In the state of an image.
-    pub(super) fn holding(image: &pmu::Image) -> Self {
+    pub(crate) fn holding(image: &pmu::Image) -> Self {
         let mut fake = Self::new(image.shape);
         fake.values.extend(image.registers.iter().copied());
         fake
@@ -92,7 +92,7 @@ impl FakeKvm {
     }
 
     /// Nothing can count.
-    pub(super) fn stopped(&self) -> bool {
+    pub(crate) fn stopped(&self) -> bool {
         (0..16).all(|i| !self.shape.has_gp(i) || !self.gp_enabled(i))
             && (0..8).all(|i| !self.shape.has_fixed(i) || !self.fixed_enabled(i))
             && (!self.shape.has_global() || self.control() == 0)

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use pmu::cpuid::GuestLeaves;
-use pmu::{EventFilter, GuestId, GuestPmu, Policy, Rates, Shape, Vendor};
+use pmu::{EventFilter, FilterSpec, GuestId, GuestPmu, Policy, Rates, Shape, Vendor};
 use vpmu_proto::api;
 use vpmu_proto::api::virtual_machine_spec::Boot;
 use vpmu_proto::worker::CreateVmRequest;
@@ -66,6 +66,9 @@ pub struct Plan {
     /// The guest sees the PMU in CPUID.
     exposed: bool,
     incoming: bool,
+    /// KVM itself keeps the PMU.
+    by_kernel: bool,
+    filter: EventFilter,
     /// SCHED_FIFO priority of the vCPU threads.
     fifo: Option<u8>,
     /// NUMA nodes that memory is bound to.
@@ -107,8 +110,13 @@ impl Plan {
             "simulated" => Kind::Simulated,
             other => return Err(WorkerError::invalid("hypervisor", other, "give kvm or simulated")),
         };
-        if request.pmu_mode != "model" {
-            let remedy = "this worker offers model: counts are modelled from the thread's CPU time";
+        if request.pmu_mode != cores.mode() {
+            let remedy = format!("this worker was made for mode {}", cores.mode());
+            return Err(WorkerError::invalid("pmu_mode", &request.pmu_mode, remedy));
+        }
+        let by_kernel = cores.mode() == "kvm";
+        if by_kernel && kind != Kind::Kvm {
+            let remedy = "KVM's own vPMU needs the hypervisor kvm";
             return Err(WorkerError::invalid("pmu_mode", &request.pmu_mode, remedy));
         }
         let model = &request.model_pmu;
@@ -125,16 +133,17 @@ impl Plan {
             return Err(WorkerError::invalid("spec.kernel", "set", remedy));
         }
         let backing = options::backing(spec)?;
-        let pmu = spec.pmu.unwrap_or_default();
+        let pmu = spec.pmu.clone().unwrap_or_default();
         let shape = guest_shape(&pmu, cores.shape())?;
         let mut warnings = Vec::new();
-        let exposed = shape.is_some() && (matches!(boot, Boot::Probe(_)) || pmu.expose_without_rdpmc);
-        if shape.is_some() && !matches!(boot, Boot::Probe(_)) {
+        let exposed =
+            shape.is_some() && (by_kernel || matches!(boot, Boot::Probe(_)) || pmu.expose_without_rdpmc);
+        if shape.is_some() && !by_kernel && !matches!(boot, Boot::Probe(_)) {
             warnings.push(
                 if pmu.expose_without_rdpmc {
                     "CPUID shows the PMU, and RDPMC faults in this guest: Linux's perf driver will oops or panic"
                 } else {
-                    "CPUID hides the PMU from this guest, because RDPMC cannot be passed on in model mode"
+                    "CPUID hides the PMU from this guest, because RDPMC cannot be passed on in model and msr mode"
                 }
                 .to_owned(),
             );
@@ -155,6 +164,8 @@ impl Plan {
             policy,
             exposed,
             incoming: request.incoming,
+            by_kernel,
+            filter: event_filter(&pmu, shape.as_ref().unwrap_or(cores.shape()))?,
             fifo: fifo(placement.fifo_priority)?,
             memory_nodes: placement.memory_nodes,
             restored: request.restore.is_some(),
@@ -198,6 +209,25 @@ pub(crate) fn fifo(priority: u32) -> Result<Option<u8>, WorkerError> {
     }
 }
 
+/// The events that the guest may count; all, unless the spec says otherwise.
+fn event_filter(pmu: &api::PmuSpec, shape: &Shape) -> Result<EventFilter, WorkerError> {
+    let Some(filter) = &pmu.event_filter else { return Ok(EventFilter::allow_all()) };
+    EventFilter::new(shape.vendor, filter_spec(filter)).map_err(|e| {
+        let value = format!("{} events", filter.events.len());
+        WorkerError::invalid("spec.pmu.event_filter", value, e.to_string())
+    })
+}
+
+/// A filter from the API in KVM's form.
+pub fn filter_spec(filter: &api::PmuEventFilter) -> FilterSpec {
+    FilterSpec {
+        action: u32::from(filter.action() == api::pmu_event_filter::Action::Deny),
+        flags: if filter.masked { pmu::filter::FLAG_MASKED_EVENTS } else { 0 },
+        fixed_counter_bitmap: filter.fixed_counters,
+        events: filter.events.clone(),
+    }
+}
+
 fn guest_shape(pmu: &api::PmuSpec, host: &Shape) -> Result<Option<Shape>, WorkerError> {
     if pmu.disabled {
         return Ok(None);
@@ -229,8 +259,11 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
             memory.clone(),
             KvmOptions {
                 vcpus: plan.vcpus,
-                filter_pmu_msrs: true,
+                // Without a PMU its registers fault, whoever would keep them.
+                filter_pmu_msrs: !plan.by_kernel || plan.shape.is_none(),
                 guest_pmu_cpuid: cpuid,
+                kernel_pmu: plan.shape.filter(|_| plan.by_kernel),
+                kernel_filter: Some(plan.filter.spec().clone()).filter(|_| !plan.filter.is_allow_all()),
                 features: plan.features,
                 dirty: plan.dirty,
             },
@@ -244,9 +277,9 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
     let mut vcpus = Vec::with_capacity(plan.slots.len());
     for (index, slot) in (0u32..).zip(plan.slots) {
         let listener: Arc<dyn Listener> = lifecycle.clone();
-        let pmu = plan
-            .shape
-            .map(|shape| GuestPmu::new(next_guest_id(), shape, plan.policy, EventFilter::allow_all()));
+        let switched = plan.shape.filter(|_| !plan.by_kernel);
+        let pmu =
+            switched.map(|shape| GuestPmu::new(next_guest_id(), shape, plan.policy, plan.filter.clone()));
         vcpus.push(VcpuHandle::spawn(VcpuSetup {
             index,
             vm_name: plan.name.clone(),

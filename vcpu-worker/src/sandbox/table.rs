@@ -24,12 +24,12 @@ pub(super) const EVERY: &[Call] = calls![
 ];
 
 /// vCPU threads: a new place (re-pinning, SCHED_FIFO, memory policy), the tick timer where perf events are refused, and
-/// waiting for an answer or a ring (poll).
+/// waiting for an answer or a ring (poll). In PMU mode `msr` the core's device is written, which is open already.
 pub(super) const VCPU: &[Call] = calls![
     SYS_sched_setaffinity SYS_sched_setscheduler SYS_sched_setparam
     SYS_set_mempolicy SYS_mbind SYS_get_mempolicy
     SYS_timer_create SYS_timer_settime SYS_timer_delete SYS_timer_gettime
-    SYS_poll SYS_ppoll
+    SYS_poll SYS_ppoll SYS_pwrite64
 ];
 
 /// Migration threads: sockets (tcp, unix, descriptors passed over unix), positioned I/O on guest memory and snapshots,

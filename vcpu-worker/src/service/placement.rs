@@ -6,7 +6,6 @@ use super::Inner;
 use crate::error::WorkerError;
 use crate::host::affinity;
 use crate::machine::build;
-use crate::vcpu::request::Place;
 
 /// Most cores that are taken from outside.
 const MAX_CORES: usize = 8192;
@@ -33,5 +32,5 @@ pub(super) async fn update(inner: &Inner, request: &UpdatePlacementRequest) -> R
     let machine = inner.machine()?;
     let fifo = build::fifo(request.fifo_priority)?;
     let slots = build::slots(&request.vcpu_cores, machine.cores().len(), &inner.cores)?;
-    machine.place(slots.into_iter().map(|slot| Place { slot, fifo }).collect(), &inner.cores).await
+    machine.place(slots.into_iter().map(|slot| (slot, fifo)).collect(), &inner.cores).await
 }

@@ -95,6 +95,22 @@ impl WorkerService for Worker {
         Ok(Response::new(self.inner.machine()?.all_statistics()?))
     }
 
+    async fn audit_pmu(&self, request: Request<proto::AuditPmuRequest>) -> Answer<proto::AuditPmuResponse> {
+        self.inner.fence(request.get_ref().fence.as_ref())?;
+        let machine = self.inner.machine()?;
+        let found = machine.audit().await?;
+        let vcpus = (0u32..).zip(found).zip(machine.cores());
+        let vcpus = vcpus.map(|((vcpu, found), core)| proto::CoreAudit {
+            vcpu,
+            core,
+            foreign: found
+                .into_iter()
+                .map(|f| proto::ForeignWrite { msr: f.msr, expected: f.expected, found: f.found })
+                .collect(),
+        });
+        Ok(Response::new(proto::AuditPmuResponse { vcpus: vcpus.collect() }))
+    }
+
     async fn get_probe_report(&self, request: Request<proto::GetProbeReportRequest>) -> Answer<ProbeReport> {
         self.inner.fence(request.get_ref().fence.as_ref())?;
         Ok(Response::new(self.inner.machine()?.probe_report()?))

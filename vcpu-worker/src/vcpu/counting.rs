@@ -8,9 +8,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pmu::{CpuMode, GuestAccess, GuestPmu, Image, ImportOutcome, Policy, RateClock, Rates, RestorePolicy};
+use pmu::core::ForeignWrite;
+use pmu::{GuestAccess, GuestPmu, Image, ImportOutcome, Policy, RateClock, Rates, RestorePolicy};
 
-use crate::cores::{CoreSlot, Token};
+use crate::cores::{Claim, CorePmu, CoreSlot, Prepared, Token};
 use crate::error::WorkerError;
 use crate::host::thread_cpu_ns;
 use crate::hypervisor::{Completion, Kick};
@@ -35,6 +36,8 @@ pub(super) struct Counting {
     vcpu: u32,
     guest: Option<GuestPmu>,
     slot: Arc<CoreSlot>,
+    /// Its place on the core, if it counts at all.
+    claim: Option<Claim>,
     kick: Arc<dyn Kick>,
     token: Option<Token>,
     rates: Rates,
@@ -44,15 +47,17 @@ pub(super) struct Counting {
 }
 
 impl Counting {
+    /// On the vCPU's thread, pinned to the core: a guest with a PMU claims it.
     pub(super) fn new(
         vcpu: u32,
         guest: Option<GuestPmu>,
         slot: Arc<CoreSlot>,
         kick: Arc<dyn Kick>,
         rates: Rates,
-    ) -> Self {
+    ) -> Result<Self, WorkerError> {
         let clock = RateClock::new(rates);
-        Self { vcpu, guest, slot, kick, token: None, rates, clock, since: None }
+        let claim = guest.as_ref().map(|_| slot.prepare()?.claim()).transpose()?;
+        Ok(Self { vcpu, guest, slot, claim, kick, token: None, rates, clock, since: None })
     }
 
     /// Before the guest is entered. Returns the bound after which it must be left again, if something counts.
@@ -86,7 +91,7 @@ impl Counting {
         let ns = thread_cpu_ns().saturating_sub(since);
         let events = self.clock.advance(ns);
         let mut core = token.core();
-        core.hardware_mut().feed(&events, CpuMode::Guest);
+        core.feed(&events);
         core.pause(guest).map_err(|e| failed(self.vcpu, "pause", e))?;
         Ok(Some(ns))
     }
@@ -102,12 +107,7 @@ impl Counting {
         if !guest.judge_pmi(lvtpc & LVT_MASKED != 0) {
             return None;
         }
-        match (lvtpc >> 8) & 7 {
-            4 => Some(Pmi::Nmi),
-            0 | 1 => Some(Pmi::Fixed(lvtpc as u8)),
-            // SMI, INIT and the reserved modes: as good as masked for a performance interrupt.
-            _ => None,
-        }
+        delivery(lvtpc)
     }
 
     /// PMIs so far, those before a migration included.
@@ -131,7 +131,7 @@ impl Counting {
 
     fn access(
         &mut self,
-        act: impl FnOnce(&mut pmu::Core<pmu::ModelPmu>, &mut GuestPmu) -> Result<GuestAccess, WorkerError>,
+        act: impl FnOnce(&mut CorePmu, &mut GuestPmu) -> Result<GuestAccess, WorkerError>,
     ) -> Result<Completion, WorkerError> {
         let Some(guest) = &mut self.guest else { return Ok(Completion::Fault) };
         let token = self.token.get_or_insert_with(|| self.slot.acquire(&self.kick));
@@ -183,10 +183,25 @@ impl Counting {
         Ok(())
     }
 
-    /// Counts on another core from here on. Everything of this guest has been taken off the old one ([`Self::release`]).
-    pub(super) fn move_to(&mut self, slot: Arc<CoreSlot>) {
+    /// Counts on another core from here on; the thread is pinned to it. Everything of this guest has been taken off the
+    /// old one ([`Self::release`]), which is kept if the new one is refused.
+    pub(super) fn move_to(&mut self, slot: Arc<CoreSlot>, core: Option<Prepared>) -> Result<(), WorkerError> {
         debug_assert!(self.token.is_none(), "released before");
+        if let (true, Some(core)) = (self.guest.is_some(), core) {
+            self.claim = Some(core.claim()?);
+        }
         self.slot = slot;
+        Ok(())
+    }
+
+    /// Registers of the core that somebody else wrote, with this guest taken off it.
+    pub(super) fn audit(&mut self) -> Result<Vec<ForeignWrite>, WorkerError> {
+        self.put()?;
+        if self.claim.is_none() {
+            return Ok(Vec::new());
+        }
+        let token = self.slot.acquire(&self.kick);
+        token.core().audit().map_err(|e| failed(self.vcpu, "audit", e))
     }
 
     /// The core that it counts on.
@@ -213,6 +228,17 @@ impl Counting {
     /// Whether this guest has a PMU.
     pub(super) fn enabled(&self) -> bool {
         self.guest.is_some()
+    }
+}
+
+/// How the guest wants its PMI; none if it is masked.
+pub(super) fn delivery(lvtpc: u32) -> Option<Pmi> {
+    match (lvtpc >> 8) & 7 {
+        _ if lvtpc & LVT_MASKED != 0 => None,
+        4 => Some(Pmi::Nmi),
+        0 | 1 => Some(Pmi::Fixed(lvtpc as u8)),
+        // SMI, INIT and the reserved modes: as good as masked for a performance interrupt.
+        _ => None,
     }
 }
 

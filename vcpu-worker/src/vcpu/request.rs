@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use vpmu_proto::worker::StatePiece;
 
-use crate::cores::CoreSlot;
+use crate::cores::{CoreSlot, Prepared};
 use crate::error::WorkerError;
 use crate::hypervisor::InitialRegs;
 
@@ -33,6 +33,8 @@ pub enum RequestKind {
     Load,
     /// Go to another core.
     Place,
+    /// Compare the core's registers with what is known.
+    Audit,
     /// End the thread.
     Stop,
 }
@@ -52,10 +54,11 @@ pub enum LoadFrom {
 }
 
 /// Where a vCPU thread is to be.
-#[derive(Clone)]
 pub struct Place {
     /// Core to be pinned to and to count on.
     pub slot: Arc<CoreSlot>,
+    /// What it needs to count there; none where it is already.
+    pub prepared: Option<Prepared>,
     /// SCHED_FIFO priority; none for the ordinary scheduler.
     pub fifo: Option<u8>,
 }
@@ -80,7 +83,9 @@ pub enum Request {
     /// Sets state; answered with the PMU's image as read back.
     Load(LoadFrom, Reply<Option<pmu::Image>>),
     /// Go to another core, PMU put; answered with the core that the kernel says.
-    Place(Place, Reply<u32>),
+    Place(Box<Place>, Reply<u32>),
+    /// Look for registers of the core that somebody else wrote, PMU put.
+    Audit(Reply<Vec<pmu::core::ForeignWrite>>),
     /// End the thread; answered with the last image.
     Stop(Option<Reply<Option<pmu::Image>>>),
 }
@@ -95,6 +100,7 @@ impl Request {
             Self::Save(_) => RequestKind::Save,
             Self::Load(..) => RequestKind::Load,
             Self::Place(..) => RequestKind::Place,
+            Self::Audit(_) => RequestKind::Audit,
             Self::Stop(_) => RequestKind::Stop,
         }
     }
@@ -112,6 +118,7 @@ impl Request {
             Self::Look(reply) | Self::Load(_, reply) => drop(reply.send(Err(error))),
             Self::Save(reply) => drop(reply.send(Err(error))),
             Self::Place(_, reply) => drop(reply.send(Err(error))),
+            Self::Audit(reply) => drop(reply.send(Err(error))),
         }
     }
 }

@@ -104,7 +104,7 @@ impl Driver {
         let tick = TickTimer::new(TICK).map_err(|e| failed(format!("tick timer: {e}")))?;
         let vcpu = vm.create_vcpu(index)?;
         let kick = vcpu.kicker();
-        let counting = Counting::new(index, pmu, slot, Arc::clone(&kick), rates);
+        let counting = Counting::new(index, pmu, slot, Arc::clone(&kick), rates)?;
         let driver = Self {
             index,
             vm,
@@ -346,9 +346,7 @@ impl Driver {
         match self.counting.judge(lvtpc) {
             None => {}
             Some(Pmi::Nmi) => self.vcpu.inject_nmi()?,
-            Some(Pmi::Fixed(vector)) => {
-                self.vm.signal_msi(MSI_BASE | u64::from(self.index & 0xff) << 12, u32::from(vector))?;
-            }
+            Some(Pmi::Fixed(vector)) => self.signal(vector)?,
         }
         self.shared.stats.set_pmis(self.counting.pmis());
         Ok(())
@@ -484,12 +482,13 @@ impl Driver {
             Request::Run(reply) => self.run_replies.push(reply),
             Request::Pause(reply) | Request::Stop(reply) => {
                 if let Some(reply) = reply {
-                    drop(reply.send(self.counting.image()));
+                    drop(reply.send(self.image()));
                 }
             }
-            Request::Look(reply) => drop(reply.send(self.counting.image())),
+            Request::Look(reply) => drop(reply.send(self.image())),
             Request::Save(reply) => drop(reply.send(self.save())),
-            Request::Place(place, reply) => drop(reply.send(self.place(place))),
+            Request::Place(place, reply) => drop(reply.send(self.place(*place))),
+            Request::Audit(reply) => drop(reply.send(self.counting.audit())),
             Request::Load(from, reply) => drop(reply.send(self.load(from))),
         }
     }
@@ -507,15 +506,29 @@ impl Driver {
             pin_current_thread(from).map_err(|e| failed(format!("{error}; and back to core {from}: {e}")))?;
             return Err(failed(format!("scheduling it at priority {:?}: {error}", to.fifo)));
         }
+        if let Err(error) = self.counting.move_to(to.slot, to.prepared) {
+            // Its place on the old core has been kept.
+            schedule::set_current(self.fifo)
+                .and_then(|()| pin_current_thread(from))
+                .map_err(|e| failed(format!("{error}; and back to core {from}: {e}")))?;
+            return Err(error);
+        }
         self.fifo = to.fifo;
-        self.counting.move_to(to.slot);
         self.shared.set_place(core, to.fifo);
         pinned_core().ok_or_else(|| failed("the kernel lets it run on several cores".to_owned()))
     }
 
+    /// The PMU's image: the switcher's, or in mode `kvm` what KVM says.
+    fn image(&mut self) -> Result<Option<pmu::Image>, WorkerError> {
+        match self.vcpu.save_pmu()? {
+            Some(image) => Ok(Some(image)),
+            None => self.counting.image(),
+        }
+    }
+
     fn save(&mut self) -> Result<super::request::Saved, WorkerError> {
         let pieces = self.vcpu.save()?;
-        Ok((pieces, self.counting.image()?))
+        Ok((pieces, self.image()?))
     }
 
     fn load(&mut self, from: LoadFrom) -> Result<Option<pmu::Image>, WorkerError> {
@@ -525,9 +538,12 @@ impl Driver {
                 self.vcpu.set_runnable()?;
             }
             LoadFrom::Saved { pieces, pmu } => {
+                let kernel = self.vcpu.has_pmu();
                 match &pmu {
+                    // After the rest of the state: CPUID and what else the PMU depends on come first.
+                    Some(_) if kernel => {}
                     Some(image) => self.counting.import(image)?,
-                    None if self.counting.enabled() => {
+                    None if kernel || self.counting.enabled() => {
                         return Err(WorkerError::PmuImage {
                             vcpu: self.index,
                             message: "it is missing".to_owned(),
@@ -536,10 +552,30 @@ impl Driver {
                     None => {}
                 }
                 self.vcpu.restore(&pieces)?;
+                if let (true, Some(image)) = (kernel, &pmu) {
+                    self.restore_kernel_pmu(image)?;
+                }
                 self.shared.stats.set_pmis(self.counting.pmis());
             }
         }
-        self.counting.image()
+        self.image()
+    }
+
+    /// Mode `kvm`: whether KVM still owed the guest an overflow's interrupt cannot be read, so one is given for overflows
+    /// that the guest has not acknowledged. One too many finds the status that it is about.
+    fn restore_kernel_pmu(&mut self, image: &pmu::Image) -> Result<(), WorkerError> {
+        if !self.vcpu.restore_pmu(image)? {
+            return Ok(());
+        }
+        match super::counting::delivery(self.vcpu.lvtpc()?) {
+            Some(Pmi::Nmi) => Ok(self.vcpu.inject_nmi()?),
+            Some(Pmi::Fixed(vector)) => Ok(self.signal(vector)?),
+            None => Ok(()),
+        }
+    }
+
+    fn signal(&self, vector: u8) -> Result<(), crate::hypervisor::HvError> {
+        self.vm.signal_msi(MSI_BASE | u64::from(self.index & 0xff) << 12, u32::from(vector))
     }
 
     fn set_state(&mut self, state: State) {

@@ -82,22 +82,24 @@ impl Refusal {
 /// One step: where it goes and what it does, or why not (then it stays).
 pub fn step(state: State, event: Event) -> Result<(State, &'static [Effect]), Refusal> {
     use Effect::{Announce, FinishPending, Put, Serve, Sync};
-    use RequestKind::{Load, Look, Pause, Place, Run, Save, Stop};
+    use RequestKind::{Audit, Load, Look, Pause, Place, Run, Save, Stop};
     let refuse = |asked, remedy| Err(Refusal { asked, state, remedy });
     match (state, event) {
-        (State::Paused, Event::Request(Pause | Look | Save | Load | Place)) => Ok((State::Paused, &[Serve])),
+        (State::Paused, Event::Request(Pause | Look | Save | Load | Place | Audit)) => {
+            Ok((State::Paused, &[Serve]))
+        }
         (State::Paused | State::Ended, Event::Request(Stop)) => Ok((State::Gone, &[Serve])),
 
         (State::Paused | State::Running, Event::Request(Run)) => Ok((State::Running, &[Serve])),
         (State::Running, Event::Request(Look)) => Ok((State::Running, &[Sync, Serve])),
-        (State::Running, Event::Request(Place)) => Ok((State::Running, &[Put, Serve])),
+        (State::Running, Event::Request(Place | Audit)) => Ok((State::Running, &[Put, Serve])),
         (State::Running, Event::Request(Pause)) => Ok((State::Paused, &[FinishPending, Put, Serve])),
         (State::Running, Event::Request(Stop)) => Ok((State::Gone, &[FinishPending, Put, Serve])),
         (State::Running, Event::Request(asked @ (Save | Load))) => refuse(asked, "pause it first"),
         (State::Running, Event::GuestEnded) => Ok((State::Ended, &[Put, Announce])),
         (State::Running, Event::RightLost) => Ok((State::Paused, &[FinishPending, Put, Announce])),
 
-        (State::Ended, Event::Request(Pause | Look)) => Ok((State::Ended, &[Serve])),
+        (State::Ended, Event::Request(Pause | Look | Audit)) => Ok((State::Ended, &[Serve])),
         (State::Ended, Event::Request(asked)) => refuse(asked, "the guest has ended: start the VM again"),
         (State::Gone, Event::Request(asked)) => refuse(asked, "its thread has ended"),
         // Only a running vCPU can end or lose its right; anything else already is where that leads.
@@ -110,16 +112,17 @@ pub fn step(state: State, event: Event) -> Result<(State, &'static [Effect]), Re
 #[cfg(test)]
 mod tests {
     use super::*;
-    use RequestKind::{Load, Look, Pause, Place, Run, Save, Stop};
+    use RequestKind::{Audit, Load, Look, Pause, Place, Run, Save, Stop};
 
     const STATES: [State; 4] = [State::Paused, State::Running, State::Ended, State::Gone];
-    const EVENTS: [Event; 9] = [
+    const EVENTS: [Event; 10] = [
         Event::Request(Run),
         Event::Request(Pause),
         Event::Request(Look),
         Event::Request(Save),
         Event::Request(Load),
         Event::Request(Place),
+        Event::Request(Audit),
         Event::Request(Stop),
         Event::GuestEnded,
         Event::RightLost,

@@ -58,6 +58,10 @@ pub struct KvmOptions {
     pub features: features::CpuidPolicy,
     /// How written pages are tracked.
     pub dirty: DirtyMode,
+    /// The PMU that KVM itself keeps for each vCPU (PMU mode `kvm`), which CPUID shows; excludes `filter_pmu_msrs`.
+    pub kernel_pmu: Option<pmu::Shape>,
+    /// Which events KVM's vPMU counts; None for all.
+    pub kernel_filter: Option<pmu::FilterSpec>,
 }
 
 /// The system descriptor and what is asked of it once a process.
@@ -167,6 +171,9 @@ impl KvmVm {
                 std::hint::spin_loop();
             }
             msr_filter::filter_pmu(&fd)?;
+        }
+        if let (Some(shape), Some(filter)) = (&options.kernel_pmu, &options.kernel_filter) {
+            crate::kvm_pmu::set_event_filter(&fd, shape.vendor, filter)?;
         }
         let ring_entries = dirty::enable_rings(&fd, options.dirty, options.vcpus)?;
         let dirty = dirty::DirtyLog::new(&fd, &memory, ring_entries > 0)?;

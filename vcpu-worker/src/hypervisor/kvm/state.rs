@@ -229,11 +229,11 @@ fn deadline_armed(lapic: &[u8]) -> bool {
     lvtt >> 17 & 3 == 2 && lvtt >> 16 & 1 == 0
 }
 
-/// KVM's list of MSRs without the time stamp counter (piece `tsc`) and without the PMU, which is not KVM's.
+/// KVM's list of MSRs without the time stamp counter (piece `tsc`) and without the PMU: that is the switcher's or, in PMU
+/// mode `kvm`, travels as an image of its own, which is set in an order that counts nothing early.
 fn read_msrs(vcpu: &KvmVcpu, deadline_armed: bool) -> Result<Vec<u8>, HvError> {
-    let filtered = vcpu.shared.options.filter_pmu_msrs;
     let mut wanted: Vec<u32> = vcpu.shared.system.msrs.clone();
-    wanted.retain(|msr| *msr != MSR_TSC && !(filtered && pmu::is_pmu_msr(*msr)));
+    wanted.retain(|msr| *msr != MSR_TSC && !pmu::is_pmu_msr(*msr));
     let mut bytes = Vec::with_capacity(wanted.len() * MSR_ENTRY);
     let mut from = 0;
     while let Some(rest) = wanted.get(from..).filter(|r| !r.is_empty()) {

@@ -17,6 +17,7 @@ use vpmu_proto::worker::StatePiece;
 use super::kick::Kicker;
 use super::{CpuidDifference, Shared, cpuid, state, uninterrupted};
 use crate::hypervisor::{Completion, EntryMode, Exit, HvError, InitialRegs, Kick, Vcpu};
+use crate::kvm_pmu::{KvmPmu, MsrPort as _, VcpuPort};
 use crate::sys::run_page::{RawExit, RunPage};
 use crate::sys::{self, failed, kick};
 
@@ -37,6 +38,8 @@ pub(crate) struct KvmVcpu {
     pub(super) index: u32,
     /// CPUID as KVM stored it when it was set, as bytes of a state piece.
     pub(super) cpuid: Vec<u8>,
+    /// The PMU that KVM keeps for it.
+    pmu: Option<KvmPmu>,
     page: RunPage,
     kicker: Arc<Kicker>,
     pending: Pending,
@@ -65,6 +68,7 @@ impl KvmVcpu {
             fd,
             index,
             cpuid: Vec::new(),
+            pmu: None,
             page,
             kicker: Kicker::new(),
             pending: Pending::Nothing,
@@ -97,7 +101,27 @@ impl KvmVcpu {
         if let Some(stats) = sys::stats::StatsFd::open(&vcpu.fd)? {
             vcpu.shared.stats.lock().push((Some(index), stats));
         }
+        if let Some(shape) = vcpu.shared.options.kernel_pmu {
+            vcpu.open_pmu(shape)?;
+        }
         Ok(vcpu)
+    }
+
+    /// KVM's own PMU for this vCPU: what CPUID depends on comes before anything of its state.
+    fn open_pmu(&mut self, shape: pmu::Shape) -> Result<(), HvError> {
+        const PERF_CAPABILITIES: u32 = 0x345;
+        let mut port = VcpuPort::new(&self.fd, &self.shared.system.msrs);
+        if shape.perf_capabilities != 0 && port.set(&[(PERF_CAPABILITIES, shape.perf_capabilities)])? != 1 {
+            return Err(HvError::Pmu {
+                reason: "PMU_KVM_CAPABILITIES",
+                message: format!(
+                    "KVM refuses PERF_CAPABILITIES {:#x} for a guest; choose a host whose KVM has them",
+                    shape.perf_capabilities
+                ),
+            });
+        }
+        self.pmu = Some(KvmPmu::new(shape, &mut port)?);
+        Ok(())
     }
 
     /// Sets CPUID, reads it back and keeps both what it is and how it differs.
@@ -312,6 +336,38 @@ impl Vcpu for KvmVcpu {
 
     fn restore(&mut self, pieces: &[StatePiece]) -> Result<(), HvError> {
         state::restore_vcpu(self, pieces)
+    }
+
+    fn has_pmu(&self) -> bool {
+        self.pmu.is_some()
+    }
+
+    fn save_pmu(&mut self) -> Result<Option<pmu::Image>, HvError> {
+        let Some(pmu) = &self.pmu else { return Ok(None) };
+        let image = pmu.save(&mut VcpuPort::new(&self.fd, &self.shared.system.msrs))?;
+        let (image, masked) = KvmPmu::transmittable(&image);
+        if masked != 0 {
+            tracing::warn!(
+                vcpu = self.index,
+                masked = format_args!("{masked:#x}"),
+                "status bits beyond the guest's"
+            );
+        }
+        Ok(Some(image))
+    }
+
+    fn restore_pmu(&mut self, image: &pmu::Image) -> Result<bool, HvError> {
+        let Some(pmu) = &self.pmu else {
+            return Err(HvError::Unsupported {
+                what: "a PMU that KVM keeps for this vCPU",
+                remedy: "restore it where the PMU mode is the same".to_owned(),
+            });
+        };
+        // Pending events come behind the PMU, which may add one.
+        let events = sys::VCPU_EVENTS.read(&self.fd, &[])?;
+        let restored = pmu.restore(&mut VcpuPort::new(&self.fd, &self.shared.system.msrs), image)?;
+        sys::VCPU_EVENTS.write(&self.fd, sys::VCPU_EVENTS.kind, &events)?;
+        Ok(restored.armed_overflows != 0)
     }
 
     fn lvtpc(&mut self) -> Result<u32, HvError> {
