@@ -67,7 +67,7 @@ const PROCESS: [&str; 2] = ["--isolation", "process"];
 
 /// There and back under load, then a hop while paused, on whatever runs guests here.
 async fn there_and_back(a: &[&str], b: &[&str]) {
-    let Pair { a, b, workers, _dir } = pair(a, b).await;
+    let Pair { _dir, workers, a, b } = pair(a, b).await;
     a.create("vm", filled(2, 128, 32)).await;
     a.start_vm("vm").await;
     until_filled(&a, "vm").await;
@@ -128,7 +128,7 @@ async fn on_the_simulated_hypervisor() {
 #[tokio::test]
 async fn auto_hands_over_where_it_can_and_copies_where_it_is_told() {
     let auto = ["--hypervisor", "simulated", "--local-migration", "auto"];
-    let Pair { a, b, workers: _workers, _dir } = pair(&auto, &auto).await;
+    let Pair { _dir, workers: _workers, a, b } = pair(&auto, &auto).await;
     a.create("vm", probe_spec(1, 16)).await;
     a.start_vm("vm").await;
     let mut modes = Vec::new();
@@ -152,7 +152,7 @@ async fn killed(source: bool, point: &str, stays: bool, options: &[&str]) {
     let mut held = options.to_vec();
     held.extend(["--hold-at", point]);
     let (on_a, on_b): (&[&str], &[&str]) = if source { (&held, options) } else { (options, &held) };
-    let Pair { mut a, mut b, workers, _dir } = pair(on_a, on_b).await;
+    let Pair { _dir, workers, mut a, mut b } = pair(on_a, on_b).await;
     a.create("vm", filled(1, 64, 16)).await;
     a.start_vm("vm").await;
     until_filled(&a, "vm").await;
@@ -234,7 +234,7 @@ async fn a_cancel_before_the_stop_leaves_it_and_its_memory_here() {
     // The destination is held while it prepares, so that the cancel surely comes in time.
     let mut held = THREAD.to_vec();
     held.extend(["--hold-at", "before:destination-start-worker"]);
-    let Pair { a, mut b, workers: _workers, _dir } = pair(&THREAD, &held).await;
+    let Pair { _dir, workers: _workers, a, mut b } = pair(&THREAD, &held).await;
     a.create("vm", filled(1, 64, 16)).await;
     a.start_vm("vm").await;
     until_filled(&a, "vm").await;
@@ -263,7 +263,7 @@ async fn figures() {
     let rounds: usize = std::env::var("VPMU_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
     println!("isolation memory_mib  total_us blackout_us gap_us | stop save transfer persist restore resume");
     for options in [THREAD, PROCESS] {
-        let Pair { a, b, workers: _workers, _dir } = pair(&options, &options).await;
+        let Pair { _dir, workers: _workers, a, b } = pair(&options, &options).await;
         let sizes = [256, 1024, 4096];
         for size in sizes {
             let boot = ProbeBoot {

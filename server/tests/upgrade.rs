@@ -146,7 +146,7 @@ fn client(host: &Host) -> (tokio::sync::oneshot::Sender<()>, tokio::task::JoinHa
 
 /// Four machines, two of them under load, go to another binary and back.
 async fn four_machines(options: &[&str]) {
-    let Site { mut host, new, workers, _dir } = site(options).await;
+    let Site { _dir, workers, new, mut host } = site(options).await;
     let old = exe(host.child.id().expect("running"));
     for (id, spec) in [
         ("a", filled(2, 64, 16)),
@@ -228,7 +228,7 @@ async fn machines_on_threads_go_to_processes_of_another_binary() {
 
 #[tokio::test]
 async fn a_binary_that_is_none_changes_nothing() {
-    let Site { host, new, workers: _workers, _dir } = site(&PROCESS).await;
+    let Site { _dir, workers: _workers, new, host } = site(&PROCESS).await;
     host.create("a", probe_spec(1, 16)).await;
     host.start_vm("a").await;
     let before = host.get("a").await;
@@ -253,7 +253,7 @@ async fn a_binary_that_is_none_changes_nothing() {
 /// The new binary does not come to serve: something answers at its API's address. The one before goes on.
 #[tokio::test]
 async fn a_binary_that_does_not_come_to_serve_is_replaced_by_the_one_before() {
-    let Site { host, new, workers, _dir } = site(&PROCESS).await;
+    let Site { _dir, workers, new, host } = site(&PROCESS).await;
     host.create("a", filled(1, 32, 8)).await;
     host.start_vm("a").await;
     until_filled(&host, "a").await;
@@ -285,7 +285,7 @@ async fn a_binary_that_does_not_come_to_serve_is_replaced_by_the_one_before() {
 async fn dies(options: &[&str], point: &str, moved: Option<bool>) {
     let mut held = options.to_vec();
     held.extend(["--hold-at", point]);
-    let Site { mut host, new, workers, _dir } = site(&held).await;
+    let Site { _dir, workers, new, mut host } = site(&held).await;
     host.create("a", filled(1, 32, 8)).await;
     let vm = host.start_vm("a").await;
     until_filled(&host, "a").await;
@@ -345,7 +345,7 @@ async fn a_machine_on_threads_survives_its_daemon_once_its_new_worker_is_ready()
 /// The new daemon is killed while it starts: whoever starts next finds every machine.
 #[tokio::test]
 async fn a_new_daemon_that_is_killed_at_once_leaves_its_machines_to_the_next() {
-    let Site { mut host, new, workers, _dir } = site(&PROCESS).await;
+    let Site { _dir, workers, new, mut host } = site(&PROCESS).await;
     for id in ["a", "b"] {
         host.create(id, filled(1, 32, 8)).await;
         host.start_vm(id).await;
