@@ -258,7 +258,7 @@ async fn a_cancel_before_the_stop_leaves_it_and_its_memory_here() {
 /// Not a test: `cargo test --release -p vpmu-server --test api_local -- --ignored --nocapture figures` on a machine with
 /// nothing else to do prints the medians of each size, isolation and mode; sizes alternate.
 #[tokio::test]
-#[ignore = "a measurement"]
+#[ignore = "prints figures: cargo test --release -p vpmu-server --test api_local -- --ignored --nocapture figures"]
 async fn figures() {
     let rounds: usize = std::env::var("VPMU_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
     println!("isolation memory_mib  total_us blackout_us gap_us | stop save transfer persist restore resume");

@@ -45,7 +45,8 @@ async fn the_baseline_payload_boots() {
     if !kvm() {
         return;
     }
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/payload.elf");
+    // The one that `vpmud bench migrate` runs; its source is beside it.
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../server/src/bench/guest/payload.elf");
     let said =
         says(kernel(&path, 256, "mode=d ws=1 rate=10 hb=10000 khz=2000000"), &["A", "R", "."], PATIENCE)
             .await;
