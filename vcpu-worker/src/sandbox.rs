@@ -97,11 +97,17 @@ pub fn confine(mode: Mode, violate: Option<Kind>, runtime_dir: Option<&Path>, ra
     Ok(())
 }
 
-/// Narrows the calling thread to its kind, for good. Does nothing where the process is not confined.
+/// Narrows the calling thread to its kind, for good. Where the process is not confined there is no filter.
+///
+/// Either way a vCPU and a data thread leave the process's own signals to the others: the handler of SIGTERM writes to the
+/// runtime's socket pair, which a vCPU's filter forbids, and the kernel may pick any thread that does not block it.
 ///
 /// # Errors
 /// If the kernel refuses the filter: the thread must not go on.
 pub fn enter(kind: Kind) -> io::Result<()> {
+    if kind != Kind::Control {
+        crate::sys::confine::leave_signals_to_others()?;
+    }
     let Some(active) = ACTIVE.get() else { return Ok(()) };
     let program = match kind {
         Kind::Control => return Ok(()),
