@@ -56,13 +56,13 @@ async fn exited(process: &mut Process) -> std::process::ExitStatus {
     }
 }
 
-/// Whether the thread of that name blocks SIGTERM (proc(5), `SigBlk`); none if there is no such thread.
-fn blocks_sigterm(pid: u32, name: &str) -> Option<bool> {
+/// Whether the thread of that name blocks a signal (proc(5), `SigBlk`); none if there is no such thread.
+fn blocks(pid: u32, name: &str, signal: rustix::process::Signal) -> Option<bool> {
     std::fs::read_dir(format!("/proc/{pid}/task")).expect("tasks").flatten().find_map(|task| {
         let status = std::fs::read_to_string(task.path().join("status")).ok()?;
         let field = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).map(str::trim);
         let blocked = u64::from_str_radix(field("SigBlk:")?, 16).ok()?;
-        (field("Name:")? == name).then_some(blocked & 1 << (15 - 1) != 0)
+        (field("Name:")? == name).then_some(blocked & 1 << (signal.as_raw() - 1) != 0)
     })
 }
 
@@ -103,7 +103,10 @@ async fn it_serves_and_ends() {
         assert!(follow.message().await.expect("output").is_some(), "the probe prints");
         if by_signal {
             // The handler does what a vCPU thread's filter forbids: it must run on another.
-            assert_eq!(blocks_sigterm(process.0.id(), "vm-p/0"), Some(true));
+            assert_eq!(blocks(process.0.id(), "vm-p/0", rustix::process::Signal::TERM), Some(true));
+            // A kick and a tick must get it out of the guest.
+            assert_eq!(blocks(process.0.id(), "vm-p/0", rustix::process::Signal::USR1), Some(false));
+            assert_eq!(blocks(process.0.id(), "vm-p/0", rustix::process::Signal::USR2), Some(false));
             let pid = rustix::process::Pid::from_child(&process.0);
             rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("SIGTERM");
         } else {

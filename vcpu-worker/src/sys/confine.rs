@@ -27,20 +27,13 @@ pub(crate) fn close_all_but_standard() -> io::Result<()> {
 }
 
 /// Blocks, on the calling thread, the signals that are sent to the process as a whole and have a handler in its runtime.
+/// Not those of [`super::kick`]: they are what gets a vCPU out of the guest.
 pub(crate) fn leave_signals_to_others() -> io::Result<()> {
     // SAFETY: a zeroed sigset_t is storage for sigemptyset, which makes it valid; all pointers outlive the calls.
     let error = unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
-        for signal in [
-            libc::SIGTERM,
-            libc::SIGINT,
-            libc::SIGHUP,
-            libc::SIGQUIT,
-            libc::SIGCHLD,
-            libc::SIGUSR1,
-            libc::SIGUSR2,
-        ] {
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGCHLD] {
             libc::sigaddset(&raw mut set, signal);
         }
         libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut())
