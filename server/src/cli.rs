@@ -51,9 +51,28 @@ struct ServeArgs {
     /// Where the API is served: unix:PATH (mode 0600) or tcp:ADDR:PORT (loopback). Repeatable.
     #[arg(long, value_name = "ADDRESS", required = true)]
     listen: Vec<Address>,
-    /// Where other hosts reach this one for migrations. Repeatable. The API's listeners serve them too.
+    /// Where other hosts reach this one for migrations: unix:PATH or tcp:ADDR:PORT. Repeatable. Anything but loopback
+    /// needs the three --peer-tls files. The API's listeners serve peers on this machine too.
     #[arg(long, value_name = "ADDRESS")]
     peer_listen: Vec<Address>,
+    /// PEM file of the CA that vouches for hosts. With it every TCP connection between hosts is mutual TLS 1.3, and a
+    /// machine's memory travels under TLS too. Changed files count from the next connection on.
+    #[arg(long, value_name = "FILE", requires_all = ["peer_tls_cert", "peer_tls_key"])]
+    peer_tls_ca: Option<PathBuf>,
+    /// PEM file of this host's certificate, made out (subjectAltName) to the address of its --peer-listen, for
+    /// both serverAuth and clientAuth.
+    #[arg(long, value_name = "FILE", requires = "peer_tls_ca")]
+    peer_tls_cert: Option<PathBuf>,
+    /// PEM file of the certificate's private key, mode 0600.
+    #[arg(long, value_name = "FILE", requires = "peer_tls_ca")]
+    peer_tls_key: Option<PathBuf>,
+    /// Talk only to hosts whose certificate has this DNS name or address. Repeatable; default: all that the CA vouches for.
+    #[arg(long, value_name = "NAME", requires = "peer_tls_ca")]
+    peer_tls_name: Vec<String>,
+    /// Talk to other machines without TLS: whoever is on the network can then take machines over. For networks that
+    /// nobody else is on.
+    #[arg(long, conflicts_with = "peer_tls_ca")]
+    peer_plaintext: bool,
     /// Host cores that vCPUs may use, e.g. 0,1; default: all that this process may use.
     #[arg(long, value_delimiter = ',', value_name = "CORES")]
     cores: Vec<u32>,
@@ -101,7 +120,16 @@ struct ServeArgs {
 
 impl From<ServeArgs> for ServeConfig {
     fn from(args: ServeArgs) -> Self {
+        let peer_tls = match (args.peer_tls_ca, args.peer_tls_cert, args.peer_tls_key) {
+            (Some(ca), Some(cert), Some(key)) => {
+                Some(crate::peer::tls::Files { ca, cert, key, names: args.peer_tls_name })
+            }
+            // The parser lets all through or none.
+            _ => None,
+        };
         Self {
+            peer_tls,
+            peer_plaintext: args.peer_plaintext,
             state_dir: args.state_dir,
             listen: args.listen,
             peer_listen: args.peer_listen,

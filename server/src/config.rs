@@ -33,10 +33,19 @@ pub enum ConfigError {
     PathTooLong(String, usize),
     /// TCP beyond this machine.
     #[error(
-        "tcp:{0}: only loopback is served without mutual TLS, which is not there yet; listen on tcp:127.0.0.1:PORT or \
-         on unix:PATH"
+        "--peer-listen tcp:{0}: other machines are served with mutual TLS only; give --peer-tls-ca, --peer-tls-cert and \
+         --peer-tls-key, or --peer-plaintext on a network that nobody else is on, or listen on tcp:127.0.0.1:PORT or unix:PATH"
+    )]
+    TlsRequired(SocketAddr),
+    /// The API beyond this machine.
+    #[error(
+        "--listen tcp:{0}: the API is served on this machine only; listen on tcp:127.0.0.1:PORT or on unix:PATH (other \
+         hosts come to --peer-listen; for people, ssh -L forwards either)"
     )]
     NotLoopback(SocketAddr),
+    /// Files of TLS.
+    #[error("{}", .0.message)]
+    Tls(TlsProblem),
     /// No address at all.
     #[error("no --listen: give at least one, e.g. --listen unix:/run/vpmud/vpmud.sock")]
     NoListener,
@@ -71,13 +80,30 @@ pub enum ConfigError {
     NoKvm(String),
 }
 
+/// What is wrong with TLS's files, in a form that compares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsProblem {
+    /// Stable reason code.
+    pub reason: &'static str,
+    /// In words.
+    pub message: String,
+}
+
+impl From<crate::peer::tls::TlsError> for ConfigError {
+    fn from(error: crate::peer::tls::TlsError) -> Self {
+        Self::Tls(TlsProblem { reason: error.reason(), message: error.to_string() })
+    }
+}
+
 impl ConfigError {
     /// Stable reason code.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Address(_) => "BAD_ADDRESS",
             Self::PathTooLong(..) => "SOCKET_PATH_TOO_LONG",
-            Self::NotLoopback(_) => "TLS_REQUIRED",
+            Self::TlsRequired(_) => "TLS_REQUIRED",
+            Self::NotLoopback(_) => "LOOPBACK_ONLY",
+            Self::Tls(problem) => problem.reason,
             Self::NoListener => "NO_LISTENER",
             Self::PmuMode { .. } => "PMU_MODE_UNAVAILABLE",
             Self::ModelPmu { .. } => "BAD_MODEL_PMU",
@@ -122,11 +148,11 @@ impl fmt::Display for Address {
 }
 
 impl Address {
-    /// A listener must be a Unix socket or on loopback as long as there is no mutual TLS.
-    pub fn check_listener(&self) -> Result<(), ConfigError> {
+    /// The socket address if others than this machine get there.
+    fn beyond(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(addr) if !addr.ip().is_loopback() => Err(ConfigError::NotLoopback(*addr)),
-            _ => Ok(()),
+            Self::Tcp(addr) if !addr.ip().is_loopback() => Some(*addr),
+            _ => None,
         }
     }
 }
@@ -190,6 +216,10 @@ pub struct ServeConfig {
     pub listen: Vec<Address>,
     /// Peer service and health only.
     pub peer_listen: Vec<Address>,
+    /// What TLS between hosts is made with; none: there is none.
+    pub peer_tls: Option<crate::peer::tls::Files>,
+    /// Other machines are talked to without TLS.
+    pub peer_plaintext: bool,
     /// Cores that vCPUs may use; empty means all this process may use.
     pub cores: Vec<u32>,
     /// Worker isolation.
@@ -229,8 +259,14 @@ impl ServeConfig {
         if self.listen.is_empty() {
             return Err(ConfigError::NoListener);
         }
-        for address in self.listen.iter().chain(&self.peer_listen) {
-            address.check_listener()?;
+        if let Some(addr) = self.listen.iter().find_map(Address::beyond) {
+            return Err(ConfigError::NotLoopback(addr));
+        }
+        if self.peer_tls.is_none()
+            && !self.peer_plaintext
+            && let Some(addr) = self.peer_listen.iter().find_map(Address::beyond)
+        {
+            return Err(ConfigError::TlsRequired(addr));
         }
         Ok(())
     }
@@ -253,10 +289,15 @@ mod tests {
     }
 
     #[test]
-    fn tcp_beyond_loopback_wants_tls() {
-        let open: Address = "tcp:0.0.0.0:1".parse().expect("address");
-        assert_eq!(open.check_listener().expect_err("refused").reason(), "TLS_REQUIRED");
-        let inner: Address = "tcp:127.0.0.1:1".parse().expect("address");
-        assert!(inner.check_listener().is_ok());
+    fn what_others_reach_is_told_from_what_they_do_not() {
+        for (text, others) in [
+            ("tcp:0.0.0.0:1", true),
+            ("tcp:10.0.0.1:1", true),
+            ("tcp:127.9.9.9:1", false),
+            ("unix:/p", false),
+        ] {
+            let address: Address = text.parse().expect("address");
+            assert_eq!(address.beyond().is_some(), others, "{text}");
+        }
     }
 }

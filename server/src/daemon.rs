@@ -56,8 +56,8 @@ pub struct Daemon {
     pub migrations: Migrations,
     /// Where snapshots are.
     pub snapshot_dir: std::path::PathBuf,
-    /// Where this host's peer service is reached, for Resolve.
-    pub peer_address: String,
+    /// How this host talks to others.
+    pub peering: crate::peer::Peering,
     /// Cancelled when the daemon begins to end.
     pub shutdown: CancellationToken,
     /// Cancelled once what the last daemon left is settled: from then on restart policies act.

@@ -14,6 +14,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod demo;
+pub mod duplex;
 pub mod handover;
 pub mod host_check;
 pub mod housekeeping;

@@ -1,4 +1,4 @@
-//! Listeners: private Unix sockets and loopback TCP, and the layer that gives every error its details.
+//! Listeners: private Unix sockets and TCP, in clear or under mutual TLS.
 //!
 //! A Unix socket is bound in a private directory (0700), made 0600 and only then moved to its path, so that nobody
 //! can connect in between whatever the umask is; a socket file that is in the way is replaced only if nobody answers.
@@ -9,9 +9,24 @@ use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, 
 use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt as _};
 use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, UnixListenerStream};
+use tokio_util::sync::CancellationToken;
 
 use crate::config::Address;
+use crate::duplex::Duplex;
+use crate::peer::tls::{HANDSHAKE, PeerTls};
+
+/// Handshakes at once on one listener; a caller beyond them is hung up on.
+const HANDSHAKES: usize = 64;
+/// Before the next try where the system gives no more connections.
+const NO_MORE: Duration = Duration::from_millis(100);
 
 /// Why a listener cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +78,65 @@ pub enum Socket {
     Unix(UnixListener),
     /// TCP.
     Tcp(TcpListener),
+}
+
+/// Connections as they come.
+pub type Incoming = Pin<Box<dyn Stream<Item = io::Result<Duplex>> + Send>>;
+
+impl Socket {
+    /// Its connections, TCP ones under `tls` if there is any, until `ending`. Must be called inside the runtime.
+    pub fn incoming(self, tls: Option<PeerTls>, ending: CancellationToken) -> Incoming {
+        match (self, tls) {
+            (Self::Unix(socket), _) => Box::pin(UnixListenerStream::new(socket).map(|s| s.map(Duplex::Unix))),
+            (Self::Tcp(socket), None) => Box::pin(TcpListenerStream::new(socket).map(|stream| {
+                let stream = stream?;
+                stream.set_nodelay(true)?;
+                Ok(Duplex::Tcp(stream))
+            })),
+            (Self::Tcp(socket), Some(tls)) => {
+                let (to, from) = mpsc::channel(HANDSHAKES);
+                tokio::spawn(shake_hands(socket, tls, to, ending));
+                Box::pin(ReceiverStream::new(from).map(Ok))
+            }
+        }
+    }
+}
+
+/// Shakes hands with everybody who comes, side by side, so that a slow or hostile one keeps nobody waiting.
+async fn shake_hands(socket: TcpListener, tls: PeerTls, to: mpsc::Sender<Duplex>, ending: CancellationToken) {
+    let slots = Arc::new(Semaphore::new(HANDSHAKES));
+    loop {
+        let accepted = tokio::select! {
+            () = ending.cancelled() => return,
+            () = to.closed() => return,
+            accepted = socket.accept() => accepted,
+        };
+        let (stream, from) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "a peer's connection cannot be taken");
+                tokio::time::sleep(NO_MORE).await;
+                continue;
+            }
+        };
+        let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
+            tracing::warn!(%from, "hung up on a peer: {HANDSHAKES} others have not finished their handshake");
+            continue;
+        };
+        let (tls, to, ending) = (tls.clone(), to.clone(), ending.clone());
+        tokio::spawn(async move {
+            let _slot = slot;
+            let _ = stream.set_nodelay(true);
+            tokio::select! {
+                () = ending.cancelled() => {}
+                shaken = tokio::time::timeout(HANDSHAKE, tls.accept(stream)) => match shaken {
+                    Ok(Ok(stream)) => drop(to.send(stream).await),
+                    Ok(Err(error)) => tracing::warn!(%from, %error, "refused a peer at the handshake"),
+                    Err(_) => tracing::warn!(%from, "a peer did not finish the handshake within {HANDSHAKE:?}"),
+                },
+            }
+        });
+    }
 }
 
 /// A socket file of ours.

@@ -12,7 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
-use tonic::transport::server::{Router, TcpIncoming};
+use tonic::transport::server::Router;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use vpmu_proto::api::migrations_service_server::MigrationsServiceServer;
 use vpmu_proto::api::pmu_service_server::PmuServiceServer;
@@ -26,7 +26,7 @@ use crate::capacity::Capacity;
 use crate::config::{Address, ConfigError, ServeConfig};
 use crate::daemon::{Daemon, HostInfo};
 use crate::judge::Host;
-use crate::listen::{self, ListenError, Listener, Socket};
+use crate::listen::{self, ListenError, Listener};
 use crate::ops::Ops;
 use crate::status::ApiError;
 use crate::store::{self, Store, StoreError};
@@ -120,6 +120,15 @@ async fn serve(
     store: Store,
     asked_to_end: impl Future<Output = ()>,
 ) -> Result<Option<PathBuf>, ServeError> {
+    let tls = match config.peer_tls.clone() {
+        Some(files) => {
+            let loaded = tokio::task::spawn_blocking(move || crate::peer::tls::PeerTls::load(files)).await;
+            let loaded =
+                loaded.map_err(|e| io("cannot read the peer certificate")(std::io::Error::other(e)))?;
+            Some(loaded.map_err(ConfigError::from)?)
+        }
+        None => None,
+    };
     let mut listeners = Vec::new();
     for address in &config.listen {
         listeners.push((listen::open(address).await?, true));
@@ -131,7 +140,14 @@ async fn serve(
         listeners.iter().filter(|(_, p)| *p == public).map(|(l, _)| absolute(&l.address)).collect()
     };
     let (listen, peer_listen) = (addresses(true), addresses(false));
-    let peer_address = peer_listen.first().or_else(|| listen.first()).cloned().unwrap_or_default();
+    let reached = peer_listen.iter().chain(&listen);
+    let peering = crate::peer::Peering {
+        limits: config.limits(),
+        tls,
+        plaintext: config.peer_plaintext,
+        // As they are shown, so as others can use them.
+        listeners: reached.filter_map(|address| address.parse().ok()).collect(),
+    };
 
     let end_workers = CancellationToken::new();
     let isolated = config.isolation == crate::config::Isolation::Process;
@@ -186,7 +202,7 @@ async fn serve(
         workers,
         registry: crate::vm::registry::Registry::default(),
         migrations: crate::migration::Migrations::default(),
-        peer_address,
+        peering: peering.clone(),
         snapshot_dir: snapshot_dir(config)?,
         shutdown: CancellationToken::new(),
         recovered: CancellationToken::new(),
@@ -212,18 +228,10 @@ async fn serve(
         files.extend(file);
         let router = router(&daemon, public, health.clone());
         let ending = daemon.shutdown.clone().cancelled_owned();
-        servers.spawn(async move {
-            match socket {
-                Socket::Tcp(socket) => {
-                    let incoming = TcpIncoming::from(socket).with_nodelay(Some(true));
-                    router.serve_with_incoming_shutdown(incoming, ending).await
-                }
-                Socket::Unix(socket) => {
-                    let incoming = tokio_stream::wrappers::UnixListenerStream::new(socket);
-                    router.serve_with_incoming_shutdown(incoming, ending).await
-                }
-            }
-        });
+        // The API's listeners are this machine's own: its clients have no certificates.
+        let tls = if public { None } else { peering.tls.clone() };
+        let incoming = socket.incoming(tls, daemon.shutdown.clone());
+        servers.spawn(async move { router.serve_with_incoming_shutdown(incoming, ending).await });
     }
     let (switch, mut image) = tokio::sync::mpsc::channel(1);
     crate::upgrade::serve(&daemon, switch).await;

@@ -146,12 +146,19 @@ async fn every_bad_request_is_a_typed_error_and_changes_nothing() {
 #[tokio::test]
 async fn wrong_options_are_refused_with_a_reason() {
     let dir = tempfile::tempdir().expect("tempdir");
-    let refused: [(&[&str], i32, &str); 6] = [
+    let refused: [(&[&str], i32, &str); 9] = [
         (&["--pmu", "msr"], 1, "PMU_MODE_UNAVAILABLE"),
         (&["--pmu", "kvm"], 1, "PMU_MODE_UNAVAILABLE"),
         (&["--model-pmu", "intel:v9:99"], 1, "BAD_MODEL_PMU"),
         (&["--cores", "4095"], 1, "BAD_CORES"),
-        (&["--listen", "tcp:0.0.0.0:0"], 1, "TLS_REQUIRED"),
+        (&["--listen", "tcp:0.0.0.0:0"], 1, "LOOPBACK_ONLY"),
+        (&["--peer-listen", "tcp:0.0.0.0:0"], 1, "TLS_REQUIRED"),
+        (&["--peer-tls-ca", "/dev/null"], 2, "--peer-tls-cert"),
+        (
+            &["--peer-tls-ca", "/dev/null", "--peer-tls-cert", "/dev/null", "--peer-tls-key", "/dev/null"],
+            1,
+            "TLS_FILE_CONTENT",
+        ),
         (&["--listen", "nonsense"], 2, "write unix:PATH or tcp:ADDR:PORT"),
     ];
     for (options, code, said) in refused {

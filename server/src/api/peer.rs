@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::server::TcpConnectInfo;
 use tonic::{Request, Response, Status, Streaming};
 use vpmu_proto::peer::migration_peer_service_server::MigrationPeerService;
 use vpmu_proto::peer::source_message::Message as FromSource;
@@ -13,6 +12,7 @@ use vpmu_proto::peer::*;
 
 use super::details::explain;
 use crate::daemon::Daemon;
+use crate::duplex::Caller;
 use crate::migration::destination::{self, Conversation, Way};
 use crate::migration::{check, resolve};
 use crate::peer::VERSION;
@@ -112,8 +112,9 @@ impl MigrationPeerService for PeerApi {
     }
 
     async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
-        let local = request.extensions().get::<TcpConnectInfo>().and_then(TcpConnectInfo::local_addr);
-        let way = local.map_or(Way::Unix, |addr| Way::Tcp(addr.ip()));
+        let caller = request.extensions().get::<Caller>().cloned().unwrap_or_default();
+        tracing::info!(?caller, migration = %crate::status::clip(&request.get_ref().migration_id, 64), "a machine is announced");
+        let way = caller.local.map_or(Way::Unix, Way::Tcp);
         // In a task of its own: a source that goes away in the middle must not leave half a reservation.
         let daemon = Arc::clone(&self.daemon);
         let request = request.into_inner();

@@ -6,10 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vpmu_proto::peer::resolve_response::Decision;
 use vpmu_proto::peer::{ResolveRequest, ResolveResponse};
 
-use super::limits::Limits;
 use crate::config::Address;
 use crate::handover::{self, Handover, PeerAnswer};
-use crate::peer::Peer;
+use crate::peer::{Peer, Peering};
 
 /// What the machines that live here would answer, by migration. Ready is known only here: it is not journalled.
 #[derive(Debug, Clone, Default)]
@@ -51,9 +50,9 @@ impl Drop for Voice {
 }
 
 /// Asks the other host once. Whatever is no answer is `Unreachable` or `Unknown`.
-pub(super) async fn ask(handover: &Handover, limits: &Limits) -> PeerAnswer {
+pub(super) async fn ask(handover: &Handover, peering: &Peering) -> PeerAnswer {
     let Ok(address) = handover.peer_address.parse::<Address>() else { return PeerAnswer::Unreachable };
-    let Ok(peer) = Peer::connect(&address, limits).await else { return PeerAnswer::Unreachable };
+    let Ok(peer) = Peer::connect(&address, peering).await else { return PeerAnswer::Unreachable };
     let request = ResolveRequest {
         migration_id: handover.migration_id.clone(),
         vm_uid: handover.vm_uid.clone(),

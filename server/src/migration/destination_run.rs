@@ -288,10 +288,10 @@ impl Incoming {
             return;
         }
         self.work.asking = true;
-        let (handover, limits) = (self.work.machine.handover.clone(), self.daemon.limits);
+        let (handover, peering) = (self.work.machine.handover.clone(), self.daemon.peering.clone());
         self.work.jobs.push(Box::pin(async move {
-            tokio::time::sleep(limits.ask).await;
-            super::answer::ask(&handover, &limits).await
+            tokio::time::sleep(peering.limits.ask).await;
+            super::answer::ask(&handover, &peering).await
         }));
     }
 

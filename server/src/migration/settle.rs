@@ -61,7 +61,7 @@ impl Settler {
         let pause =
             if std::mem::replace(&mut self.asked, true) { self.daemon.limits.ask } else { Duration::ZERO };
         tokio::select! {
-            answer = async { tokio::time::sleep(pause).await; ask(handover, &self.daemon.limits).await } => answer,
+            answer = async { tokio::time::sleep(pause).await; ask(handover, &self.daemon.peering).await } => answer,
             () = self.daemon.shutdown.cancelled() => PeerAnswer::Unreachable,
         }
     }
@@ -258,7 +258,7 @@ async fn go(daemon: &Daemon, handover: &Handover, epoch: u64, digest: Digest) ->
     let open = message(handover.epoch, FromSource::Open(Open {}));
     let order = message(epoch, FromSource::Go(Go { state_digest: digest.to_vec(), vm, keep_paused }));
     let answered = async {
-        let peer = Peer::connect(&handover.peer_address.parse().ok()?, &daemon.limits).await.ok()?;
+        let peer = Peer::connect(&handover.peer_address.parse().ok()?, &daemon.peering).await.ok()?;
         let (to, outbox) = mpsc::channel(2);
         to.try_send(open).ok()?;
         to.try_send(order).ok()?;

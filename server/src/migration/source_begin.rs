@@ -46,7 +46,7 @@ pub async fn check(
     address: &Address,
 ) -> Result<Checked, ApiError> {
     let view = handle.view();
-    let peer = Peer::connect(address, &daemon.limits).await?;
+    let peer = Peer::connect(address, &daemon.peering).await?;
     let who = peer.negotiate(&daemon.host.host_id).await?;
     let local = is_local(daemon, spec, address, &who.boot_id);
     let pmu = match &view.worker {
@@ -73,6 +73,14 @@ pub async fn check(
     } else {
         let mut mismatches = peer.check(requirements.clone()).await?.mismatches;
         // A destination that says no boot id does not know the mode and finds nothing wrong with it.
+        if daemon.peering.way_back(&peer).is_none() {
+            mismatches.push(MigrationMismatch {
+                rule: "NO_WAY_BACK".to_owned(),
+                message: format!("this host has no peer listener that {address} could ask about a migration that was cut off"),
+                remedy: "start vpmud here with --peer-listen tcp:ADDR:PORT, an address that the destination reaches".to_owned(),
+                warning: false,
+            });
+        }
         if local && who.boot_id.is_empty() {
             mismatches.push(super::check::other_boot(&daemon.host.boot_id, ""));
         }

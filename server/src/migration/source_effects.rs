@@ -99,7 +99,7 @@ impl Source {
             version: VERSION,
             migration_id: self.id.to_string(),
             source_host: self.daemon.host.host_id.clone(),
-            source_address: self.daemon.peer_address.clone(),
+            source_address: self.daemon.peering.way_back(&self.peer).unwrap_or_default(),
             epoch,
             requirements: Some(std::mem::take(&mut self.requirements)),
             attempt: 1,
@@ -211,7 +211,7 @@ impl Source {
     async fn send_go(&mut self, epoch: u64, digest: Digest) {
         if self.work.talk.is_none() {
             let open = self.message(epoch.saturating_sub(1), FromSource::Open(source_message::Open {}));
-            let talk = match Peer::connect(&self.peer.address, &self.daemon.limits).await {
+            let talk = match Peer::connect(&self.peer.address, &self.daemon.peering).await {
                 Ok(peer) => open_stream(&peer, open).await,
                 Err(error) => Err(error),
             };
@@ -259,10 +259,10 @@ impl Source {
         }
         self.work.asking = true;
         self.show(Shown::Committed, "the destination does not answer; asking again until it does");
-        let (handover, limits) = (self.work.machine.handover.clone(), self.daemon.limits);
+        let (handover, peering) = (self.work.machine.handover.clone(), self.daemon.peering.clone());
         self.work.jobs.push(Box::pin(async move {
-            tokio::time::sleep(limits.ask_peer).await;
-            Job::Answered(ask(&handover, &limits).await)
+            tokio::time::sleep(peering.limits.ask_peer).await;
+            Job::Answered(ask(&handover, &peering).await)
         }));
     }
 

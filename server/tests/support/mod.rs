@@ -2,7 +2,9 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(missing_docs, unreachable_pub)]
 
+pub mod ca;
 pub mod guest;
+pub mod netns;
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -32,6 +34,8 @@ pub struct Host {
     pub child: Child,
     pub ready: serde_json::Value,
     options: Vec<String>,
+    /// The network namespace that it lives in; empty: the test's own.
+    netns: String,
 }
 
 /// Whether KVM tests run. Says so if not; VPMU_REQUIRE_KVM=1 makes that a failure.
@@ -46,10 +50,15 @@ pub fn have_kvm() -> bool {
 
 impl Host {
     pub async fn start(dir: &Path, options: &[&str]) -> Self {
+        Self::start_in(dir, "", options).await
+    }
+
+    /// In a network namespace.
+    pub async fn start_in(dir: &Path, netns: &str, options: &[&str]) -> Self {
         let options: Vec<String> = options.iter().map(ToString::to_string).collect();
         std::fs::create_dir_all(dir).expect("state directory's parent");
-        let (child, ready) = spawn(dir, &options).await.expect("vpmud is ready");
-        Self { dir: dir.to_owned(), child, ready, options }
+        let (child, ready) = spawn_in(dir, netns, &options).await.expect("vpmud is ready");
+        Self { dir: dir.to_owned(), child, ready, options, netns: netns.to_owned() }
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -66,7 +75,8 @@ impl Host {
     }
 
     pub async fn restart(&mut self) {
-        let (child, ready) = spawn(&self.dir, &self.options).await.expect("vpmud is ready again");
+        let (child, ready) =
+            spawn_in(&self.dir, &self.netns, &self.options).await.expect("vpmud is ready again");
         (self.child, self.ready) = (child, ready);
     }
 
@@ -248,9 +258,25 @@ pub async fn spawn(
     dir: &Path,
     options: &[String],
 ) -> Result<(Child, serde_json::Value), (Option<i32>, String)> {
+    spawn_in(dir, "", options).await
+}
+
+/// The same in a network namespace.
+pub async fn spawn_in(
+    dir: &Path,
+    netns: &str,
+    options: &[String],
+) -> Result<(Child, serde_json::Value), (Option<i32>, String)> {
     // Another build of the same, e.g. an optimised one, may be tested in place of cargo's.
     let vpmud = std::env::var_os("VPMU_TEST_VPMUD").unwrap_or_else(|| env!("CARGO_BIN_EXE_vpmud").into());
-    let mut command = Command::new(vpmud);
+    let mut command = if netns.is_empty() {
+        Command::new(vpmud)
+    } else {
+        // It becomes vpmud, so that the child is vpmud itself.
+        let mut enter = Command::new("nsenter");
+        enter.arg(format!("--net=/run/netns/{netns}")).arg(vpmud);
+        enter
+    };
     command
         .arg("serve")
         .arg("--state-dir")
