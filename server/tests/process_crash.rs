@@ -2,25 +2,28 @@
 //! delete, between two hosts: every machine is as its last acknowledged operation left it (one that was not acknowledged
 //! may have either outcome), on one host only, and no record disagrees with its process.
 //!
-//! 8 rounds by default, `VPMU_CRASH_ROUNDS` for more, `VPMU_CRASH_SEED` to choose the random moments again.
+//! Of three rounds one kills a daemon, one two workers, and one a worker and then a daemon.
+//!
+//! ```text
+//! cargo test -p vpmu-server --test process_crash                                              9 rounds
+//! VPMU_CRASH_ROUNDS=200 cargo test -p vpmu-server --test process_crash -- --nocapture         133 daemons, 200 workers
+//! VPMU_CRASH_SEED=7          the same choices again
+//! ```
 
 mod support;
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use support::load::{Api, Random, Reaper, number, workers};
 use support::*;
 use tonic::Status;
-use vcpu_worker::process::Identity;
+use vpmu_proto::api::migration_spec::Mode;
 use vpmu_proto::api::virtual_machine::State;
-use vpmu_proto::api::virtual_machines_service_client::VirtualMachinesServiceClient;
 use vpmu_proto::api::*;
-use vpmu_proto::longrunning::operations_client::OperationsClient;
-use vpmu_proto::longrunning::{Operation, WaitOperationRequest, operation};
 
 /// Machines that are worked on at once.
 const SLOTS: usize = 4;
@@ -92,89 +95,20 @@ impl Known {
             Is::Running => &[Op::Stop, Op::Pause, Op::Pause, Op::Migrate, Op::Migrate, Op::Delete],
             Is::Paused => &[Op::Resume, Op::Resume, Op::Migrate, Op::Stop],
         };
-        legal[random.below(legal.len() as u64) as usize]
+        random.pick(legal)
     }
 }
 
-/// xorshift64*: the same seed, the same moments.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        (self.next() >> 33) % bound
-    }
-}
-
-/// One host as a client that may lose it sees it.
-#[derive(Clone)]
-struct Api {
-    socket: std::path::PathBuf,
-    peer: String,
-}
-
-impl Api {
-    async fn channel(&self) -> Result<tonic::transport::Channel, Status> {
-        let socket = self.socket.clone();
-        tonic::transport::Endpoint::from_static("http://vpmud.invalid")
-            .connect_with_connector(tower::service_fn(move |_: tonic::transport::Uri| {
-                let socket = socket.clone();
-                async move { tokio::net::UnixStream::connect(socket).await.map(hyper_util::rt::TokioIo::new) }
-            }))
-            .await
-            .map_err(|e| Status::unavailable(e.to_string()))
-    }
-
-    /// Done, and acknowledged.
-    async fn done(&self, mut now: Operation) -> Result<(), Status> {
-        let mut client = OperationsClient::new(self.channel().await?);
-        while !now.done {
-            let timeout = Some(prost_types::Duration { seconds: 5, nanos: 0 });
-            now = client.wait_operation(WaitOperationRequest { name: now.name, timeout }).await?.into_inner();
-        }
-        match now.result {
-            Some(operation::Result::Response(_)) => Ok(()),
-            Some(operation::Result::Error(error)) => Err(Status::unknown(error.message)),
-            None => Err(Status::internal("a done operation without a result")),
-        }
-    }
-
-    async fn perform(&self, op: Op, id: &str, to: &Self) -> Result<(), Status> {
-        let mut vms = VirtualMachinesServiceClient::new(self.channel().await?);
-        let (name, request_id) = (name(id), String::new());
-        let operation = match op {
-            Op::Create => vms.create_virtual_machine(create(id, probe_spec(1, 16))).await?,
-            Op::Start => vms.start_virtual_machine(StartVirtualMachineRequest { name, request_id }).await?,
-            Op::Stop => vms.stop_virtual_machine(StopVirtualMachineRequest { name, request_id }).await?,
-            Op::Delete => {
-                let request = DeleteVirtualMachineRequest { name, ..DeleteVirtualMachineRequest::default() };
-                vms.delete_virtual_machine(request).await?
-            }
-            Op::Pause => {
-                return vms.pause_virtual_machine(PauseVirtualMachineRequest { name }).await.map(drop);
-            }
-            Op::Resume => {
-                return vms.resume_virtual_machine(ResumeVirtualMachineRequest { name }).await.map(drop);
-            }
-            Op::Migrate => {
-                let spec = MigrationSpec { destination: to.peer.clone(), ..MigrationSpec::default() };
-                let request = CreateMigrationRequest {
-                    parent: name,
-                    spec: Some(spec),
-                    ..CreateMigrationRequest::default()
-                };
-                let client = migrations_service_client::MigrationsServiceClient::new(self.channel().await?);
-                let mut client = client;
-                client.create_migration(request).await?
-            }
-        };
-        self.done(operation.into_inner()).await
+/// Does it, acknowledged.
+async fn perform(api: &Api, op: Op, id: &str, to: &Api) -> Result<(), Status> {
+    match op {
+        Op::Create => api.create(id, probe_spec(1, 16)).await,
+        Op::Start => api.start(id).await,
+        Op::Stop => api.stop(id).await,
+        Op::Delete => api.delete(id).await,
+        Op::Pause => api.pause(id).await,
+        Op::Resume => api.resume(id).await,
+        Op::Migrate => api.migrate(id, to, Mode::Unspecified).await,
     }
 }
 
@@ -183,7 +117,7 @@ struct Figures {
     acknowledged: u64,
     unanswered: u64,
     daemons: u64,
-    workers: u64,
+    killed: u64,
     kept: u64,
     changed: u64,
     slowest: Duration,
@@ -191,7 +125,7 @@ struct Figures {
 
 /// Works on one machine until it is told to stop or an operation is not acknowledged.
 async fn work(mut known: Known, apis: [Api; 2], stop: Arc<AtomicBool>, seed: u64) -> (Known, u64) {
-    let (mut random, mut acknowledged) = (Random(seed | 1), 0);
+    let (mut random, mut acknowledged) = (Random::new(seed), 0);
     while !stop.load(Ordering::SeqCst) {
         if known.is == Is::Absent {
             // A name that has moved away stays as a tombstone.
@@ -200,7 +134,7 @@ async fn work(mut known: Known, apis: [Api; 2], stop: Arc<AtomicBool>, seed: u64
         }
         let op = known.choose(&mut random);
         known.asked = Some(op);
-        let done = apis[known.host].perform(op, &known.id, &apis[1 - known.host]);
+        let done = perform(&apis[known.host], op, &known.id, &apis[1 - known.host]);
         match tokio::time::timeout(Duration::from_secs(90), done).await {
             Ok(Ok(())) => {
                 (known.host, known.is) = known.after(op);
@@ -212,6 +146,34 @@ async fn work(mut known: Known, apis: [Api; 2], stop: Arc<AtomicBool>, seed: u64
         }
     }
     (known, acknowledged)
+}
+
+/// What a round kills: a daemon, workers one after the other, or a worker and then a daemon, which finds it dead or dying.
+struct Kills {
+    workers: u32,
+    daemon: bool,
+}
+
+impl Kills {
+    fn of(round: u64) -> Self {
+        let (workers, daemon) =
+            [(0, true), (2, false), (1, true)][usize::try_from(round % 3).expect("small")];
+        Self { workers, daemon }
+    }
+}
+
+/// Kills any worker of these hosts, if there is one; returns its machine's id.
+fn kill_a_worker(dirs: &[std::path::PathBuf; 2], random: &mut Random) -> Option<String> {
+    let pids: Vec<u32> = dirs.iter().flat_map(|dir| workers(dir)).collect();
+    if pids.is_empty() {
+        return None;
+    }
+    let pid = random.pick(&pids);
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let line = String::from_utf8_lossy(&line);
+    let id = line.split('\0').find_map(|word| word.strip_prefix("--name="))?.to_owned();
+    kill_process(Pid::from_raw(pid.cast_signed()).expect("a pid"), Signal::KILL).ok()?;
+    Some(id)
 }
 
 fn observed(vm: &VirtualMachine) -> Option<Is> {
@@ -241,93 +203,68 @@ async fn settled(hosts: &[Host; 2]) -> Vec<(usize, VirtualMachine)> {
     }
 }
 
-/// Worker processes of a host, by their command lines: also those without a runtime directory.
-fn processes(dir: &Path) -> BTreeSet<u32> {
-    let run = dir.join("state/run").display().to_string();
-    let mut found = BTreeSet::new();
-    for entry in std::fs::read_dir("/proc").expect("proc").flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
-        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&line);
-        if line.starts_with("vpmud\0worker\0") && line.contains(&run) && Identity::of(pid).is_ok() {
-            found.insert(pid);
-        }
-    }
-    found
-}
-
 fn heartbeats(pmu: &Pmu) -> u64 {
     pmu.probe.iter().flat_map(|p| &p.vcpus).map(|v| v.heartbeats + v.loops).sum()
 }
 
-/// Records and processes agree: who runs counts, who is paused does not, and nobody else is there.
-async fn agree(hosts: &[Host; 2], all: &[(usize, VirtualMachine)]) {
-    for (index, host) in hosts.iter().enumerate() {
-        let begin = Instant::now();
-        let wanted: BTreeSet<u32> = all
-            .iter()
-            .filter(|(at, vm)| *at == index && vm.worker_pid != 0)
-            .map(|(_, vm)| vm.worker_pid)
-            .collect();
-        while processes(&host.dir) != wanted {
-            let now = processes(&host.dir);
-            assert!(
-                begin.elapsed() < DEADLINE,
-                "host {index}: records say {wanted:?}, processes are {now:?}"
-            );
-            tokio::time::sleep(Duration::from_millis(20)).await;
+/// Waits until records and processes agree, which a worker's end may need a moment for, and returns the records; then who
+/// runs counts, who is paused does not, and nobody else is there.
+async fn agree(hosts: &[Host; 2]) -> Vec<(usize, VirtualMachine)> {
+    let begin = Instant::now();
+    let all = loop {
+        let all = settled(hosts).await;
+        let pids = |at: usize| -> BTreeSet<u32> {
+            let here = all.iter().filter(|(host, vm)| *host == at && vm.worker_pid != 0);
+            here.map(|(_, vm)| vm.worker_pid).collect()
+        };
+        let both = [0, 1].map(|at| (pids(at), workers(&hosts[at].dir)));
+        if both.iter().all(|(records, processes)| records == processes) {
+            break all;
         }
-    }
-    for (index, vm) in all {
-        let (host, id) = (&hosts[*index], vm.name.rsplit('/').next().expect("a name"));
-        let live = matches!(vm.observed_state(), State::Running | State::Paused);
-        assert_eq!(live, vm.worker_pid != 0, "{vm:?}");
-        if !live {
-            continue;
-        }
-        let before = heartbeats(&host.live_pmu(id).await);
-        if vm.observed_state() == State::Paused {
-            tokio::time::sleep(Duration::from_millis(30)).await;
-            assert_eq!(heartbeats(&host.live_pmu(id).await), before, "{id} is paused and runs: {vm:?}");
-            continue;
-        }
-        let begin = Instant::now();
-        while heartbeats(&host.live_pmu(id).await) == before {
-            assert!(begin.elapsed() < DEADLINE, "{id} is RUNNING and does not run: {vm:?}");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
+        assert!(begin.elapsed() < DEADLINE, "records and processes of each host: {both:?}; {all:#?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    futures_util::future::join_all(all.iter().map(|(index, vm)| lives_as_recorded(&hosts[*index], vm))).await;
+    all
 }
 
-struct Reaper([std::path::PathBuf; 2]);
-
-impl Drop for Reaper {
-    fn drop(&mut self) {
-        for pid in self.0.iter().flat_map(|dir| processes(dir)) {
-            let _ = kill_process(Pid::from_raw(pid.cast_signed()).expect("a pid"), Signal::KILL);
-        }
+async fn lives_as_recorded(host: &Host, vm: &VirtualMachine) {
+    let id = vm.name.rsplit('/').next().expect("a name");
+    let live = matches!(vm.observed_state(), State::Running | State::Paused);
+    assert_eq!(live, vm.worker_pid != 0, "{vm:?}");
+    if !live {
+        return;
+    }
+    let before = heartbeats(&host.live_pmu(id).await);
+    if vm.observed_state() == State::Paused {
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        assert_eq!(heartbeats(&host.live_pmu(id).await), before, "{id} is paused and runs: {vm:?}");
+        return;
+    }
+    let begin = Instant::now();
+    while heartbeats(&host.live_pmu(id).await) == before {
+        assert!(begin.elapsed() < DEADLINE, "{id} is RUNNING and does not run: {vm:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_dies_every_machine_is_as_it_was_acknowledged() {
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let rounds = number("VPMU_CRASH_ROUNDS").unwrap_or(8);
-    let seed = number("VPMU_CRASH_SEED").unwrap_or_else(|| {
-        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock").as_nanos() as u64
-            >> 8
-    });
+    let rounds = number("VPMU_CRASH_ROUNDS").unwrap_or(9);
+    let seed = number("VPMU_CRASH_SEED").unwrap_or_else(Random::seed);
     println!("VPMU_CRASH_SEED={seed}");
-    let mut random = Random(seed | 1);
+    let mut random = Random::new(seed);
     let dir = tempfile::tempdir().expect("tempdir");
     let dirs = [dir.path().join("a"), dir.path().join("b")];
-    let _reaper = Reaper(dirs.clone());
-    let options = ["--isolation", "process"];
+    let _reaper = Reaper(dirs.to_vec());
+    // Waits for a peer or a worker that is dead would be most of a round.
+    let options = ["--isolation", "process", "--handover-timeout", "12000"];
     let mut hosts = [Host::start(&dirs[0], &options).await, Host::start(&dirs[1], &options).await];
-    let apis = [0, 1].map(|i: usize| Api { socket: hosts[i].socket(), peer: hosts[i].peer() });
+    let apis = [Api::of(&hosts[0]), Api::of(&hosts[1])];
     let absent = Known { id: String::new(), host: 0, is: Is::Absent, asked: None, killed: false };
     let mut machines = vec![absent; SLOTS];
     let mut figures = Figures::default();
+    let start = Instant::now();
 
     for round in 0..rounds {
         let stop = Arc::new(AtomicBool::new(false));
@@ -335,39 +272,34 @@ async fn whoever_dies_every_machine_is_as_it_was_acknowledged() {
             .drain(..)
             .map(|known| tokio::spawn(work(known, apis.clone(), Arc::clone(&stop), random.next())))
             .collect();
-        tokio::time::sleep(Duration::from_millis(50 + random.below(700))).await;
-        // One round in three kills a worker, the others a daemon.
-        let mut victim = None;
-        if round % 3 == 2 {
-            let pids: Vec<u32> = dirs.iter().flat_map(|dir| processes(dir)).collect();
-            if !pids.is_empty() {
-                let pid = pids[random.below(pids.len() as u64) as usize];
-                let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                let name = String::from_utf8_lossy(&line)
-                    .split('\0')
-                    .find_map(|word| word.strip_prefix("--name=").map(str::to_owned));
-                let _ = kill_process(Pid::from_raw(pid.cast_signed()).expect("a pid"), Signal::KILL);
-                victim = name;
-                figures.workers += 1;
-            }
-        } else {
-            let host = &mut hosts[random.below(2) as usize];
+        let kills = Kills::of(round);
+        let mut victims = BTreeSet::new();
+        for _ in 0..kills.workers {
+            tokio::time::sleep(Duration::from_millis(30 + random.below(300))).await;
+            victims.extend(kill_a_worker(&dirs, &mut random));
+        }
+        let mut restarted = Duration::ZERO;
+        if kills.daemon {
+            tokio::time::sleep(Duration::from_millis(30 + random.below(300))).await;
+            let host = &mut hosts[usize::from(random.below(2) == 1)];
             host.kill().await;
             tokio::time::sleep(Duration::from_millis(random.below(100))).await;
+            let begin = Instant::now();
             host.restart().await;
+            restarted = begin.elapsed();
             figures.daemons += 1;
         }
+        figures.killed += victims.len() as u64;
         stop.store(true, Ordering::SeqCst);
         let begin = Instant::now();
         for work in works {
             let (mut known, acknowledged) = work.await.expect("works");
             figures.acknowledged += acknowledged;
             figures.unanswered += u64::from(known.asked.is_some());
-            known.killed = victim.as_ref() == Some(&known.id);
+            known.killed = victims.contains(&known.id);
             machines.push(known);
         }
-        // A worker's end is seen by its daemon in its own time.
-        let mut all = settled(&hosts).await;
+        let answered = begin.elapsed();
         let fits = |all: &[(usize, VirtualMachine)], known: &Known| {
             let found: Vec<_> = all.iter().filter(|(_, vm)| vm.name == name(&known.id)).collect();
             match found.as_slice() {
@@ -376,14 +308,13 @@ async fn whoever_dies_every_machine_is_as_it_was_acknowledged() {
                 _ => false,
             }
         };
+        let mut all = agree(&hosts).await;
         while !machines.iter().all(|known| fits(&all, known)) {
             let wrong: Vec<_> = machines.iter().filter(|known| !fits(&all, known)).collect();
             assert!(begin.elapsed() < DEADLINE, "round {round} (seed {seed}): {wrong:#?} against {all:#?}");
             tokio::time::sleep(Duration::from_millis(50)).await;
-            all = settled(&hosts).await;
+            all = agree(&hosts).await;
         }
-        agree(&hosts, &all).await;
-        all = settled(&hosts).await;
         figures.slowest = figures.slowest.max(begin.elapsed());
         for known in &mut machines {
             let before = (known.host, known.is);
@@ -400,12 +331,24 @@ async fn whoever_dies_every_machine_is_as_it_was_acknowledged() {
             all.iter().all(|(_, vm)| mine.contains(&vm.name)),
             "round {round}: a machine that nobody made"
         );
+        println!(
+            "{:>5} s, round {:>3}/{rounds}: {} and {} killed so far, {} acknowledged; ms: daemon back {}, all answered {}, \
+             as acknowledged {}",
+            start.elapsed().as_secs(),
+            round + 1,
+            figures.daemons,
+            figures.killed,
+            figures.acknowledged,
+            restarted.as_millis(),
+            answered.as_millis(),
+            begin.elapsed().as_millis(),
+        );
     }
     println!(
         "{rounds} rounds: {} daemons and {} workers killed; {} operations acknowledged, all as acknowledged; {} not \
          answered, of which {} had not happened and {} had; slowest to settle {} ms",
         figures.daemons,
-        figures.workers,
+        figures.killed,
         figures.acknowledged,
         figures.unanswered,
         figures.kept,
@@ -413,11 +356,10 @@ async fn whoever_dies_every_machine_is_as_it_was_acknowledged() {
         figures.slowest.as_millis()
     );
     for known in machines.iter().filter(|known| known.is != Is::Absent) {
-        let api = &apis[known.host];
-        api.perform(Op::Delete, &known.id, api).await.expect("deleted");
+        apis[known.host].delete(&known.id).await.expect("deleted");
     }
     for host in &mut hosts {
-        assert!(processes(&host.dir).is_empty(), "workers are left");
+        assert!(workers(&host.dir).is_empty(), "workers are left");
         assert_eq!(host.terminate().await, 0);
     }
 }

@@ -369,11 +369,30 @@ impl Actor {
         let (state, reason) = ended_state(&end, dead);
         let message = format!("vCPU {}: {}", end.vcpu, crate::status::clip(&end.detail, 512));
         tracing::info!(vm = %self.name, reason, %message, "the guest ended");
-        self.retire_worker("stop").await;
-        let edit = |vm: &mut VirtualMachine| restarting::note_end(vm, state, reason);
-        if let Err(error) = self.change(state, reason, &message, Kind::Updated, edit).await {
+        if let Err(error) = self.ended(state, reason, &message, |_| {}).await {
             tracing::error!(vm = %self.name, %error, "the guest's end could not be stored");
         }
+    }
+
+    /// The machine ended by itself. That is durable before the worker's runtime directory goes, which is all else that
+    /// tells of it, and shown once the worker's resources are free.
+    async fn ended(
+        &mut self,
+        state: State,
+        reason: &str,
+        message: &str,
+        edit: impl FnOnce(&mut VirtualMachine),
+    ) -> Result<(), ApiError> {
+        let worker = self.worker.take();
+        self.edit(state, reason, message, |vm| {
+            edit(vm);
+            restarting::note_end(vm, state, reason);
+        });
+        let stored = self.daemon.store.put_vm(&self.record()).await;
+        self.worker = worker;
+        self.retire_worker("stop").await;
+        self.announce(Kind::Updated);
+        Ok(stored?)
     }
 
     /// Ends the worker, keeping console and PMU state.

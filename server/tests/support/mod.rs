@@ -4,6 +4,7 @@
 
 pub mod ca;
 pub mod guest;
+pub mod load;
 pub mod netns;
 
 use std::path::{Path, PathBuf};

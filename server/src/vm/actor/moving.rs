@@ -52,16 +52,16 @@ impl Actor {
                     // The guest or its worker ended meanwhile: that event, which is next, tells how.
                     return Ok(());
                 }
-                // One whose ownership is not known is not ended either: its copy may be the last.
-                if error.reason() != "OWNERSHIP_UNCERTAIN" {
-                    self.retire_worker("stop").await;
-                }
                 // The daemon's end is no fault of the machine.
                 let ended = matches!(error.reason(), "HOST_RESTARTED" | "SHUTTING_DOWN");
                 let (state, reason) =
                     if ended { (State::Stopped, "HOST_RESTARTED") } else { (State::Failed, error.reason()) };
-                let edit = |vm: &mut VirtualMachine| note_end(vm, state, reason);
-                self.change(state, reason, error.message(), Kind::Updated, edit).await
+                // One whose ownership is not known is not ended: its copy may be the last.
+                if error.reason() == "OWNERSHIP_UNCERTAIN" {
+                    let edit = |vm: &mut VirtualMachine| note_end(vm, state, reason);
+                    return self.change(state, reason, error.message(), Kind::Updated, edit).await;
+                }
+                self.ended(state, reason, error.message(), |_| {}).await
             }
             Outcome::Moved { ownership, moved_to } => {
                 self.ownership = ownership;
@@ -120,12 +120,8 @@ impl Actor {
         let state = if paused { State::Paused } else { State::Running };
         let desired = if paused { DesiredState::Paused } else { DesiredState::Running };
         if let Some(error) = lost {
-            self.retire_worker("stop").await;
-            let edit = |vm: &mut VirtualMachine| {
-                vm.set_desired_state(desired);
-                note_end(vm, State::Failed, error.reason());
-            };
-            return self.change(State::Failed, error.reason(), error.message(), Kind::Updated, edit).await;
+            let edit = |vm: &mut VirtualMachine| vm.set_desired_state(desired);
+            return self.ended(State::Failed, error.reason(), error.message(), edit).await;
         }
         let edit = |vm: &mut VirtualMachine| {
             vm.set_desired_state(desired);

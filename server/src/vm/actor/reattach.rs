@@ -67,6 +67,13 @@ impl Actor {
                     Ok(())
                 }
             }
+            // How its guest ended had been stored, and its worker was about to be ended.
+            Survivor::Live { worker, status }
+                if owned && !had_run && status.state() == worker_status::State::Ended =>
+            {
+                worker.end().await;
+                Ok(())
+            }
             Survivor::Dead { .. } if owned && had_run && unwanted => {
                 self.change(State::Stopped, "", "", Kind::Updated, |_| {}).await
             }
@@ -142,11 +149,16 @@ impl Actor {
     }
 
     pub(super) async fn give_up(&mut self, error: &ApiError) -> Result<(), ApiError> {
-        if let Some(worker) = self.worker.take() {
+        let worker = self.worker.take();
+        let edit = |vm: &mut VirtualMachine| note_end(vm, State::Failed, error.reason());
+        self.edit(State::Failed, error.reason(), error.message(), edit);
+        // Durable before its runtime directory goes, and shown once its resources are free.
+        let stored = self.daemon.store.put_vm(&self.record()).await;
+        if let Some(worker) = worker {
             worker.end().await;
         }
-        let edit = |vm: &mut VirtualMachine| note_end(vm, State::Failed, error.reason());
-        self.change(State::Failed, error.reason(), error.message(), Kind::Updated, edit).await
+        self.announce(Kind::Updated);
+        Ok(stored?)
     }
 }
 
