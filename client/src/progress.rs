@@ -78,6 +78,9 @@ pub fn describe(migration: &Migration) -> String {
             progress.predicted_blackout_us as f64 / 1000.0
         );
     }
+    if migration.state() == migration::State::Postcopy {
+        let _ = write!(text, ", {} to follow", units::bytes(progress.missing_pages.saturating_mul(4096)));
+    }
     text
 }
 
@@ -93,6 +96,7 @@ fn words(state: migration::State) -> &'static str {
         State::Failed => "failed",
         State::Cancelled => "cancelled",
         State::InDoubt => "in doubt",
+        State::Postcopy => "runs there, memory follows;",
     }
 }
 
@@ -114,6 +118,7 @@ mod tests {
                 dirty_bytes_per_second: 8 << 20,
                 predicted_blackout_us: 12_300,
                 throttle_percent: 0,
+                missing_pages: 0,
             }),
             ..Migration::default()
         };
@@ -121,5 +126,15 @@ mod tests {
             describe(&migration),
             "copying round 2, 300 MiB sent, 1 GiB/s, dirtying 8 MiB/s, blackout if stopped now 12.3 ms"
         );
+        let follows = Migration {
+            state: migration::State::Postcopy.into(),
+            progress: Some(MigrationProgress {
+                round: 5,
+                missing_pages: 512,
+                ..MigrationProgress::default()
+            }),
+            ..Migration::default()
+        };
+        assert_eq!(describe(&follows), "runs there, memory follows; round 5, 2 MiB to follow");
     }
 }

@@ -331,9 +331,18 @@ pub fn migration(spec: Option<MigrationSpec>) -> Result<(MigrationSpec, Address)
                 spec.mode,
                 "BAD_MODE",
                 "is no mode",
-                "use AUTO or PRECOPY_ONLY",
+                "use AUTO, PRECOPY_ONLY, POSTCOPY or LOCAL",
             ));
         }
+    }
+    if spec.allow_postcopy && spec.mode() == migration_spec::Mode::PrecopyOnly {
+        return Err(ApiError::invalid(
+            "spec.allow_postcopy",
+            "true",
+            "MODE_CONFLICT",
+            "does not go with mode PRECOPY_ONLY",
+            "leave one of them out",
+        ));
     }
     match migration_spec::PmuRestore::try_from(spec.pmu_restore) {
         Ok(migration_spec::PmuRestore::Unspecified | migration_spec::PmuRestore::Require) => {}

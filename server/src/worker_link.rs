@@ -523,6 +523,12 @@ impl WorkerLink {
         call(self.inner.command, self.client().migrate_out(request)).await
     }
 
+    /// Source, post-copy: how far it is with serving pages, after a moment or at the end.
+    pub async fn wait_drained(&self, migration_id: &str) -> Result<WaitDrainedResponse, ApiError> {
+        let request = WaitDrainedRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
+        call(self.inner.command, self.client().wait_drained(request)).await
+    }
+
     /// Source: stops, seals and sends the rest.
     pub async fn finish_migration(
         &self,

@@ -94,6 +94,38 @@ fn ready() -> Destination {
     m
 }
 
+/// After a post-copy the worker is the only one that has the rest: it is ended when that has gone over, in whatever order
+/// the three things that a release waits for come.
+#[test]
+fn source_serves_what_follows_before_it_is_released() {
+    use s::Event as E;
+    let needed = [E::EnteredReceived, E::PmuPersisted, E::Drained];
+    for (first, second, third) in [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)] {
+        let mut m = handed_over();
+        m.postcopy = true;
+        assert_eq!(run_source(&mut m, &[needed[first]]), [""; 0]);
+        assert_eq!(run_source(&mut m, &[needed[second]]), [""; 0]);
+        let entered = third != 0;
+        assert_eq!(m.is_followed(), entered && third == 2);
+        assert!(third != 2 || m.owes_pages());
+        assert_eq!(run_source(&mut m, &[E::CancelRequested]), ["RefuseCancel"]);
+        assert_eq!(run_source(&mut m, &[E::PeerLost, E::ReturnedReceived]).len(), usize::from(!entered));
+        if !entered {
+            // Until it has entered it may still come back, whole.
+            continue;
+        }
+        assert_eq!(run_source(&mut m, &[needed[third]]), ["EndWorker"]);
+        assert_eq!(run_source(&mut m, &[E::WorkerDied]), ["Released(5, B)"]);
+    }
+    // A worker that died with pages unserved leaves nothing to be kept, and is never granted again.
+    let mut m = handed_over();
+    m.postcopy = true;
+    run_source(&mut m, &[E::EnteredReceived, E::PmuPersisted]);
+    assert!(m.owes_pages());
+    assert_eq!(run_source(&mut m, &[E::WorkerDied]), ["Released(5, B)"]);
+    assert_eq!(run_source(&mut m, &[E::Persisted(Phase::Released)]), ["SendReleased", "Done(Moved)"]);
+}
+
 #[test]
 fn source_moves_a_machine() {
     use s::Event as E;

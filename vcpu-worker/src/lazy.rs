@@ -125,6 +125,25 @@ pub struct LazyStats {
     pub missing: u64,
 }
 
+/// What faults come through. Opened where files may be opened (see `sandbox`), used later.
+#[derive(Debug)]
+pub struct Faults(Uffd);
+
+impl Faults {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// `Unsupported` where this host cannot do it.
+    pub fn open() -> Result<Self, LazyError> {
+        let unsupported = |problem: String| LazyError::Unsupported { problem };
+        let uffd = Uffd::new().map_err(|e| unsupported(format!("userfaultfd: {e}")))?;
+        if uffd.features() & FEATURE_MISSING_SHMEM == 0 {
+            return Err(unsupported("this kernel's userfaultfd does not serve memory files".to_owned()));
+        }
+        Ok(Self(uffd))
+    }
+}
+
 /// Called once at the end. With an error it must get all vCPUs out of the guest for good (mark the machine failed, kick)
 /// and wait, bounded, until they are, because the memory is released when it returns.
 pub type OnEnd = Box<dyn FnOnce(Result<LazyStats, LazyError>) + Send>;
@@ -225,6 +244,22 @@ impl LazyMemory {
         prefetch: Option<u64>,
         on_end: OnEnd,
     ) -> Result<Self, LazyError> {
+        Self::begin_with(Faults::open()?, memory, missing, source, prefetch, on_end)
+    }
+
+    /// [`Self::begin`] with faults that were opened before.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn begin_with(
+        faults: Faults,
+        memory: &GuestMemory,
+        missing: PageBitmap,
+        source: Arc<dyn PageSource>,
+        prefetch: Option<u64>,
+        on_end: OnEnd,
+    ) -> Result<Self, LazyError> {
+        let Faults(uffd) = faults;
         let unsupported = |problem: String| LazyError::Unsupported { problem };
         if missing.pages() != memory.pages() {
             let problem = format!("{} pages are not the guest's {}", missing.pages(), memory.pages());
@@ -234,10 +269,6 @@ impl LazyMemory {
             return Err(LazyError::Memory(
                 "pages of 2 MiB do not come one by one; use ordinary pages".to_owned(),
             ));
-        }
-        let uffd = Uffd::new().map_err(|e| unsupported(format!("userfaultfd: {e}")))?;
-        if uffd.features() & FEATURE_MISSING_SHMEM == 0 {
-            return Err(unsupported("this kernel's userfaultfd does not serve memory files".to_owned()));
         }
         let stop = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
             .map_err(|e| unsupported(format!("eventfd: {e}")))?;

@@ -13,8 +13,10 @@ use crate::error::WorkerError;
 
 mod actions;
 mod finish;
+mod following;
 mod incoming;
 mod outgoing;
+mod switch;
 
 pub use incoming::{Door, IncomingMigration, IncomingState, Phase};
 pub use outgoing::{OutgoingMigration, OutgoingState, Source};

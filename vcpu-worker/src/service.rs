@@ -233,6 +233,11 @@ impl Inner {
             pid: std::process::id(),
             end: held.machine.as_ref().and_then(|m| m.end()),
             migration_id,
+            missing_pages: held
+                .outgoing
+                .as_ref()
+                .map_or(0, |m| m.following().missing_pages)
+                .max(held.machine.as_ref().and_then(|m| m.lazy_stats()).map_or(0, |lazy| lazy.missing)),
             vcpus: held.machine.as_ref().map(|m| m.statistics()).unwrap_or_default(),
         }
     }

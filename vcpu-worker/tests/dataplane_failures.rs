@@ -224,6 +224,7 @@ fn silent_peers_time_out() {
         idle: Duration::from_millis(300),
         accept: Duration::from_millis(300),
         hello: Duration::from_millis(200),
+        recover: Duration::from_millis(300),
     };
     let memory = GuestMemory::new("m", 2 * MIB).expect("memory");
     let bind = || Incoming::bind(&tcp(), session(), 1, memory.clone()).expect("bind").with_timeouts(short);

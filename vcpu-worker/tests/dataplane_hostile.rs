@@ -375,8 +375,8 @@ fn strangers_are_told_and_the_rightful_source_gets_through() {
     let mut future = Raw::open(&destination.address, 0);
     let hello = Hello {
         token: session().token,
-        version_min: 3,
-        version_max: 4,
+        version_min: 4,
+        version_max: 5,
         connections: 2,
         memory_bytes: MEMORY,
     };

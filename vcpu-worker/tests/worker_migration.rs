@@ -54,6 +54,7 @@ async fn begin_with(
     let listen = listen.filter(|_| !local).map(|l| l.replace("tls:", "tcp:"));
     let listen = listen.unwrap_or_else(|| format!("unix:{}/data", dir.path().display()));
     let request = PrepareIncomingRequest {
+        recover_ms: 0,
         fence: destination.fence(),
         migration_id: ID.to_owned(),
         attempt,

@@ -16,11 +16,14 @@ Examples:
   vpmuctl migrate web-1 --to unix:/tmp/b-peer.sock --check
   # Move it, with the machine stopped for at most 20 ms.
   vpmuctl migrate web-1 --to unix:/tmp/b-peer.sock --max-blackout 20ms
+  # A machine that dirties memory faster than it can be copied moves all the same: first it, then the rest of its memory.
+  vpmuctl migrate web-1 --to unix:/tmp/b-peer.sock --max-blackout 20ms --allow-postcopy
   # Over TCP on loopback, four data connections.
   vpmuctl migrate web-1 --to tcp:127.0.0.1:7171 --connections 4 --plaintext
 
 --to names the destination's --peer-listen, not its --listen. Ctrl-C cancels as long as nothing is committed; the machine
-then runs on where it was.";
+then runs on where it was. While memory follows (--allow-postcopy) nothing can be cancelled: a lost connection is opened
+anew for 20 s, in which the guest waits where it needs a page; after that it ends as POSTCOPY_SOURCE_LOST.";
 
 /// What the server assumes where no duration is given, plus time for its own clean-up.
 const PATIENCE: Duration = Duration::from_secs(660);
@@ -64,6 +67,10 @@ pub(crate) struct MigrateArgs {
     /// The machine may be slowed down while copying does not keep up with it.
     #[arg(long)]
     allow_throttle: bool,
+    /// Where copying cannot meet the goals, the machine may move first and its memory follow; until all of it is there, the
+    /// loss of either host is the loss of the machine.
+    #[arg(long)]
+    allow_postcopy: bool,
     /// Only check what is in the way.
     #[arg(long)]
     check: bool,
@@ -77,6 +84,8 @@ enum Mode {
     Precopy,
     /// Same machine: memory is handed over, not copied.
     Local,
+    /// One round of copying; if the goals are not met by then it moves, and the rest of its memory follows.
+    Postcopy,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -136,6 +145,7 @@ fn spec(args: &MigrateArgs) -> Result<MigrationSpec, Failure> {
         Mode::Auto => migration_spec::Mode::Auto,
         Mode::Precopy => migration_spec::Mode::PrecopyOnly,
         Mode::Local => migration_spec::Mode::Local,
+        Mode::Postcopy => migration_spec::Mode::Postcopy,
     };
     let pmu_restore = match args.pmu_restore {
         PmuRestore::Require => migration_spec::PmuRestore::Require,
@@ -160,6 +170,7 @@ fn spec(args: &MigrateArgs) -> Result<MigrationSpec, Failure> {
         require_tls: args.tls,
         compression: compression.into(),
         allow_throttle: args.allow_throttle,
+        allow_postcopy: args.allow_postcopy,
     })
 }
 
@@ -221,6 +232,10 @@ pub(crate) fn show(context: &Context, migration: &Migration) -> Result<(), Failu
         0 => String::new(),
         percent => format!("vCPUs rested up to {percent} % of the time"),
     };
+    let followed = match view.postcopy_pages {
+        0 => String::new(),
+        pages => format!("{} after the machine had moved", units::bytes(pages.saturating_mul(4096))),
+    };
     let actions: Vec<String> = view
         .actions
         .iter()
@@ -243,6 +258,7 @@ pub(crate) fn show(context: &Context, migration: &Migration) -> Result<(), Failu
         ("transport", view.transport.unwrap_or_default()),
         ("compression", compressed),
         ("throttled", throttled),
+        ("followed", followed),
         ("did", actions.join("\n")),
         ("pmu digest", digest.map(|digest| format!("{digest} on both hosts")).unwrap_or_default()),
     ])?;

@@ -12,7 +12,8 @@ pub struct MigrationView {
     pub name: String,
     /// Short name of the machine.
     pub vm: String,
-    /// `PREPARING`, `PRECOPY`, `STOPPED`, `COMMITTED`, `SUCCEEDED`, `FAILED`, `CANCELLED`, `IN_DOUBT`.
+    /// `PREPARING`, `PRECOPY`, `STOPPED`, `COMMITTED`, `POSTCOPY`, `SUCCEEDED`, `FAILED`,
+    /// `CANCELLED`, `IN_DOUBT`.
     pub state: String,
     /// What it is doing, in words.
     pub phase: String,
@@ -34,7 +35,7 @@ pub struct MigrationView {
     pub bytes: u64,
     /// Pre-copy rounds so far.
     pub rounds: u32,
-    /// `precopy` or `local`.
+    /// `precopy`, `postcopy` or `local`.
     pub mode: Option<String>,
     /// `unix`, `tcp` or `tcp+tls`.
     pub transport: Option<String>,
@@ -57,6 +58,10 @@ pub struct MigrationView {
     pub pages_sent: Option<u64>,
     /// Zero pages that were not sent.
     pub zero_pages: Option<u64>,
+    /// Post-copy: pages that the destination has yet to get.
+    pub missing_pages: u64,
+    /// Post-copy: pages that followed after the machine had moved.
+    pub postcopy_pages: u64,
     /// Guest memory in bytes.
     pub memory_bytes: u64,
     /// Bytes left in this round.
@@ -147,6 +152,8 @@ impl From<&Migration> for MigrationView {
             pmu_digest: result.map(|r| r.pmu_digest.clone()),
             pages_sent: result.map(|r| r.pages_sent),
             zero_pages: result.map(|r| r.zero_pages),
+            missing_pages: progress.missing_pages,
+            postcopy_pages: result.map_or(0, |r| r.postcopy_pages),
             memory_bytes: progress.memory_bytes,
             bytes_remaining: progress.bytes_remaining,
             bytes_per_second: progress.bytes_per_second,

@@ -19,6 +19,8 @@
 //! - A grant is given only after a durable Owned record of its epoch.
 //! - From `Committing` on nothing aborts: cancel is refused, time-outs and lost peers change nothing.
 //! - The worker is ended only after Entered and after its PMU state is durable.
+//! - After a post-copy the worker is ended only when it has served every page (`Drained`): until then nobody has a whole
+//!   copy. If it dies before, nothing is left to be kept here, and the destination's guest ends by itself.
 //! - A dead worker in `Stopping` makes the destination's copy the last one: then nothing aborts but its word that it has
 //!   none.
 
@@ -103,6 +105,8 @@ pub enum Event {
     ReadyReceived(Digest),
     EnteredReceived,
     ReturnedReceived,
+    /// Post-copy: the worker has served every page, or the destination is lost for good.
+    Drained,
     PeerFailed,
     PeerLost,
     PeerAnswered(PeerAnswer),
@@ -168,6 +172,7 @@ pub enum State {
         pmu: bool,
         dead: bool,
         entered: bool,
+        drained: bool,
     },
     Releasing,
     SavingReleased,
@@ -204,6 +209,8 @@ pub enum State {
 pub struct Source {
     /// The migration. `peer_store` must be set before [`Event::PrepareAccepted`] is applied.
     pub handover: Handover,
+    /// Pages follow after the machine has moved; must be set before [`Event::Sealed`] is applied.
+    pub postcopy: bool,
     state: State,
 }
 
@@ -212,7 +219,19 @@ type Step = (State, Vec<Effect>);
 impl Source {
     /// A migration that has not begun; `handover.epoch` is the machine's epoch.
     pub fn new(handover: Handover) -> Self {
-        Self { handover, state: State::Idle }
+        Self { handover, postcopy: false, state: State::Idle }
+    }
+
+    /// The worker here has pages that nobody else has, and the destination was given the machine.
+    pub fn owes_pages(&self) -> bool {
+        self.postcopy
+            && matches!(self.state, State::Committing { .. } | State::HandedOver { drained: false, .. })
+    }
+
+    /// It runs on the destination, which has yet to get pages from the worker here.
+    pub fn is_followed(&self) -> bool {
+        self.postcopy
+            && matches!(self.state, State::HandedOver { entered: true, dead: false, drained: false, .. })
     }
 
     /// A migration in the middle of which the daemon was restarted, by the record that holds and the worker's
@@ -236,7 +255,9 @@ impl Source {
                 // A commit whose digest cannot be read matches no copy, so the destination gives the machine back.
                 let digest = super::digest(&record.digest).unwrap_or_default();
                 if dead {
-                    (State::HandedOver { digest, pmu: true, dead, entered: false }, vec![Effect::AskPeer])
+                    let (entered, drained) = (false, false);
+                    let state = State::HandedOver { digest, pmu: true, dead, entered, drained };
+                    (state, vec![Effect::AskPeer])
                 } else {
                     let epoch = machine.handover.epoch;
                     (State::Resealing { digest }, vec![Effect::SealWorker { epoch }])
@@ -337,7 +358,7 @@ impl Source {
         match (self.state, event) {
             (S::Committing { digest, pmu, dead }, _) => match event {
                 E::Persisted(Phase::HandedOver) => {
-                    self.go(S::HandedOver { digest, pmu, dead, entered: false })
+                    self.go(S::HandedOver { digest, pmu, dead, entered: false, drained: false })
                 }
                 // The store has a later truth; it must not be overruled from here.
                 E::PersistRefused => self.doubt(),
@@ -348,7 +369,8 @@ impl Source {
             (S::Resolving { .. }, E::WorkerDied) => (S::Resolving { dead: true }, vec![Effect::AskPeer]),
             (S::Resealing { digest }, E::WorkerSealed | E::WorkerDied) => {
                 let dead = event == E::WorkerDied;
-                (S::HandedOver { digest, pmu: true, dead, entered: false }, vec![Effect::AskPeer])
+                let (entered, drained) = (false, false);
+                (S::HandedOver { digest, pmu: true, dead, entered, drained }, vec![Effect::AskPeer])
             }
             (S::HandedOver { .. }, _) => self.handed_over(event),
             (S::Releasing, E::WorkerDied) => (S::SavingReleased, self.persist(Phase::Released)),
@@ -439,7 +461,7 @@ impl Source {
 
     fn handed_over(&self, event: Event) -> Step {
         use Event as E;
-        let State::HandedOver { digest, mut pmu, mut dead, mut entered } = self.state else {
+        let State::HandedOver { digest, mut pmu, mut dead, mut entered, mut drained } = self.state else {
             return (self.state, vec![]);
         };
         match event {
@@ -450,6 +472,7 @@ impl Source {
             }
             E::PmuPersisted => pmu = true,
             E::WorkerDied => dead = true,
+            E::Drained => drained = true,
             E::ReturnedReceived | E::PeerAnswered(PeerAnswer::Returned) if !entered => {
                 let record =
                     self.handover.record(Phase::Owned, self.handover.returned(), &self.handover.host, None);
@@ -465,10 +488,12 @@ impl Source {
             E::PmuFailed => return (self.state, vec![Effect::PersistPmu]),
             _ => {}
         }
-        match (entered && pmu, dead) {
+        // Pages that a dead worker has not served are nowhere.
+        let served = drained || dead || !self.postcopy;
+        match (entered && pmu && served, dead) {
             (true, false) => (State::Releasing, vec![Effect::EndWorker]),
             (true, true) => (State::SavingReleased, self.persist(Phase::Released)),
-            _ => (State::HandedOver { digest, pmu, dead, entered }, vec![]),
+            _ => (State::HandedOver { digest, pmu, dead, entered, drained }, vec![]),
         }
     }
 

@@ -216,6 +216,7 @@ impl Incoming {
             memory_bytes: spec.memory_bytes,
             peer_certificate_sha256,
             local,
+            recover_ms: super::limits::millis(self.daemon.limits.recover),
         };
         let listening = worker.prepare_incoming(incoming).await?;
         Ok(PrepareResponse {

@@ -25,6 +25,8 @@ pub struct Limits {
     pub ask: Duration,
     /// The answer to a late Go.
     pub go: Duration,
+    /// Post-copy: how long a destination waits for a source that lost its connection.
+    pub recover: Duration,
     /// A worker's answer to a command.
     pub command: Duration,
     /// A connection's silence before it is probed, and the answer to the probe.
@@ -52,6 +54,7 @@ impl Limits {
             ask_peer: pause(500),
             ask: pause(1000),
             go: most(20),
+            recover: most(20),
             command: most(15),
             keep_alive: most(5),
             listener: most(30),
@@ -59,6 +62,11 @@ impl Limits {
             connect: most(3),
         }
     }
+}
+
+/// As it travels.
+pub(super) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
 #[cfg(test)]

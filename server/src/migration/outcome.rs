@@ -58,7 +58,12 @@ impl Cost<'_> {
             guest_gap_us: None,
             bytes: finish.bytes,
             rounds: finish.rounds,
-            mode: if self.local { "local" } else { "precopy" }.to_owned(),
+            mode: match (self.local, finish.missing_pages) {
+                (true, _) => "local",
+                (false, 0) => "precopy",
+                (false, _) => "postcopy",
+            }
+            .to_owned(),
             transport: finish.transport.clone(),
             breakdown: Some(BlackoutBreakdown {
                 stop_us: finish.stop_us,
@@ -78,6 +83,7 @@ impl Cost<'_> {
             page_wire_bytes: finish.page_wire_bytes,
             throttle_percent_max: finish.throttle_percent_max,
             throttled_us: finish.throttled_us,
+            postcopy_pages: finish.missing_pages,
         }
     }
 }

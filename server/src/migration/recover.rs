@@ -261,14 +261,18 @@ async fn settle_source(
     copy: Option<WorkerLink>,
 ) {
     let (uid, committed) = (held.vm_uid.clone(), held.phase() == Phase::HandedOver);
-    let Some((decided, held, copy)) = settle::source(Arc::clone(&daemon), held, copy).await else { return };
+    let Some(settled_as) = settle::source(Arc::clone(&daemon), held, copy).await else { return };
+    let settle::Settled { outcome: decided, held, worker: copy, unserved } = settled_as;
     let shown = match unseen {
         None if copy.is_some() => taken_back(&daemon, &held, copy).await,
         Some(record) => {
             let stored = record.vm.as_ref().map_or(State::Unspecified, VirtualMachine::observed_state);
             own(&daemon, record, held, stored)
         }
-        None => settled(&daemon, &held, why(decided, committed)).await,
+        None => match why(decided, committed) {
+            None => has_moved(&daemon, &held, unserved).await,
+            why => settled(&daemon, &held, why).await,
+        },
     };
     if let Err(error) = shown {
         tracing::error!(%uid, %error, "what a migration came to could not be shown");
@@ -318,33 +322,52 @@ async fn taken_back(
     handle.ask(|reply| Command::Reattach { survivor, reply }).await
 }
 
+/// It stays here, for a reason.
 async fn settled(
     daemon: &Arc<Daemon>,
     held: &OwnershipRecord,
     stayed: Option<ApiError>,
 ) -> Result<(), ApiError> {
-    if let Some(mut record) = daemon.store.get_migration(&held.vm_uid, &held.migration_id) {
-        if let Some(migration) = record.migration.as_mut() {
-            match &stayed {
-                None => {
-                    migration.set_state(MigrationState::Succeeded);
-                    "it runs on the destination".clone_into(&mut migration.phase);
-                    // What the end of the last daemon had written.
-                    migration.reason.clear();
-                    migration.message.clear();
-                    migration.end_time = Some(crate::ops::now());
-                }
-                Some(why) => fail(migration, why.reason(), why.message()),
-            }
-        }
-        daemon.store.put_migration(&record).await?;
-    }
+    end_migration(daemon, held, stayed.as_ref()).await?;
     let Some(handle) = daemon.registry.by_uid(&held.vm_uid) else { return Ok(()) };
-    let outcome = match stayed {
-        None => Outcome::Moved { ownership: held.clone(), moved_to: held.peer_host.clone() },
-        Some(why) => Outcome::Stayed { ownership: held.clone(), lost: Some(why) },
-    };
+    let outcome = Outcome::Stayed { ownership: held.clone(), lost: stayed };
     handle.ask(|reply| Command::EndMigration { outcome, reply }).await
+}
+
+/// It runs on the destination, or was lost there with the rest of its memory.
+async fn has_moved(
+    daemon: &Arc<Daemon>,
+    held: &OwnershipRecord,
+    unserved: Option<ApiError>,
+) -> Result<(), ApiError> {
+    end_migration(daemon, held, unserved.as_ref()).await?;
+    let Some(handle) = daemon.registry.by_uid(&held.vm_uid) else { return Ok(()) };
+    let outcome = Outcome::Moved { ownership: held.clone(), moved_to: held.peer_host.clone() };
+    handle.ask(|reply| Command::EndMigration { outcome, reply }).await
+}
+
+async fn end_migration(
+    daemon: &Daemon,
+    held: &OwnershipRecord,
+    problem: Option<&ApiError>,
+) -> Result<(), ApiError> {
+    let Some(mut record) = daemon.store.get_migration(&held.vm_uid, &held.migration_id) else {
+        return Ok(());
+    };
+    if let Some(migration) = record.migration.as_mut() {
+        match problem {
+            None => {
+                migration.set_state(MigrationState::Succeeded);
+                "it runs on the destination".clone_into(&mut migration.phase);
+                // What the end of the last daemon had written.
+                migration.reason.clear();
+                migration.message.clear();
+                migration.end_time = Some(crate::ops::now());
+            }
+            Some(why) => fail(migration, why.reason(), why.message()),
+        }
+    }
+    Ok(daemon.store.put_migration(&record).await?)
 }
 
 /// A destination that lost a copy with its daemon: it may have promised Ready, so that only the source knows.

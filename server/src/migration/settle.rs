@@ -1,11 +1,13 @@
 //! What a restart interrupted is brought to its end by the same machines, without a worker (in thread isolation that died
-//! with its daemon) or, at a source that had handed over, with the one that outlived it. With nothing to wait for but the other host, one effect is done after the other.
+//! with its daemon) or, at a source that had handed over, with the one that outlived it. With nothing to wait for but the
+//! other host, or a worker that still serves pages after a post-copy, one effect is done after the other.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tonic::Code;
 use vpmu_proto::api::virtual_machine::DesiredState;
 use vpmu_proto::peer::SourceMessage;
 use vpmu_proto::peer::destination_message::Message as FromDestination;
@@ -18,6 +20,7 @@ use crate::daemon::Daemon;
 use crate::handover::recovery::Worker;
 use crate::handover::{Digest, Handover, PeerAnswer, destination, source};
 use crate::peer::Peer;
+use crate::status::ApiError;
 use crate::worker_link::WorkerLink;
 
 /// What both sides need.
@@ -73,8 +76,8 @@ pub(super) async fn source(
     daemon: Arc<Daemon>,
     held: OwnershipRecord,
     worker: Option<WorkerLink>,
-) -> Option<(source::Outcome, OwnershipRecord, Option<WorkerLink>)> {
-    let mut copy = Copy { worker, id: held.migration_id.clone() };
+) -> Option<Settled> {
+    let mut copy = Copy { worker, id: held.migration_id.clone(), unserved: None };
     let settled = settle_source(Arc::clone(&daemon), held, &mut copy).await;
     if settled.is_none()
         && let Some(worker) = copy.worker.as_ref().filter(|worker| {
@@ -83,13 +86,24 @@ pub(super) async fn source(
     {
         worker.keep();
     }
-    settled.map(|(outcome, held)| (outcome, held, copy.worker))
+    settled.map(|(outcome, held)| Settled { outcome, held, worker: copy.worker, unserved: copy.unserved })
+}
+
+/// How the source's side ended.
+pub(super) struct Settled {
+    pub(super) outcome: source::Outcome,
+    pub(super) held: OwnershipRecord,
+    /// It runs, or is paused, under a grant.
+    pub(super) worker: Option<WorkerLink>,
+    /// Post-copy: why not all of the memory has followed.
+    pub(super) unserved: Option<ApiError>,
 }
 
 /// A worker that outlived its daemon, until it is ended.
 struct Copy {
     worker: Option<WorkerLink>,
     id: String,
+    unserved: Option<ApiError>,
 }
 
 impl Copy {
@@ -98,6 +112,38 @@ impl Copy {
             worker.end().await;
         }
         source::Event::WorkerDied
+    }
+
+    /// Until it has served every page; none if the daemon ends first.
+    async fn follow(&mut self, daemon: &Daemon) -> Option<source::Event> {
+        loop {
+            let Some(worker) = &self.worker else { return Some(source::Event::WorkerDied) };
+            let answer = tokio::select! {
+                answer = worker.wait_drained(&self.id) => answer,
+                () = worker.died() => {
+                    let why = worker.obituary().await;
+                    self.unserved = Some(super::source_end::source_lost(why.message()));
+                    return Some(self.end().await);
+                }
+                () = daemon.shutdown.cancelled() => return None,
+            };
+            match answer {
+                Ok(answer) if answer.over => {
+                    self.unserved =
+                        (!answer.problem.is_empty()).then(|| super::source_end::unserved(&answer.problem));
+                    return Some(source::Event::Drained);
+                }
+                Ok(_) => {}
+                // It had ended before this daemon began, or is of a build that has no post-copy.
+                Err(error) if matches!(error.code(), Code::FailedPrecondition | Code::Unimplemented) => {
+                    return Some(source::Event::Drained);
+                }
+                Err(error) => {
+                    tracing::warn!(migration = %self.id, %error, "a worker does not say how far it is with serving pages");
+                    tokio::time::sleep(daemon.limits.ask).await;
+                }
+            }
+        }
     }
 
     async fn seal(&mut self, epoch: u64) -> source::Event {
@@ -137,6 +183,8 @@ async fn settle_source(
     let condition =
         if copy.worker.is_some() { Worker::Sealed { epoch: handover.epoch } } else { Worker::Dead };
     let (mut machine, first) = source::Source::recovered(handover, &held, condition)?;
+    // It knows by itself whether it serves pages.
+    machine.postcopy = copy.worker.is_some();
     let voice = daemon.migrations.answers.voice(&held.migration_id, machine.answer());
     let mut settler = Settler { daemon, held, backoff: Backoff::new(), asked: false };
     let (mut effects, mut events) = (first, VecDeque::new());
@@ -176,6 +224,9 @@ async fn settle_source(
         }
         if settler.daemon.shutdown.is_cancelled() {
             return None;
+        }
+        if events.is_empty() && machine.is_followed() {
+            events.push_back(copy.follow(&settler.daemon).await?);
         }
         let event = next(&settler.daemon, &mut events).await?;
         effects = machine.apply(event);

@@ -26,7 +26,7 @@ use vpmu_proto::peer::destination_message::{Entered, Message as FromDestination,
 use vpmu_proto::peer::source_message::Message as FromSource;
 use vpmu_proto::peer::{DestinationMessage, PrepareResponse, Requirements, SourceMessage};
 use vpmu_proto::store::OwnershipRecord;
-use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutProgress};
+use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutProgress, WaitDrainedResponse};
 
 use super::answer::Voice;
 use super::record::Backoff;
@@ -50,6 +50,8 @@ pub(super) enum Job {
     Prepared(Result<(PrepareResponse, Conversation), ApiError>),
     Copying(Result<Streaming<MigrateOutProgress>, ApiError>),
     Finished(Result<FinishMigrationResponse, ApiError>),
+    /// Post-copy: how far the worker is with serving pages, or that it does not any more.
+    Followed(Result<WaitDrainedResponse, ApiError>),
     Answered(PeerAnswer),
 }
 
@@ -107,6 +109,10 @@ pub(super) struct Work {
     pub(super) finish: Option<FinishMigrationResponse>,
     /// The PMU state at the stop is not stored yet.
     pub(super) pmu_due: bool,
+    /// The worker is asked when it has served every page.
+    following: bool,
+    /// Post-copy: why not all of the memory has followed.
+    pub(super) unserved: Option<ApiError>,
     pub(super) ready: Option<Ready>,
     pub(super) deciding: Option<Instant>,
     pub(super) decide_us: u64,
@@ -138,6 +144,8 @@ impl Work {
             failed_grants: 0,
             finish: None,
             pmu_due: false,
+            following: false,
+            unserved: None,
             ready: None,
             deciding: None,
             decide_us: 0,
@@ -171,6 +179,10 @@ impl Source {
                 && matches!(self.work.machine.state(), State::HandedOver { entered: true, .. })
             {
                 self.store_pmu().await;
+            }
+            if self.work.machine.is_followed() && !std::mem::replace(&mut self.work.following, true) {
+                self.show(Shown::Postcopy, "runs on the destination; the rest of its memory follows");
+                self.follow();
             }
         };
         self.end(ended).await;
@@ -252,6 +264,9 @@ impl Source {
         if !std::mem::replace(&mut self.work.death_heard, true) {
             let why = self.lease.worker.obituary().await;
             self.work.lost.get_or_insert_with(|| why.clone());
+            if self.work.machine.owes_pages() {
+                self.work.unserved.get_or_insert_with(|| super::source_end::source_lost(why.message()));
+            }
             self.fail(Event::WorkerDied, why);
         }
     }
@@ -276,6 +291,7 @@ impl Source {
             Job::Copying(Ok(stream)) => self.work.copying = Some(stream),
             Job::Copying(Err(error)) | Job::Finished(Err(error)) => self.copy_failed(error).await,
             Job::Finished(Ok(finish)) => self.sealed(finish),
+            Job::Followed(answer) => self.followed(answer).await,
             Job::Answered(answer) => {
                 self.work.asking = false;
                 if matches!(answer, PeerAnswer::Committed(_) | PeerAnswer::Owned) {
@@ -299,6 +315,7 @@ impl Source {
                         dirty_bytes_per_second: p.dirty_bytes_per_second,
                         predicted_blackout_us: p.predicted_blackout_us,
                         throttle_percent: p.throttle_percent,
+                        missing_pages: 0,
                     });
                     m.actions = p.actions;
                 });
@@ -343,6 +360,9 @@ impl Source {
                 self.fail(Event::PeerFailed, error);
             }
             Some(FromDestination::Entered(entered)) if message.epoch == handover.epoch + 1 => {
+                // The second one tells the hole as the guest saw it; after a post-copy the stream is gone by the end.
+                let gap = entered.probe.as_ref().and_then(super::outcome::guest_gap_us);
+                self.work.guest_gap_us = self.work.guest_gap_us.or(gap);
                 self.work.entered.get_or_insert((entered, vcpu_worker::host::monotonic_ns()));
                 self.work.events.push_back(Event::EnteredReceived);
             }
@@ -385,7 +405,7 @@ impl Source {
         self.report();
     }
 
-    fn report(&self) {
+    pub(super) fn report(&self) {
         let migration = self.progress.borrow().clone();
         self.running.progress(pack("Migration", &migration));
     }

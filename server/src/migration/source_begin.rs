@@ -95,7 +95,7 @@ fn is_local(daemon: &Daemon, spec: &MigrationSpec, address: &Address, boot_id: &
     let same = !boot_id.is_empty() && boot_id == daemon.host.boot_id;
     match spec.mode() {
         Mode::Local => true,
-        Mode::PrecopyOnly => false,
+        Mode::PrecopyOnly | Mode::Postcopy => false,
         Mode::Unspecified | Mode::Auto => same && daemon.auto_local && matches!(address, Address::Unix(_)),
     }
 }

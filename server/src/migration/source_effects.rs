@@ -4,12 +4,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use vpmu_proto::api::migration::State as Shown;
+use vpmu_proto::api::migration_spec;
 use vpmu_proto::peer::destination_message::Message as FromDestination;
 use vpmu_proto::peer::source_message::{self, Go, Message as FromSource};
 use vpmu_proto::peer::{PrepareRequest, SourceMessage};
 use vpmu_proto::store::OwnershipRecord;
 use vpmu_proto::store::ownership_record::Phase;
-use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutRequest, worker_status};
+use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutRequest, WaitDrainedResponse, worker_status};
 
 use super::answer::ask;
 use super::record::{Written, write};
@@ -33,6 +34,8 @@ const GRACE: Duration = Duration::from_secs(10);
 const OUTBOX: usize = 8;
 /// A worker that refuses this many grants is ended.
 const GRANTS: u32 = 3;
+/// Bytes of a page.
+const PAGE: u64 = 4096;
 
 impl Source {
     pub(super) async fn execute(&mut self, effect: Effect) {
@@ -168,6 +171,9 @@ impl Source {
             peer_certificate_sha256: prepared.certificate_sha256,
             compression: self.spec.compression,
             allow_throttle: self.spec.allow_throttle,
+            allow_postcopy: self.spec.allow_postcopy,
+            postcopy: self.spec.mode() == migration_spec::Mode::Postcopy,
+            recover_ms: super::limits::millis(self.daemon.limits.recover),
         };
         self.bound(
             bound + GRACE,
@@ -195,7 +201,13 @@ impl Source {
         let Some(digest) = handover::digest(&finish.state_digest) else {
             return self.fail(Event::CopyFailed, source_end::mismatch());
         };
-        self.progress.send_modify(|m| m.actions.clone_from(&finish.actions));
+        self.progress.send_modify(|m| {
+            m.actions.clone_from(&finish.actions);
+            if let Some(progress) = &mut m.progress {
+                progress.missing_pages = finish.missing_pages;
+            }
+        });
+        self.work.machine.postcopy = finish.missing_pages > 0;
         self.work.finish = Some(finish);
         let ready = self.daemon.limits.ready;
         let text = format!("the destination was not ready within {ready:?}");
@@ -264,6 +276,46 @@ impl Source {
             tokio::time::sleep(peering.limits.ask_peer).await;
             Job::Answered(ask(&handover, &peering).await)
         }));
+    }
+
+    /// Post-copy: asks the worker how far it is with serving pages. It ends by itself when the destination is lost.
+    pub(super) fn follow(&mut self) {
+        let (worker, id) = (self.lease.worker.clone(), self.id.to_string());
+        self.work.jobs.push(Box::pin(async move { Job::Followed(worker.wait_drained(&id).await) }));
+    }
+
+    pub(super) async fn followed(&mut self, answer: Result<WaitDrainedResponse, ApiError>) {
+        let answer = match answer {
+            Ok(answer) => answer,
+            // A worker that is slow to answer still serves; one whose process is gone does not, which is heard apart.
+            Err(error) => {
+                tracing::warn!(vm = %self.handle.name, %error, "the worker does not say how far it is with serving pages");
+                if !self.work.death_heard && self.work.backoff.pause(&self.daemon.shutdown).await {
+                    self.follow();
+                }
+                return;
+            }
+        };
+        self.work.backoff.reset();
+        if let Some(finish) = &mut self.work.finish {
+            finish.bytes = finish.bytes.max(answer.bytes);
+        }
+        self.progress.send_modify(|m| {
+            if let Some(progress) = &mut m.progress {
+                progress.missing_pages = answer.missing_pages;
+                progress.bytes_sent = progress.bytes_sent.max(answer.bytes);
+                progress.bytes_remaining = answer.missing_pages * PAGE;
+            }
+        });
+        self.report();
+        if !answer.over {
+            return self.follow();
+        }
+        if !answer.problem.is_empty() {
+            tracing::error!(vm = %self.handle.name, problem = answer.problem, "not all memory has followed a machine that moved");
+            self.work.unserved = Some(source_end::unserved(&answer.problem));
+        }
+        self.work.events.push_back(Event::Drained);
     }
 
     async fn grant(&mut self, epoch: u64, run: bool) {

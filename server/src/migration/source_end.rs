@@ -23,7 +23,10 @@ impl Source {
     pub(super) fn over(&mut self, decided: Decided) -> Ended {
         let ownership = self.ownership.clone();
         match decided {
-            Decided::Moved => Ended { outcome: self.moved(), migration: Ok(Box::new(self.result())) },
+            Decided::Moved => match self.work.unserved.take() {
+                Some(why) => Ended { outcome: self.moved(), migration: Err(why) },
+                None => Ended { outcome: self.moved(), migration: Ok(Box::new(self.result())) },
+            },
             Decided::NotOpened => Ended::stayed(ownership, None, self.why(Cause::StoreFailed)),
             Decided::Aborted(cause) => {
                 let why = self.why(cause);
@@ -113,7 +116,9 @@ impl Source {
         self.work.total_us = micros(self.accepted.elapsed());
         let Some(mut talk) = self.work.talk.take() else { return };
         let entered = self.work.entered.as_ref().map(|(entered, _)| entered.clone()).unwrap_or_default();
-        self.work.guest_gap_us = guest_gap(&mut talk, &entered).await;
+        if self.work.guest_gap_us.is_none() {
+            self.work.guest_gap_us = guest_gap(&mut talk, &entered).await;
+        }
         let released = Released { migration: Some(self.progress.borrow().clone()) };
         let _ = talk.to.try_send(self.message(epoch, FromSource::Released(released)));
     }
@@ -133,7 +138,8 @@ impl Source {
             Err(error) => {
                 let cancelled = error.code() == tonic::Code::Cancelled;
                 last.set_state(if cancelled { Shown::Cancelled } else { Shown::Failed });
-                "it runs on the source".clone_into(&mut last.phase);
+                let moved = matches!(outcome, Outcome::Moved { .. });
+                if moved { "it has moved" } else { "it runs on the source" }.clone_into(&mut last.phase);
                 error.reason().clone_into(&mut last.reason);
                 error.message().clone_into(&mut last.message);
                 Err(error)
@@ -177,6 +183,28 @@ async fn guest_gap(talk: &mut Conversation, entered: &Entered) -> Option<u64> {
     };
     let _ = tokio::time::timeout(GAP, wait).await;
     gap
+}
+
+/// Post-copy: this side's worker ended before it had served every page.
+pub(super) fn source_lost(why: &str) -> ApiError {
+    ApiError::internal(
+        "POSTCOPY_SOURCE_LOST",
+        format!(
+            "the machine had moved, and the worker that served the rest of its memory ended before all of it was there ({}); it is lost: start it afresh on the destination",
+            crate::status::clip(why, 200)
+        ),
+    )
+}
+
+/// Post-copy: the destination did not take every page.
+pub(super) fn unserved(why: &str) -> ApiError {
+    ApiError::unavailable(
+        "POSTCOPY_DESTINATION_LOST",
+        format!(
+            "the machine had moved, and its destination was lost before all of its memory was there ({}); see its state there",
+            crate::status::clip(why, 200)
+        ),
+    )
 }
 
 /// The two ends do not hold the same.

@@ -437,6 +437,7 @@ pub(crate) fn ended_state(end: &GuestEnd, dead: bool) -> (State, &'static str) {
         guest_end::Kind::TripleFault => (State::Failed, "GUEST_TRIPLE_FAULT"),
         guest_end::Kind::InternalError => (State::Failed, "HYPERVISOR_INTERNAL_ERROR"),
         guest_end::Kind::SeccompViolation => (State::Failed, "SECCOMP_VIOLATION"),
+        guest_end::Kind::PostcopySourceLost => (State::Failed, "POSTCOPY_SOURCE_LOST"),
         guest_end::Kind::WorkerError | guest_end::Kind::Unspecified if dead => (State::Failed, "WORKER_DIED"),
         guest_end::Kind::WorkerError | guest_end::Kind::Unspecified => (State::Failed, "WORKER_FAILED"),
     }

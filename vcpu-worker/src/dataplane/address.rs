@@ -354,6 +354,16 @@ impl DataStream {
         Ok(())
     }
 
+    /// Whether bytes are here already that a wait for the socket would not see.
+    pub(crate) fn has_buffered(&self) -> bool {
+        matches!(self, Self::Tls(stream) if stream.has_buffered())
+    }
+
+    /// Whether something to read is there, or comes within `wait`.
+    pub(crate) fn is_readable(&self, wait: Duration) -> io::Result<bool> {
+        if self.has_buffered() { Ok(true) } else { wait_one(self.as_fd(), PollFlags::IN, wait) }
+    }
+
     pub(crate) fn shutdown(&self, how: Shutdown) {
         // Fails only where the peer is gone already.
         let _ = match self {

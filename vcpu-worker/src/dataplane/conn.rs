@@ -18,6 +18,7 @@ use super::frame::{
     ErrorBody, FLAG_LZ4, FLAG_ZSTD, FrameError, FrameKey, HEADER_BYTES, Header, Kind, PAGE_BYTES, PageRange,
     check_sum, encode_ranges,
 };
+use super::postcopy::RECOVER;
 use crate::memory::GuestMemory;
 
 /// How long a side waits.
@@ -31,6 +32,9 @@ pub struct Timeouts {
     pub accept: Duration,
     /// For the answer to `Hello`, and for a whole `Hello` of a stranger.
     pub hello: Duration,
+    /// Post-copy, destination: how long a lost source may take to come back. The source tries for [`RECOVER`] and as
+    /// long again, so that it is still there as long as anybody hopes.
+    pub recover: Duration,
 }
 
 impl Default for Timeouts {
@@ -40,6 +44,7 @@ impl Default for Timeouts {
             idle: Duration::from_secs(60),
             accept: Duration::from_secs(60),
             hello: Duration::from_secs(5),
+            recover: RECOVER,
         }
     }
 }
@@ -125,6 +130,16 @@ impl Conn {
     /// Both sides have agreed on a protocol.
     pub(crate) fn speak(&mut self, version: u16) {
         self.version = version;
+    }
+
+    /// What both sides speak.
+    pub(crate) fn version(&self) -> u16 {
+        self.version
+    }
+
+    /// Whether something to read is there, or comes within `wait`.
+    pub(crate) fn is_readable(&self, wait: Duration) -> Result<bool> {
+        self.stream.is_readable(wait).map_err(|error| self.io_error("waiting for the peer", error))
     }
 
     /// Bytes that its buffers hold.

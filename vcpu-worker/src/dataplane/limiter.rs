@@ -45,6 +45,13 @@ impl Limiter {
         start
     }
 
+    /// Books `bytes` that have gone already; those that come wait the longer.
+    pub(crate) fn charge(&self, bytes: u64) {
+        if self.bytes_per_second != 0 {
+            self.book(bytes, Instant::now());
+        }
+    }
+
     /// Waits for the turn of `bytes`; returns whether it was cancelled meanwhile.
     pub(crate) fn acquire(&self, bytes: u64, cancel: &CancelFlag) -> bool {
         if self.bytes_per_second == 0 {

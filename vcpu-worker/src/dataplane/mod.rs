@@ -29,6 +29,7 @@
 pub mod frame;
 #[doc(hidden)]
 pub mod fuzz;
+pub mod postcopy;
 pub mod precopy;
 
 mod address;
@@ -52,8 +53,9 @@ pub use receiver::{Incoming, Received};
 pub use sender::{ConnectOptions, FinishStats, Outgoing, RoundStats, SendProgress};
 pub use tls::{Fingerprint, Identity, Tls};
 
-/// Oldest and newest protocol that this build speaks. 2 has compressed pages.
-pub const PROTOCOL_VERSIONS: std::ops::RangeInclusive<u16> = 1..=2;
+/// Oldest and newest protocol that this build speaks. 2 has compressed pages, 3 pages after the guest has moved; a
+/// destination that cannot wait for those (no userfaultfd) answers 2.
+pub const PROTOCOL_VERSIONS: std::ops::RangeInclusive<u16> = 1..=3;
 
 /// Which attempt of which migration, and the secret that its connections present.
 #[derive(Clone, PartialEq, Eq)]

@@ -16,12 +16,14 @@ pub(super) mod handshake;
 mod rounds;
 
 use std::net::Shutdown;
+use std::ops::RangeInclusive;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 
 use self::gate::Gate;
+pub(crate) use self::handshake::Door;
 pub(super) use self::handshake::equal_in_constant_time;
 use self::rounds::{Outcome, Receiver};
 use super::address::{DataAddress, DataListener};
@@ -31,7 +33,7 @@ use super::error::{DataplaneError, Result};
 use super::frame::{ErrorCode, Kind, PAGE_BYTES, Receipt, RoundCounts};
 use super::sender::page_bytes;
 use super::tls::Tls;
-use super::{SessionId, check_connections};
+use super::{PROTOCOL_VERSIONS, SessionId, check_connections};
 use crate::memory::GuestMemory;
 
 /// The destination's end, waiting.
@@ -43,6 +45,7 @@ pub struct Incoming {
     pub(super) memory: GuestMemory,
     pub(super) timeouts: Timeouts,
     tls: Option<Tls>,
+    versions: RangeInclusive<u16>,
 }
 
 impl Incoming {
@@ -59,13 +62,28 @@ impl Incoming {
         check_connections(connections)?;
         check_zero(&memory)?;
         let listener = DataListener::bind(address)?;
-        Ok(Self { listener, session, connections, memory, timeouts: Timeouts::default(), tls: None })
+        Ok(Self {
+            listener,
+            session,
+            connections,
+            memory,
+            timeouts: Timeouts::default(),
+            tls: None,
+            versions: PROTOCOL_VERSIONS,
+        })
     }
 
     /// Takes TLS connections only, of the one peer that it names. Not for Unix sockets.
     #[must_use]
     pub fn with_tls(mut self, tls: Tls) -> Self {
         self.tls = Some(tls);
+        self
+    }
+
+    /// Speaks these versions of the protocol only.
+    #[must_use]
+    pub fn with_versions(mut self, versions: RangeInclusive<u16>) -> Self {
+        self.versions = versions;
         self
     }
 
@@ -90,26 +108,30 @@ impl Incoming {
     ///
     /// # Errors
     /// Any. Guest memory then holds an unknown mixture and must be thrown away.
-    #[expect(clippy::needless_pass_by_value, reason = "a clone of a handle, kept for as long as it runs")]
     pub fn run(self, cancel: CancelFlag, progress: &AtomicU64) -> Result<Received> {
         let tls = self.tls.as_ref().map(Tls::server).transpose()?;
-        let mut conns = handshake::collect(
-            &self.listener,
-            tls.as_ref(),
-            &self.session,
-            self.connections,
-            self.memory.bytes(),
-            &cancel,
-            self.timeouts,
-        )?;
-        // From here on nobody else may connect, and the path is free again.
-        drop(self.listener);
-        match receive(&mut conns, &self.memory, &cancel, progress, self.timeouts) {
+        let (memory, timeouts) = (self.memory, self.timeouts);
+        let door = Door {
+            listener: self.listener,
+            tls,
+            session: self.session,
+            memory_bytes: memory.bytes(),
+            versions: self.versions,
+            timeouts,
+            cancel,
+        };
+        let mut conns = handshake::collect(&door, self.connections, timeouts.accept)?;
+        // From here on nobody else may connect, and the path is free again; but for a source that will come back to
+        // send the rest.
+        let later = conns.first().is_some_and(|conn| conn.version() >= Kind::Want.since());
+        let cancel = door.cancel.clone();
+        let door = later.then_some(door);
+        match receive(&mut conns, &memory, &cancel, progress, timeouts) {
             Ok(received) => {
                 let Received { state, digest, counts, rounds, bytes, .. } = received;
                 // Connections other than 0 close here.
                 let conn = conns.into_iter().next();
-                Ok(Received { state, digest, counts, rounds, bytes, conn })
+                Ok(Received { state, digest, counts, rounds, bytes, conn, door })
             }
             Err(error) => {
                 for conn in &mut conns {
@@ -199,7 +221,7 @@ fn receive(
     let first = conns.first_mut().ok_or(DataplaneError::Connections(0))?;
     first.send(Kind::Receipt, done.rounds, 0, 0, &Receipt { counts, digest }.encode(), &[])?;
     let bytes = conns.iter().map(|conn| conn.bytes_in).sum();
-    Ok(Received { state, digest, counts, rounds: done.rounds, bytes, conn: None })
+    Ok(Received { state, digest, counts, rounds: done.rounds, bytes, conn: None, door: None })
 }
 
 /// Everything arrived. Keeps connection 0 for the answer; dropping it unanswered shows the source a closed connection.
@@ -216,6 +238,7 @@ pub struct Received {
     /// Bytes on all connections, headers included.
     pub bytes: u64,
     conn: Option<Conn>,
+    door: Option<Door>,
 }
 
 impl Received {
@@ -224,6 +247,7 @@ impl Received {
     /// # Errors
     /// If it could not be sent. The state stays set: the control plane decides.
     pub fn acknowledge(&mut self) -> Result<()> {
+        self.door = None;
         let mut conn = self.conn.take().ok_or(DataplaneError::Usage("the source was answered already"))?;
         conn.send(Kind::Applied, self.rounds, 0, 0, &[], &[])?;
         conn.stream().shutdown(Shutdown::Write);
@@ -232,8 +256,27 @@ impl Received {
 
     /// Tells the source that the state could not be set, and why; then the data plane is closed.
     pub fn reject(&mut self, why: &str) {
+        self.door = None;
         if let Some(mut conn) = self.conn.take() {
             conn.send_error(&DataplaneError::Refused { code: ErrorCode::NotApplied, message: why.into() });
+        }
+    }
+}
+
+impl Received {
+    /// The connection on which pages still come, instead of an answer now, and the round that they are of.
+    ///
+    /// # Errors
+    /// `Usage` once it was answered; `Order` if the source speaks a protocol without them.
+    pub(crate) fn take_pages(&mut self) -> Result<(Conn, Door, u32)> {
+        match (self.conn.take(), self.door.take()) {
+            (Some(conn), Some(door)) => Ok((conn, door, self.rounds.saturating_add(1))),
+            (Some(conn), None) => {
+                let error = conn.order(Kind::State, "it leaves pages for later, which this protocol has not");
+                self.conn = Some(conn);
+                Err(error)
+            }
+            _ => Err(DataplaneError::Usage("the source was answered already")),
         }
     }
 }

@@ -81,27 +81,31 @@ pub struct SendProgress {
     pub page_bytes: AtomicU64,
     /// What those took on the wire, headers included.
     pub page_wire_bytes: AtomicU64,
+    /// Post-copy: pages that were not sent yet.
+    pub left: AtomicU64,
 }
 
 /// The source's end of a migration. Blocking; for one driving thread.
 #[derive(Debug)]
 pub struct Outgoing {
-    conns: Vec<Conn>,
+    pub(super) conns: Vec<Conn>,
     counts: Vec<RoundCounts>,
-    packers: Vec<Packer>,
+    pub(super) packers: Vec<Packer>,
     compression: Compression,
-    memory: GuestMemory,
-    limiter: Limiter,
-    cancel: CancelFlag,
-    timeouts: Timeouts,
+    pub(super) memory: GuestMemory,
+    pub(super) limiter: Limiter,
+    pub(super) cancel: CancelFlag,
+    pub(super) timeouts: Timeouts,
     sent: Vec<AtomicU64>,
-    round: u32,
+    pub(super) round: u32,
     zero_pages: u64,
-    progress: Arc<SendProgress>,
+    pub(super) progress: Arc<SendProgress>,
     transport: &'static str,
     version: u16,
-    failed: bool,
+    pub(super) failed: bool,
     finished: Option<[u8; 32]>,
+    /// On connections that broke and were opened anew.
+    pub(super) closed_bytes: u64,
 }
 
 impl Outgoing {
@@ -127,7 +131,7 @@ impl Outgoing {
 
     /// Bytes on all connections so far, both directions' headers included.
     pub fn bytes(&self) -> u64 {
-        self.conns.iter().map(|conn| conn.bytes_out).sum()
+        self.closed_bytes + self.conns.iter().map(|conn| conn.bytes_out).sum::<u64>()
     }
 
     /// Rounds sent so far.

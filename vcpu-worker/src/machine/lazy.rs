@@ -12,7 +12,7 @@ use vpmu_proto::worker::{GuestEnd, guest_end};
 use super::{Lifecycle, Machine};
 use crate::bitmap::PageBitmap;
 use crate::error::WorkerError;
-use crate::lazy::{LazyError, LazyMemory, LazyStats, OnEnd, PageSource};
+use crate::lazy::{Faults, LazyError, LazyMemory, LazyStats, OnEnd, PageSource, Placer};
 use crate::vcpu::state::State;
 use crate::vcpu::{Left, Listener as _};
 
@@ -32,15 +32,39 @@ impl Machine {
         Ok(())
     }
 
+    /// Lets the rest of a machine that has moved come from its source, through `faults`. `told` hears first whether all of
+    /// it came. Before the state is set, which may touch pages already.
+    pub fn begin_postcopy(
+        &self,
+        faults: Faults,
+        missing: PageBitmap,
+        source: Arc<dyn PageSource>,
+        told: Box<dyn FnOnce(bool) + Send>,
+    ) -> Result<Placer, WorkerError> {
+        let end = self.ends_as(guest_end::Kind::PostcopySourceLost);
+        let on_end: OnEnd = Box::new(move |how| {
+            told(how.is_ok());
+            end(how);
+        });
+        let lazy = LazyMemory::begin_with(faults, &self.memory, missing, source, None, on_end)?;
+        let placer = lazy.placer();
+        *self.lazy.lock().unwrap_or_else(PoisonError::into_inner) = Some(lazy);
+        Ok(placer)
+    }
+
     /// What ends this machine when its memory does not come.
     pub fn lazy_end(&self) -> OnEnd {
+        self.ends_as(guest_end::Kind::WorkerError)
+    }
+
+    fn ends_as(&self, lost: guest_end::Kind) -> OnEnd {
         let lifecycle = Arc::clone(&self.lifecycle);
         let name = self.name.clone();
         let states: Vec<_> = self.vcpus.iter().map(crate::vcpu::VcpuHandle::watcher).collect();
         Box::new(move |how| match how {
             Ok(stats) => tracing::info!(vm = %name, ?stats, "all of the memory is there"),
             Err(error) => {
-                lifecycle.fail(&error);
+                lifecycle.fail(lost, &error);
                 let until = Instant::now() + OUT;
                 while states.iter().any(|state| state() == State::Running) && Instant::now() < until {
                     std::thread::park_timeout(Duration::from_millis(1));
@@ -77,9 +101,11 @@ impl Machine {
 
 impl Lifecycle {
     /// The guest cannot go on, for a reason that no vCPU has met.
-    pub(super) fn fail(&self, error: &LazyError) {
+    pub(super) fn fail(&self, lost: guest_end::Kind, error: &LazyError) {
         let detail = format!("{}: {error}", error.reason());
-        let end = GuestEnd { kind: guest_end::Kind::WorkerError.into(), vcpu: 0, detail };
+        let kind =
+            if matches!(error, LazyError::Source { .. }) { lost } else { guest_end::Kind::WorkerError };
+        let end = GuestEnd { kind: kind.into(), vcpu: 0, detail };
         // As if a vCPU that does not exist had met it: all others, that is every one, are paused.
         self.left(u32::MAX, Left::Ended(end));
     }

@@ -46,6 +46,7 @@ impl Machine {
             devices: self.devices.save(),
             console: Some(self.console.save()),
             was_paused,
+            missing_pages: Vec::new(),
         })
     }
 

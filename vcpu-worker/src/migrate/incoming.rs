@@ -1,7 +1,7 @@
 //! The destination's end.
 //!
 //! ```text
-//! Receiving ──all arrived, state set──▶ Ready ──grant──▶ Entered
+//! Receiving ──all arrived, state set──▶ Ready ──grant──▶ Entered          (post-copy: the rest of memory: `following`)
 //!     └──error, cancel──▶ Failed
 //! ```
 //!
@@ -10,16 +10,21 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use prost::Message as _;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use vpmu_proto::worker::{IncomingProgress, VmState};
 
+use super::following::Following;
 use super::{Thread, failed};
-use crate::dataplane::{CancelFlag, DataAddress, Incoming, Received, SessionId, Tls};
+use crate::dataplane::frame::Kind;
+use crate::dataplane::{
+    CancelFlag, DataAddress, Incoming, PROTOCOL_VERSIONS, Received, SessionId, Timeouts, Tls,
+};
 use crate::error::WorkerError;
+use crate::lazy::Faults;
 use crate::machine::Machine;
 
 /// Where a destination is.
@@ -54,6 +59,8 @@ pub struct Door {
     pub tls: Option<Tls>,
     /// The memory itself is handed over first; then state alone comes.
     pub local: bool,
+    /// How long a lost source may take to come back.
+    pub recover: Duration,
 }
 
 /// One migration at its destination.
@@ -76,9 +83,14 @@ impl IncomingMigration {
         machine: Arc<Machine>,
         runtime: Handle,
     ) -> Result<(Arc<Self>, String), WorkerError> {
-        let Door { connections, tls, local } = door;
+        let Door { connections, tls, local, recover } = door;
+        // Opened here: the receiving thread opens no files.
+        let faults = if local || machine.memory().is_hugetlb() { None } else { Faults::open().ok() };
+        let newest = if faults.is_some() { *PROTOCOL_VERSIONS.end() } else { Kind::Want.since() - 1 };
         let mut incoming = Incoming::bind(listen, session, connections, machine.memory().clone())
-            .map_err(|e| failed(id, &e))?;
+            .map_err(|e| failed(id, &e))?
+            .with_timeouts(Timeouts { recover, ..Timeouts::default() })
+            .with_versions(*PROTOCOL_VERSIONS.start()..=newest);
         if let Some(tls) = tls {
             incoming = incoming.with_tls(tls);
         }
@@ -93,15 +105,22 @@ impl IncomingMigration {
                 let mapped = if local { incoming.receive_memory(&cancel) } else { Ok(()) };
                 let received = mapped
                     .map_err(|e| failed(&id, &e))
-                    .and_then(|()| receive(&id, incoming, cancel, &bytes, &machine, &runtime));
+                    .and_then(|()| receive(&id, (incoming, faults), cancel, &bytes, &machine, &runtime));
+                let mut arriving = None;
                 let end = match received {
-                    Ok(ready) => IncomingState::Ready(ready, false),
+                    Ok((ready, pages)) => {
+                        arriving = pages;
+                        IncomingState::Ready(ready, false)
+                    }
                     Err(error) => {
                         tracing::warn!(migration = id, %error, "incoming migration failed");
                         IncomingState::Failed(Arc::new(error))
                     }
                 };
                 state.send_replace(end);
+                if let Some(pages) = arriving {
+                    pages.wait(&runtime);
+                }
             }
         })?;
         Ok((Arc::new(Self { id: id.to_owned(), cancel, bytes, state, thread }), address))
@@ -143,7 +162,7 @@ impl IncomingMigration {
         })
     }
 
-    /// Gives up receiving; does nothing to a complete copy.
+    /// Gives up receiving; does nothing to a complete copy. One whose pages are still coming ends its guest.
     pub fn cancel(&self) {
         self.cancel.cancel();
     }
@@ -156,16 +175,16 @@ impl IncomingMigration {
 
 fn receive(
     id: &str,
-    incoming: Incoming,
+    (incoming, faults): (Incoming, Option<Faults>),
     cancel: CancelFlag,
     bytes: &AtomicU64,
     machine: &Arc<Machine>,
     runtime: &Handle,
-) -> Result<IncomingProgress, WorkerError> {
+) -> Result<(IncomingProgress, Option<Following>), WorkerError> {
     let mut received = incoming.run(cancel, bytes).map_err(|e| failed(id, &e))?;
     let begin = Instant::now();
-    let pmu = match set(&received, machine, runtime) {
-        Ok(pmu) => pmu,
+    let (pmu, pages) = match set(id, &mut received, faults, machine, runtime) {
+        Ok(set) => set,
         Err(error) => {
             received.reject(&error.to_string());
             return Err(error);
@@ -173,29 +192,51 @@ fn receive(
     };
     let restore_us = micros(begin.elapsed());
     // The state stays set if this is lost: the control planes decide over their own connection.
-    if let Err(error) = received.acknowledge() {
-        tracing::warn!(migration = id, %error, "the source was not told that the state is set");
+    match &pages {
+        Some(pages) => pages.applied(),
+        None => {
+            if let Err(error) = received.acknowledge() {
+                tracing::warn!(migration = id, %error, "the source was not told that the state is set");
+            }
+        }
     }
-    Ok(IncomingProgress {
+    let progress = IncomingProgress {
         bytes_received: received.bytes,
         ready: true,
         state_digest: received.digest.to_vec(),
         pmu,
         restore_us,
-    })
+    };
+    Ok((progress, pages))
 }
 
+type Set = (Vec<vpmu_proto::worker::PmuImage>, Option<Following>);
+
 fn set(
-    received: &Received,
+    id: &str,
+    received: &mut Received,
+    faults: Option<Faults>,
     machine: &Arc<Machine>,
     runtime: &Handle,
-) -> Result<Vec<vpmu_proto::worker::PmuImage>, WorkerError> {
-    let state = VmState::decode(received.state.as_slice())
+) -> Result<Set, WorkerError> {
+    let mut state = VmState::decode(received.state.as_slice())
         .map_err(|e| WorkerError::BadState { field: "VmState", problem: e.to_string() })?;
-    runtime.block_on(machine.restore(state))
+    let missing = std::mem::take(&mut state.missing_pages);
+    if missing.is_empty() {
+        return Ok((runtime.block_on(machine.restore(state))?, None));
+    }
+    // Before the state: setting it may touch memory, which then has to come.
+    let pages = Following::begin(id, received, &missing, faults, machine, runtime)?;
+    match runtime.block_on(machine.restore(state)) {
+        Ok(pmu) => Ok((pmu, Some(pages))),
+        Err(error) => {
+            pages.reject(&error.to_string(), runtime);
+            Err(error)
+        }
+    }
 }
 
 /// Microseconds, as figures are reported.
-pub(super) fn micros(d: std::time::Duration) -> u64 {
+pub(super) fn micros(d: Duration) -> u64 {
     u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
 }

@@ -20,15 +20,19 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
-use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutProgress};
+use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutProgress, WaitDrainedResponse};
 
 use super::actions::Actions;
+use super::finish::Last;
+use super::switch::Switch;
 use super::{Thread, failed, finish};
 use crate::bitmap::PageBitmap;
+use crate::dataplane::postcopy::{self, Left, Until};
 use crate::dataplane::precopy::throttle::Stepper;
 use crate::dataplane::precopy::{Decision, Goals, Policy, Prediction, Round};
 use crate::dataplane::{
-    CancelFlag, Compression, ConnectOptions, DataAddress, Outgoing, SendProgress, SessionId, Tls, hand_over,
+    CancelFlag, Compression, ConnectOptions, DataAddress, Outgoing, SendProgress, SessionId, Timeouts, Tls,
+    hand_over,
 };
 use crate::error::WorkerError;
 use crate::hypervisor::Vm;
@@ -69,6 +73,12 @@ pub struct Source {
     pub compression: Compression,
     /// vCPUs may be slowed down while it does not converge.
     pub allow_throttle: bool,
+    /// It may end as post-copy where pre-copy cannot meet the goals.
+    pub allow_postcopy: bool,
+    /// It ends as post-copy after the first round.
+    pub postcopy: bool,
+    /// Post-copy: how long the destination waits for a source that lost its connection.
+    pub recover: Duration,
     /// Seals the worker at an epoch.
     pub seal: Box<dyn Fn(u64) + Send>,
     /// For talking to vCPU threads.
@@ -171,6 +181,27 @@ impl OutgoingMigration {
         matches!(&*self.state.borrow(), OutgoingState::Failed(_))
     }
 
+    /// Waits until it is over, at most `within`; none if it is not. An error that came after the answer says that not
+    /// all memory has followed.
+    pub async fn over(&self, within: Duration) -> Option<Result<(), Arc<WorkerError>>> {
+        let mut state = self.state.subscribe();
+        let over = state.wait_for(|state| !matches!(state, OutgoingState::Copying(_)));
+        match tokio::time::timeout(within, over).await.ok()?.ok()?.clone() {
+            OutgoingState::Failed(error) => Some(Err(error)),
+            _ => Some(Ok(())),
+        }
+    }
+
+    /// Post-copy: how far serving is.
+    pub fn following(&self) -> WaitDrainedResponse {
+        let Some(sending) = self.sending.get() else { return WaitDrainedResponse::default() };
+        WaitDrainedResponse {
+            missing_pages: sending.left.load(Ordering::Relaxed),
+            bytes: sending.bytes.load(Ordering::Relaxed),
+            ..WaitDrainedResponse::default()
+        }
+    }
+
     /// Whether its thread has ended.
     pub fn is_ended(&self) -> bool {
         self.thread.is_ended()
@@ -219,14 +250,9 @@ impl Drop for Tracking<'_> {
     }
 }
 
-/// How a decision is called in the history.
-fn code(decision: Decision) -> &'static str {
-    match decision {
-        Decision::NextRound { voluntary: false } => "NEXT_ROUND",
-        Decision::NextRound { voluntary: true } => "ANOTHER_ROUND",
-        Decision::Converged => "CONVERGED",
-        Decision::GiveUp(_) => "GIVE_UP",
-    }
+/// How long so many pages take at a rate.
+fn transfer(pages: u64, bytes_per_second: u64) -> Duration {
+    Duration::from_nanos((pages * PAGE).saturating_mul(1_000_000_000) / bytes_per_second.max(1))
 }
 
 struct Driver {
@@ -252,9 +278,10 @@ impl Driver {
             deadline: CONNECT,
             tls: tls.clone(),
             compression: self.source.compression,
+            timeouts: Timeouts { recover: self.source.recover, ..Timeouts::default() },
             ..ConnectOptions::default()
         };
-        let mut out = Outgoing::open(address, session, memory.clone(), self.cancel.clone(), options)
+        let mut out = Outgoing::open(address, session, memory.clone(), self.cancel.clone(), options.clone())
             .map_err(|e| failed(&self.id, &e))?;
         // Set once, here.
         drop(self.sending.set(out.progress()));
@@ -272,6 +299,7 @@ impl Driver {
         let mut throttling = Throttling::new(Arc::clone(machine));
         let mut pages = PageBitmap::new(memory.pages());
         pages.set_range(0, memory.pages());
+        let mut switch = Switch::new(&self.source, &out, &mut actions);
         let order = loop {
             let round = out.rounds() + 1;
             let stats = out.send_round(round, &pages, true).map_err(|e| failed(&self.id, &e))?;
@@ -279,15 +307,35 @@ impl Driver {
             vm.collect_dirty(&mut pages)?;
             let done = Round { bytes_sent: stats.bytes, elapsed: stats.elapsed, dirty_pages: pages.count() };
             let verdict = policy.step(done, begin.elapsed());
-            let converged = verdict.decision == Decision::Converged;
+            let turned = switch.step(&verdict, stepper.is_exhausted(), &mut actions);
+            let converged = switch.is_on() || verdict.decision == Decision::Converged;
             tracing::debug!(migration = self.id, round, why = verdict.why, "pre-copy round");
-            actions.note(code(verdict.decision), verdict.why.clone());
-            if let Some(percent) = stepper.step(&verdict) {
+            if turned {
+                // What it dirties now is sent once either way.
+                throttling.end();
+            } else if !switch.is_on()
+                && let Some(percent) = stepper.step(&verdict)
+            {
                 throttling.set(percent)?;
                 let detail = format!("vCPUs rest {percent} % of the time; {}", verdict.why);
                 actions.note("THROTTLE", detail);
             }
-            self.report(&out, &verdict.prediction, round, converged, &throttling, &actions);
+            let mut prediction = verdict.prediction;
+            if switch.is_on() {
+                let now = finish::now_pages(goals, prediction.bytes_per_second).min(pages.count());
+                prediction.blackout = Some(goals.fixed + transfer(now, prediction.bytes_per_second));
+            }
+            self.report(&out, &prediction, round, converged, &throttling, &actions);
+            if switch.is_on() {
+                // What is dirtied meanwhile goes later in any case.
+                match self.await_order(&mut out) {
+                    Ok(order) => break order,
+                    Err(error) => {
+                        out.abort();
+                        return Err(error);
+                    }
+                }
+            }
             let wait = match verdict.decision {
                 Decision::NextRound { .. } => Duration::ZERO,
                 Decision::Converged => PAUSE_BETWEEN_ROUNDS,
@@ -311,18 +359,49 @@ impl Driver {
             }
         };
         vm.collect_dirty(&mut pages)?;
-        if policy.is_worth_a_round(pages.count()) && !self.cancel.is_cancelled() {
+        if !switch.is_on() && policy.is_worth_a_round(pages.count()) && !self.cancel.is_cancelled() {
             // What was dirtied while the order was on its way goes over while the guest still runs.
             out.send_round(out.rounds() + 1, &pages, true).map_err(|e| failed(&self.id, &e))?;
             pages.clear_all();
         }
+        let rate = policy.predict().bytes_per_second;
+        let last = Last { pages: Some(pages), later: switch.is_on(), now: finish::now_pages(goals, rate) };
         let result =
-            finish::finish(&self.id, &self.source, &mut out, Some(pages), order.epoch, &throttling, &actions);
+            finish::finish(&self.id, &self.source, &mut out, last, order.epoch, &throttling, &actions);
         throttling.end();
         // The answer is what the handover waits for; ending the log can wait for it.
+        let (result, left) = match result {
+            Ok((response, left)) => (Ok(response), left),
+            Err(error) => (Err(error), Left::new(PageBitmap::new(0))),
+        };
         let end = self.answer(order, result);
         drop(tracking);
-        end
+        end?;
+        self.follow(&mut out, left, &options)
+    }
+
+    /// Post-copy: serves what is left until the destination has it; the guest here is sealed.
+    fn follow(
+        &self,
+        out: &mut Outgoing,
+        mut left: Left,
+        options: &ConnectOptions,
+    ) -> Result<(), WorkerError> {
+        if left.count() == 0 {
+            return Ok(());
+        }
+        let Source { session, address, .. } = &self.source;
+        let mut resumed = false;
+        loop {
+            let Err(error) = out.serve(&mut left, Until::Drained { resumed }) else { return Ok(()) };
+            if !postcopy::is_lost(&error) {
+                return Err(failed(&self.id, &error));
+            }
+            tracing::warn!(migration = self.id, %error, "the destination is lost while its memory follows");
+            out.reopen(address, session, &self.cancel, options).map_err(|e| failed(&self.id, &e))?;
+            tracing::info!(migration = self.id, "the destination is reached again");
+            resumed = true;
+        }
     }
 
     /// Local mode: the destination maps the memory while the machine runs; then there is nothing left to copy.
@@ -339,24 +418,39 @@ impl Driver {
             memory_bytes: memory.bytes(),
             ..MigrateOutProgress::default()
         }));
-        let order = loop {
-            match self.orders.recv_timeout(PAUSE_BETWEEN_ROUNDS) {
-                Ok(order) => break order,
-                Err(RecvTimeoutError::Timeout) if !self.cancel.is_cancelled() => {
-                    out.check_peer().map_err(|e| failed(&self.id, &e))?;
-                }
-                Err(_) => {
-                    out.abort();
-                    return Err(WorkerError::Cancelled { what: "the migration" });
-                }
+        let order = match self.await_order(&mut out) {
+            Ok(order) => order,
+            Err(error) => {
+                out.abort();
+                return Err(error);
             }
         };
         let mut actions = Actions::new();
         actions.note("LOCAL", "the memory's descriptor was handed over; no page is copied".to_owned());
         let full_speed = Throttling::new(Arc::clone(machine));
-        let result =
-            finish::finish(&self.id, &self.source, &mut out, None, order.epoch, &full_speed, &actions);
-        self.answer(order, result)
+        let result = finish::finish(
+            &self.id,
+            &self.source,
+            &mut out,
+            Last::default(),
+            order.epoch,
+            &full_speed,
+            &actions,
+        );
+        self.answer(order, result.map(|(response, _)| response))
+    }
+
+    /// Waits until it is told to finish, with nothing left to copy until then.
+    fn await_order(&self, out: &mut Outgoing) -> Result<FinishOrder, WorkerError> {
+        loop {
+            match self.orders.recv_timeout(PAUSE_BETWEEN_ROUNDS) {
+                Ok(order) => return Ok(order),
+                Err(RecvTimeoutError::Timeout) if !self.cancel.is_cancelled() => {
+                    out.check_peer().map_err(|e| failed(&self.id, &e))?;
+                }
+                Err(_) => return Err(WorkerError::Cancelled { what: "the migration" }),
+            }
+        }
     }
 
     fn answer(

@@ -12,10 +12,11 @@ use tonic::Status;
 use vpmu_proto::api::migration_spec;
 use vpmu_proto::worker::{
     FinishMigrationResponse, IncomingProgress, MigrateOutProgress, MigrateOutRequest, PrepareIncomingRequest,
-    PrepareIncomingResponse, PrepareOutgoingResponse,
+    PrepareIncomingResponse, PrepareOutgoingResponse, WaitDrainedResponse,
 };
 
 use super::Inner;
+use crate::dataplane::postcopy::RECOVER;
 use crate::dataplane::precopy::Goals;
 use crate::dataplane::{Compression, DataAddress, Fingerprint, Identity, Tls};
 use crate::error::WorkerError;
@@ -36,6 +37,13 @@ const BLACKOUT: Duration = Duration::from_millis(20);
 
 /// What a stop costs besides pages: kick and put, saving, two durable records, setting, entering.
 const FIXED: Duration = Duration::from_millis(2);
+
+/// How long one question for the end of a post-copy is kept: as often progress is told.
+const DRAINED: Duration = Duration::from_millis(100);
+
+fn recover(ms: u64) -> Duration {
+    if ms == 0 { RECOVER } else { Duration::from_millis(ms) }
+}
 
 /// How often progress is told between rounds.
 const EVERY: Duration = Duration::from_millis(50);
@@ -141,6 +149,9 @@ pub(super) async fn migrate_out(inner: &Arc<Inner>, r: &MigrateOutRequest) -> Re
         tls,
         compression: compression(r.compression)?,
         allow_throttle: r.allow_throttle,
+        allow_postcopy: r.allow_postcopy,
+        postcopy: r.postcopy,
+        recover: recover(r.recover_ms),
         seal: Box::new(move |epoch| {
             if let Some(inner) = sealer.upgrade() {
                 inner.seal(epoch);
@@ -213,6 +224,21 @@ pub(super) async fn finish(
     outgoing(inner, migration_id)?.finish(epoch).await
 }
 
+pub(super) async fn wait_drained(
+    inner: &Inner,
+    migration_id: &str,
+) -> Result<WaitDrainedResponse, WorkerError> {
+    let outgoing = outgoing(inner, migration_id)?;
+    // Not under `control`: what else is asked of the worker does not wait for it.
+    let over = outgoing.over(DRAINED).await;
+    let problem = over.as_ref().and_then(|end| end.as_ref().err()).map(ToString::to_string);
+    Ok(WaitDrainedResponse {
+        over: over.is_some(),
+        problem: problem.unwrap_or_default(),
+        ..outgoing.following()
+    })
+}
+
 pub(super) async fn cancel(inner: &Inner, migration_id: &str) -> Result<(), WorkerError> {
     let outgoing = outgoing(inner, migration_id)?;
     // Not under `control`: a finish that waits for a destination which does not answer ends by this.
@@ -254,6 +280,7 @@ pub(super) async fn prepare_incoming(
         return Err(WorkerError::invalid("memory_bytes", r.memory_bytes, remedy));
     }
     let (id, local, runtime) = (r.migration_id.clone(), r.local, Handle::current());
+    let recover = recover(r.recover_ms);
     let (mut tls, mut certificate_sha256) = (None, Vec::new());
     if let Some(peer) = fingerprint(&r.peer_certificate_sha256)? {
         let identity = new_identity(&id)?;
@@ -264,7 +291,14 @@ pub(super) async fn prepare_incoming(
         return Err(WorkerError::invalid("listen", &r.listen, "use a tcp address for TLS"));
     }
     let started = tokio::task::spawn_blocking(move || {
-        IncomingMigration::start(&id, session, &listen, Door { connections, tls, local }, machine, runtime)
+        IncomingMigration::start(
+            &id,
+            session,
+            &listen,
+            Door { connections, tls, local, recover },
+            machine,
+            runtime,
+        )
     });
     let (incoming, data_address) = started
         .await

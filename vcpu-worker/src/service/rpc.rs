@@ -212,6 +212,15 @@ impl WorkerService for Worker {
         Ok(Response::new(migration::prepare_incoming(&self.inner, &r).await?))
     }
 
+    async fn wait_drained(
+        &self,
+        request: Request<proto::WaitDrainedRequest>,
+    ) -> Answer<proto::WaitDrainedResponse> {
+        let r = request.into_inner();
+        self.inner.fence(r.fence.as_ref())?;
+        Ok(Response::new(migration::wait_drained(&self.inner, &r.migration_id).await?))
+    }
+
     async fn prepare_outgoing(
         &self,
         request: Request<proto::PrepareOutgoingRequest>,

@@ -20,6 +20,7 @@ pub(crate) const PATIENT: Timeouts = Timeouts {
     idle: Duration::from_secs(40),
     accept: Duration::from_secs(40),
     hello: Duration::from_secs(30),
+    recover: Duration::from_secs(30),
 };
 
 pub(crate) fn options(connections: u16) -> ConnectOptions {

@@ -25,6 +25,13 @@ pub const FLAG_LZ4: u8 = 1;
 /// On `Packed`: the data is one zstd frame.
 pub const FLAG_ZSTD: u8 = 2;
 
+/// Most pages that one `Want` without [`FLAG_RESUME`] asks for.
+pub const MAX_WANTED: u32 = 4096;
+/// On `Want`: these pages are missing, and all others are there.
+pub const FLAG_RESUME: u8 = 1;
+/// On `Want` with [`FLAG_RESUME`]: the list goes on in the next frame.
+pub const FLAG_MORE: u8 = 2;
+
 /// What a frame says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
@@ -53,11 +60,15 @@ pub enum Kind {
     Error = 11,
     /// As `Pages`, with the bytes compressed; from version 2 on.
     Packed = 12,
+    /// The destination wants these pages of a guest that has moved; from version 3 on.
+    Want = 13,
+    /// The destination has every page; the source's echo says that it has heard so. From version 3 on.
+    Drained = 14,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Hello,
         Self::HelloAck,
         Self::Pages,
@@ -70,6 +81,8 @@ impl Kind {
         Self::Applied,
         Self::Error,
         Self::Packed,
+        Self::Want,
+        Self::Drained,
     ];
 
     fn from_wire(byte: u8) -> Result<Self, FrameError> {
@@ -83,8 +96,9 @@ impl Kind {
             Self::HelloAck => (HelloAck::BYTES as u32, HelloAck::BYTES as u32),
             Self::Pages | Self::Packed => (8, MAX_DATA_BYTES / PAGE_BYTES as u32 * 8),
             Self::Zero => (8, MAX_META_BYTES),
+            Self::Want => (0, MAX_META_BYTES),
             Self::RoundEnd => (RoundCounts::BYTES as u32, RoundCounts::BYTES as u32),
-            Self::RoundAck | Self::Applied => (0, 0),
+            Self::RoundAck | Self::Applied | Self::Drained => (0, 0),
             Self::State => (StateChunk::BYTES as u32, StateChunk::BYTES as u32),
             Self::Done => (DoneTotals::BYTES as u32, DoneTotals::BYTES as u32),
             Self::Receipt => (Receipt::BYTES as u32, Receipt::BYTES as u32),
@@ -106,19 +120,21 @@ impl Kind {
         match self {
             Self::RoundEnd => FLAG_ACK,
             Self::Packed => FLAG_LZ4 | FLAG_ZSTD,
+            Self::Want => FLAG_RESUME | FLAG_MORE,
             _ => 0,
         }
     }
 
     /// Whether its typed part is a list of page ranges.
     pub const fn has_ranges(self) -> bool {
-        matches!(self, Self::Pages | Self::Zero | Self::Packed)
+        matches!(self, Self::Pages | Self::Zero | Self::Packed | Self::Want)
     }
 
     /// The oldest protocol that has it.
     pub const fn since(self) -> u16 {
         match self {
             Self::Packed => 2,
+            Self::Want | Self::Drained => 3,
             _ => 1,
         }
     }
@@ -274,6 +290,11 @@ impl Header {
                 field("meta_len", header.meta_len.into(), "a multiple of 8")
             }
             Kind::Zero if header.count == 0 => field("count", 0, "1 or more"),
+            // What is missing is as much as memory at most; what is wanted at once is little.
+            Kind::Want if header.flags == FLAG_MORE => field("flags", FLAG_MORE.into(), "with the list only"),
+            Kind::Want if header.flags == 0 && !(1..=MAX_WANTED).contains(&header.count) => {
+                field("count", header.count.into(), "1 to 4096")
+            }
             _ if kind.has_ranges() => Ok(header),
             _ if header.count != 0 => field("count", header.count.into(), "0"),
             _ => Ok(header),

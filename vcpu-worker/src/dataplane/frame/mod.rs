@@ -14,6 +14,8 @@
 //!
 //! Order on one connection: `Hello`, `HelloAck`, then rounds `(Pages | Packed | Zero)* RoundEnd`, on connection 0 `State*`, and
 //! `Done`. The destination answers `RoundAck` where asked, then `Receipt`, then `Applied`; `Error` is legal at any time.
+//! Where pages are left for later, `Pages | Packed | Zero` one way and `Want`, at the end `Drained`, the other follow on
+//! connection 0 (see `postcopy`).
 
 mod body;
 mod header;
@@ -22,7 +24,10 @@ mod ranges;
 mod tests;
 
 pub use body::{DoneTotals, ErrorBody, ErrorCode, Hello, HelloAck, Receipt, RoundCounts, StateChunk};
-pub use header::{FLAG_ACK, FLAG_LZ4, FLAG_ZSTD, FrameKey, HEADER_BYTES, Header, Kind, MAGIC, VERSION};
+pub use header::{
+    FLAG_ACK, FLAG_LZ4, FLAG_MORE, FLAG_RESUME, FLAG_ZSTD, FrameKey, HEADER_BYTES, Header, Kind, MAGIC,
+    MAX_WANTED, VERSION,
+};
 pub use ranges::{PageRange, decode_ranges, encode_ranges};
 
 /// Bytes in a page of the migration protocol, whatever the host or the guest maps.

@@ -7,8 +7,9 @@
 
 use std::io;
 use std::net::Shutdown;
+use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::super::address::{DataListener, DataStream, wait_readable};
 use super::super::cancel::CancelFlag;
@@ -91,6 +92,7 @@ fn judge(
     bytes: &[u8; HELLO_BYTES],
     session: &SessionId,
     memory_bytes: u64,
+    versions: &RangeInclusive<u16>,
     taken: &[Option<Conn>],
 ) -> Result<(u16, u16), Refusal> {
     let (fixed, meta) = bytes.split_at(HEADER_BYTES);
@@ -116,8 +118,8 @@ fn judge(
     if usize::from(hello.connections) != taken.len() {
         return Err(refuse(ErrorCode::Mismatch, "the numbers of connections differ"));
     }
-    let version = hello.version_max.min(*PROTOCOL_VERSIONS.end());
-    if version < hello.version_min || !PROTOCOL_VERSIONS.contains(&version) {
+    let version = hello.version_max.min(*versions.end());
+    if version < hello.version_min || !versions.contains(&version) {
         return Err(refuse(ErrorCode::Version, "no common version of the data protocol"));
     }
     match taken.get(usize::from(header.connection)) {
@@ -135,45 +137,49 @@ pub(in crate::dataplane) fn fuzzed(
     connections: usize,
 ) -> Option<(u16, u16)> {
     let taken: Vec<Option<Conn>> = (0..connections).map(|_| None).collect();
-    judge(bytes.first_chunk()?, session, memory_bytes, &taken).ok()
+    judge(bytes.first_chunk()?, session, memory_bytes, &PROTOCOL_VERSIONS, &taken).ok()
+}
+
+/// Who may come in, and where.
+#[derive(Debug)]
+pub(crate) struct Door {
+    pub(in crate::dataplane) listener: DataListener,
+    pub(in crate::dataplane) tls: Option<TlsServer>,
+    pub(in crate::dataplane) session: SessionId,
+    pub(in crate::dataplane) memory_bytes: u64,
+    pub(in crate::dataplane) versions: RangeInclusive<u16>,
+    pub(in crate::dataplane) timeouts: Timeouts,
+    pub(in crate::dataplane) cancel: CancelFlag,
 }
 
 /// Waits for all connections of the session, in order of their index.
 ///
 /// # Errors
 /// `Cancelled`; `Timeout` when they did not come in time; `Io` of the listener.
-pub(super) fn collect(
-    listener: &DataListener,
-    tls: Option<&TlsServer>,
-    session: &SessionId,
-    connections: u16,
-    memory_bytes: u64,
-    cancel: &CancelFlag,
-    timeouts: Timeouts,
-) -> Result<Vec<Conn>> {
+pub(in crate::dataplane) fn collect(door: &Door, connections: u16, patience: Duration) -> Result<Vec<Conn>> {
     let listening = |source| DataplaneError::Io { what: "waiting for data connections", source };
     let begin = Instant::now();
     let mut taken: Vec<Option<Conn>> = (0..connections).map(|_| None).collect();
     let mut pending: Vec<Pending> = Vec::new();
     while taken.iter().any(Option::is_none) {
-        if cancel.is_cancelled() {
+        if door.cancel.is_cancelled() {
             return Err(DataplaneError::Cancelled);
         }
-        if begin.elapsed() >= timeouts.accept {
+        if begin.elapsed() >= patience {
             let what = "waiting for the source's data connections";
-            return Err(DataplaneError::Timeout { what, after: timeouts.accept });
+            return Err(DataplaneError::Timeout { what, after: patience });
         }
         let mut fds: Vec<_> = pending.iter().map(|one| one.stream.as_fd()).collect();
         if pending.len() < MAX_PENDING {
-            fds.push(listener.as_fd());
+            fds.push(door.listener.as_fd());
         }
         wait_readable(&fds).map_err(listening)?;
         while pending.len() < MAX_PENDING {
             // Any error but "none waiting" (a connection that died in the queue, no descriptors left) passes; the
             // loop's deadline stands.
-            let Ok(stream) = listener.accept(tls) else { break };
+            let Ok(stream) = door.listener.accept(door.tls.as_ref()) else { break };
             if stream.set_nonblocking(true).is_ok() {
-                let deadline = Instant::now() + timeouts.hello;
+                let deadline = Instant::now() + door.timeouts.hello;
                 pending.push(Pending { stream, buf: [0; HELLO_BYTES], got: 0, deadline, refused: false });
             }
         }
@@ -182,7 +188,7 @@ pub(super) fn collect(
             match one.step() {
                 Step::Wait => still.push(one),
                 Step::Drop => {}
-                Step::Complete => admit(one, session, memory_bytes, &mut taken, cancel, timeouts),
+                Step::Complete => admit(one, door, &mut taken),
             }
         }
         pending = still;
@@ -190,18 +196,13 @@ pub(super) fn collect(
     Ok(taken.into_iter().flatten().collect())
 }
 
-fn admit(
-    one: Pending,
-    session: &SessionId,
-    memory_bytes: u64,
-    taken: &mut [Option<Conn>],
-    cancel: &CancelFlag,
-    timeouts: Timeouts,
-) {
+fn admit(one: Pending, door: &Door, taken: &mut [Option<Conn>]) {
+    let Door { session, memory_bytes, versions, timeouts, cancel, .. } = door;
+    let timeouts = *timeouts;
     if one.stream.set_nonblocking(false).is_err() {
         return;
     }
-    let verdict = judge(&one.buf, session, memory_bytes, taken);
+    let verdict = judge(&one.buf, session, *memory_bytes, versions, taken);
     match verdict {
         Ok((index, version)) => {
             let conn = Conn::new(one.stream, session.key(), index, cancel.clone(), timeouts, Shutdown::Read);

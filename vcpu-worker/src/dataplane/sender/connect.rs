@@ -139,6 +139,7 @@ impl Outgoing {
             version,
             failed: false,
             finished: None,
+            closed_bytes: 0,
         })
     }
 }

@@ -142,6 +142,13 @@ impl TlsStream {
         }
         session.flush(&self.tcp)
     }
+
+    /// Whether bytes are here already that a wait for the socket would not see.
+    pub(crate) fn has_buffered(&self) -> bool {
+        let mut session = self.session.lock();
+        session.start < session.end
+            || session.tls.process_new_packets().is_ok_and(|state| state.plaintext_bytes_to_read() > 0)
+    }
 }
 
 impl AsFd for TlsStream {
