@@ -66,6 +66,35 @@ async fn pair(more: &[&str]) -> Pair {
     Pair { _dir: dir, _leftovers: leftovers, a, b }
 }
 
+fn tcp(host: &Host) -> String {
+    let listening = host.ready["peer_listen"].as_array().expect("addresses").iter();
+    let mut tcp = listening.filter_map(|a| a.as_str()).filter(|a| a.starts_with("tcp:"));
+    tcp.next().expect("a TCP peer listener").to_owned()
+}
+
+/// Shuts every TCP connection of a process down, as if the network had cut them.
+fn cut(process: u32) -> usize {
+    let open = |path: &str| std::fs::read_to_string(path).expect("the kernel's list");
+    let list = open("/proc/net/tcp");
+    let known: Vec<&str> = list.lines().filter_map(|line| line.split_whitespace().nth(9)).collect();
+    let pidfd = rustix::process::pidfd_open(pid(process), rustix::process::PidfdFlags::empty());
+    let pidfd = pidfd.expect("a process of ours");
+    let entries = std::fs::read_dir(format!("/proc/{process}/fd")).expect("a process of ours").flatten();
+    let sockets = entries.filter(|entry| {
+        let name = std::fs::read_link(entry.path()).unwrap_or_default();
+        let name = name.to_string_lossy();
+        name.strip_prefix("socket:[").and_then(|n| n.strip_suffix(']')).is_some_and(|n| known.contains(&n))
+    });
+    let mut cut = 0;
+    for entry in sockets {
+        let number = entry.file_name().to_string_lossy().parse().expect("a number");
+        let flags = rustix::process::PidfdGetfdFlags::empty();
+        let socket = rustix::process::pidfd_getfd(&pidfd, number, flags).expect("its socket");
+        cut += usize::from(rustix::net::shutdown(&socket, rustix::net::Shutdown::Both).is_ok());
+    }
+    cut
+}
+
 fn probe() -> ProbeBoot {
     ProbeBoot { fill_bytes: FILL, working_set_bytes: WORKING_SET, ..ProbeBoot::default() }
 }
@@ -338,6 +367,106 @@ async fn it_never_moves_first_unless_that_is_allowed() {
     assert_eq!((result.mode.as_str(), result.postcopy_pages), ("precopy", 0));
     assert_eq!(b.get("vm").await.observed_state(), State::Paused);
     resume(&b).await;
+    whole(&b).await;
+    b.stop_vm("vm").await;
+}
+
+#[tokio::test]
+async fn a_cut_connection_is_opened_anew_and_the_rest_follows() {
+    let Pair { _dir, _leftovers, a, b } = pair(&["--peer-listen", "tcp:127.0.0.1:0"]).await;
+    busy(&a).await;
+    let source = Identity::of(a.get("vm").await.worker_pid).expect("lives");
+    let (operation, _, mut watch) = begin(&a, MigrationSpec { require_tls: true, ..slow(tcp(&b)) }).await;
+    until_following(&mut watch).await;
+    assert_eq!(cut(source.pid), 1, "the one data connection");
+    let moved: Migration = unpack(&a.finish(operation).await.expect("migrated"));
+    let result = moved.result.expect("a result");
+    assert_eq!((result.mode.as_str(), result.transport.as_str()), ("postcopy", "tcp+tls"));
+    // The one that arrived lives, and so does what it said.
+    let said = std::fs::read_dir(b.dir.join("state/run")).expect("runtime directories").flatten();
+    let said: String =
+        said.filter_map(|entry| std::fs::read_to_string(entry.path().join("log")).ok()).collect();
+    assert!(said.contains("waiting for it to come back"), "{said}");
+    until_gone(&source).await;
+    whole(&b).await;
+    b.stop_vm("vm").await;
+}
+
+#[tokio::test]
+async fn a_source_that_dies_while_memory_follows_ends_the_guest_by_name() {
+    let Pair { _dir, _leftovers, a, b } = pair(&["--handover-timeout", "5000"]).await;
+    busy(&a).await;
+    let source = Identity::of(a.get("vm").await.worker_pid).expect("lives");
+    let (operation, _, mut watch) = begin(&a, slow(b.peer())).await;
+    until_following(&mut watch).await;
+    b.until("vm", "running", is(State::Running)).await;
+    kill_process(pid(source.pid), Signal::KILL).expect("killed");
+    let error = a.finish(operation).await.expect_err("its memory is lost");
+    assert_eq!(reason_of(&error), "POSTCOPY_SOURCE_LOST", "{error:?}");
+    let lost = b.until("vm", "failed", is(State::Failed)).await;
+    assert_eq!(lost.reason, "POSTCOPY_SOURCE_LOST", "{lost:?}");
+    // What was here is not the machine any more; it may be started afresh where it belongs.
+    assert_eq!(a.get("vm").await.observed_state(), State::Moved);
+    let start = StartVirtualMachineRequest { name: name("vm"), request_id: String::new() };
+    let refused = a.vms().await.start_virtual_machine(start).await;
+    expect_error(refused, Code::FailedPrecondition, "ILLEGAL_TRANSITION");
+    b.start_vm("vm").await;
+    whole(&b).await;
+    b.stop_vm("vm").await;
+}
+
+#[tokio::test]
+async fn both_daemons_may_be_replaced_while_memory_follows() {
+    let Pair { _dir, _leftovers, mut a, mut b } = pair(&[]).await;
+    busy(&a).await;
+    let source = Identity::of(a.get("vm").await.worker_pid).expect("lives");
+    let (_operation, migration, mut watch) = begin(&a, slow(b.peer())).await;
+    until_following(&mut watch).await;
+    b.until("vm", "running", is(State::Running)).await;
+    let there = workers(&b.dir);
+    assert_eq!(there.len(), 1);
+    // Nothing can end meanwhile.
+    kill_process(pid(there[0].pid), Signal::STOP).expect("stopped");
+    a.kill().await;
+    a.restart().await;
+    assert!(lives(&source), "the one that has the pages was ended");
+    kill_process(pid(there[0].pid), Signal::CONT).expect("goes on");
+    b.kill().await;
+    b.restart().await;
+    let begin = Instant::now();
+    let ended = loop {
+        let request = GetMigrationRequest { name: migration.clone() };
+        let now = a.migrations().await.get_migration(request).await.expect("kept").into_inner();
+        if now.end_time.is_some() {
+            break now;
+        }
+        assert!(begin.elapsed() < DEADLINE, "it does not end: {now:?}");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    };
+    assert_eq!(ended.state(), migration::State::Succeeded, "{ended:?}");
+    until_gone(&source).await;
+    a.until("vm", "moved", is(State::Moved)).await;
+    assert_eq!(b.get("vm").await.worker_pid, there[0].pid);
+    whole(&b).await;
+    b.stop_vm("vm").await;
+}
+
+#[tokio::test]
+async fn a_machine_that_is_stopped_while_its_memory_follows_lets_its_source_go() {
+    let Pair { _dir, _leftovers, a, b } = pair(&[]).await;
+    busy(&a).await;
+    let source = Identity::of(a.get("vm").await.worker_pid).expect("lives");
+    let (operation, _, mut watch) = begin(&a, slow(b.peer())).await;
+    until_following(&mut watch).await;
+    b.until("vm", "running", is(State::Running)).await;
+    pause(&b).await;
+    let stopped = b.stop_vm("vm").await;
+    assert_eq!(stopped.observed_state(), State::Stopped, "{stopped:?}");
+    let error = a.finish(operation).await.expect_err("not all of it went over");
+    assert_eq!(reason_of(&error), "POSTCOPY_DESTINATION_LOST", "{error:?}");
+    until_gone(&source).await;
+    assert_eq!(a.get("vm").await.observed_state(), State::Moved);
+    b.start_vm("vm").await;
     whole(&b).await;
     b.stop_vm("vm").await;
 }

@@ -8,11 +8,12 @@ mod dataplane_support;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dataplane_support::*;
 use vcpu_worker::bitmap::PageBitmap;
 use vcpu_worker::dataplane::frame::{Frame, FrameKey, Header, HelloAck, Kind, Receipt, RoundCounts};
+use vcpu_worker::dataplane::postcopy::{Left, Until};
 use vcpu_worker::dataplane::{CancelFlag, Compression, ConnectOptions, DataAddress, Outgoing};
 use vcpu_worker::memory::{GuestMemory, PAGE_SIZE};
 
@@ -23,7 +24,8 @@ fn path(version: u16) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/data/dataplane_v{version}.stream"))
 }
 
-/// Three pages, one of them zeroed in the second round; with version 2 a fourth that shrinks.
+/// Three pages, one of them zeroed in the second round; from version 2 on a fourth that shrinks, from 3 on two more, which
+/// follow after the state with a third one that is zero.
 fn source(version: u16) -> GuestMemory {
     let memory = GuestMemory::new("source", MEMORY).expect("memory");
     for page in [1, 2, 40] {
@@ -31,6 +33,11 @@ fn source(version: u16) -> GuestMemory {
     }
     if version > 1 {
         memory.write_at(3 * PAGE_SIZE, &[b'a'; PAGE_SIZE as usize]).expect("inside memory");
+    }
+    if version > 2 {
+        for (page, byte) in [(5, b'f'), (6, b'g')] {
+            memory.write_at(page * PAGE_SIZE, &[byte; PAGE_SIZE as usize]).expect("inside memory");
+        }
     }
     memory
 }
@@ -66,14 +73,23 @@ fn written_now(version: u16) -> Vec<u8> {
                         let digest = <sha2::Sha256 as sha2::Digest>::digest(STATE).into();
                         (Kind::Receipt, Receipt { counts, digest }.encode())
                     }
+                    // The last of those that follow.
+                    Kind::Zero if frame.header.round == 3 => (Kind::Drained, Vec::new()),
+                    Kind::Drained => return all,
                     _ => continue,
                 };
-                let header = Header::new(kind, key, frame.header.round, answers, 0);
-                answers += 1;
-                let last = kind == Kind::Receipt;
-                stream.write_all(&Frame { header, meta, data: Vec::new() }.to_bytes()).expect("answer");
-                if last {
+                let receipt = kind == Kind::Receipt;
+                let mut answer = |kind, meta| {
+                    let header = Header::new(kind, key, frame.header.round, answers, 0);
+                    answers += 1;
+                    stream.write_all(&Frame { header, meta, data: Vec::new() }.to_bytes()).expect("answer");
+                };
+                answer(kind, meta);
+                if receipt && version < 3 {
                     return all;
+                }
+                if receipt {
+                    answer(Kind::Applied, Vec::new());
                 }
             }
         }
@@ -83,7 +99,13 @@ fn written_now(version: u16) -> Vec<u8> {
     let options = ConnectOptions { versions: version..=version, compression, ..options(1) };
     let mut out =
         Outgoing::open(&address, &session(), memory.clone(), CancelFlag::new(), options).expect("connect");
-    out.send_round(1, &PageBitmap::full(memory.pages()), true).expect("round 1");
+    let mut later = PageBitmap::new(memory.pages());
+    if version > 2 {
+        later.set_range(5, 3);
+    }
+    let mut first = PageBitmap::full(memory.pages());
+    first.subtract(&later);
+    out.send_round(1, &first, true).expect("round 1");
     memory.write_at(2 * PAGE_SIZE, &[0; PAGE_SIZE as usize]).expect("inside memory");
     memory.write_at(40 * PAGE_SIZE, b"changed").expect("inside memory");
     let mut dirty = PageBitmap::new(memory.pages());
@@ -91,6 +113,12 @@ fn written_now(version: u16) -> Vec<u8> {
     dirty.set(40);
     out.send_round(2, &dirty, false).expect("round 2");
     out.finish(STATE).expect("finish");
+    if version > 2 {
+        let mut left = Left::new(later);
+        let until = Until::Applied(Instant::now() + Duration::from_secs(30));
+        out.serve(&mut left, until).expect("applied");
+        out.serve(&mut left, Until::Drained { resumed: false }).expect("drained");
+    }
     catcher.join().expect("no panic")
 }
 
@@ -112,13 +140,32 @@ fn is_read(version: u16) {
     let memory = destination.memory.clone();
     let received = destination.join().expect("received");
     assert_eq!(received.state, STATE);
+    // What follows is read by a test beside what reads it.
+    let followed: usize = after_done(&recorded);
+    assert_eq!(followed > 0, version > 2);
     let pages = if version > 1 { 5 } else { 4 };
     assert_eq!((received.rounds, received.counts.pages, received.counts.zero_pages), (2, pages, 1));
-    assert_eq!(received.bytes, recorded.len() as u64);
+    assert_eq!(received.bytes, (recorded.len() - followed) as u64);
     let expected = source(version);
     expected.write_at(2 * PAGE_SIZE, &[0; PAGE_SIZE as usize]).expect("inside memory");
     expected.write_at(40 * PAGE_SIZE, b"changed").expect("inside memory");
+    for page in 5..8 {
+        expected.write_at(page * PAGE_SIZE, &[0; PAGE_SIZE as usize]).expect("inside memory");
+    }
     assert_same(&expected, &memory);
+}
+
+/// Bytes of a recording that come after the state's totals.
+fn after_done(recorded: &[u8]) -> usize {
+    let mut rest = recorded;
+    while !rest.is_empty() {
+        let (frame, length) = Frame::parse(rest, MEMORY / PAGE_SIZE).expect("a frame");
+        rest = &rest[length..];
+        if frame.header.kind == Kind::Done {
+            return rest.len();
+        }
+    }
+    panic!("a recording without its end")
 }
 
 #[test]
@@ -141,6 +188,19 @@ fn version_2_is_written_as_recorded() {
 #[test]
 fn version_2_is_read() {
     is_read(2);
+}
+
+#[test]
+fn version_3_is_written_as_recorded() {
+    is_written(3);
+    let frames = frames(&std::fs::read(path(3)).expect("the recording"));
+    let done = frames.iter().position(|kind| *kind == Kind::Done).expect("an end");
+    assert_eq!(frames[done + 1..], [Kind::Pages, Kind::Zero, Kind::Drained], "it shows what is new in it");
+}
+
+#[test]
+fn version_3_is_read() {
+    is_read(3);
 }
 
 fn frames(mut stream: &[u8]) -> Vec<Kind> {

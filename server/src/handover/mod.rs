@@ -26,6 +26,7 @@
 //!             StartCopy                   worker.MigrateOut                            Converged or CopyFailed{..}
 //!             FinishCopy{epoch}           worker.FinishMigration (pauses, puts, seals) Sealed{digest} or CopyFailed{..}
 //!             PersistPmu                  store.put_pmu of the images at the stop      PmuPersisted or PmuFailed
+//!             (Source::is_followed)       post-copy: worker.WaitDrained until over     Drained
 //!             SendGo{..}, SendAbort{..},  on the Handover stream; if it is not open,   PeerLost if it cannot be sent
 //!               SendReleased                reopen it first
 //!             AskPeer                     reconnect, Resolve; repeat with back-off     PeerAnswered(..)

@@ -14,6 +14,7 @@
 //!                    <--Receipt--
 //! await_applied()    <--Applied--            Received::acknowledge, after the state was set
 //! ```
+//! Where the state leaves pages for later, the last line is [`postcopy`]'s.
 //!
 //! **Pages of a running guest change under our feet.** In a live round each chunk is first copied to a buffer of the
 //! connection; sum and send both come from that copy, so the sum matches what is sent, and a page torn by the guest

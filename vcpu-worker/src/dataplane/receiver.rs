@@ -9,7 +9,7 @@
 //! Invariants: guest memory is written only by authenticated connections, within checked ranges, and by nobody after
 //! `run` returned; no connection starts a round before all have ended the one before, so that an older copy of a page
 //! never follows a newer one; `Received` exists only if every count and the digest match. After `run`, connection 0
-//! stays open for the answer alone: nothing reads from it any more.
+//! stays open for the answer alone: nothing reads from it any more, unless pages follow (`postcopy`).
 
 mod gate;
 pub(super) mod handshake;

@@ -138,8 +138,15 @@ impl Pager {
                 // Everything came before the connection broke; the source finds out for itself.
                 Err(_) if self.is_complete() => return Ok(()),
                 Err(error) => {
-                    let page = placer.missing().runs().next().map_or(0, |(first, _)| first);
-                    placer.fail(LazyError::Source { page, problem: error.to_string() });
+                    let missing = placer.missing();
+                    let page = missing.runs().next().map_or(0, |(first, _)| first);
+                    let problem = error.to_string();
+                    placer.fail(match error {
+                        DataplaneError::Cancelled => {
+                            LazyError::Abandoned { left: missing.count(), why: problem }
+                        }
+                        _ => LazyError::Source { page, problem },
+                    });
                     return Err(error);
                 }
             }

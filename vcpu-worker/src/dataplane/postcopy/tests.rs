@@ -4,6 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use super::super::frame::{
+    DoneTotals, FLAG_MORE, FLAG_RESUME, Frame, FrameKey, Header, HelloAck, Kind, MAX_WANTED, PageRange,
+    Receipt, RoundCounts, encode_ranges,
+};
 use super::super::{
     CancelFlag, ConnectOptions, DataAddress, DataplaneError, Identity, Incoming, Outgoing, SessionId,
     Timeouts, Tls,
@@ -217,4 +221,176 @@ fn a_source_that_does_not_come_back_is_told_to_the_guest() {
     let end = moved.end.lock().take().expect("the end was told");
     assert_eq!(end.expect_err("not all of it").reason(), "LAZY_MEMORY_SOURCE_FAILED");
     assert_eq!(moved.pager.join().expect("no panic").expect_err("lost").reason(), "DATA_TIMEOUT");
+}
+
+/// Page 5, which the source is to give out later.
+const LATER: PageRange = PageRange { first: 5, pages: 1 };
+
+/// A destination written by hand.
+struct Liar {
+    stream: TcpStream,
+    sequence: u64,
+}
+
+impl Liar {
+    fn send(&mut self, kind: Kind, flags: u8, count: u32, meta: &[u8]) {
+        self.send_in(2, kind, flags, count, meta);
+    }
+
+    fn send_in(&mut self, round: u32, kind: Kind, flags: u8, count: u32, meta: &[u8]) {
+        let key = FrameKey { migration_id: session().migration_id, attempt: session().attempt };
+        let mut header = Header::new(kind, key, round, self.sequence, 0);
+        (header.flags, header.count) = (flags, count);
+        self.sequence += 1;
+        let frame = Frame { header, meta: meta.to_vec(), data: Vec::new() }.to_bytes();
+        self.stream.write_all(&frame).expect("the source listens");
+    }
+
+    /// Takes a migration in as it should be, up to the receipt.
+    fn take_in(&mut self, version: u16) {
+        let (mut all, mut read, mut counts) = (Vec::new(), 0, RoundCounts::default());
+        loop {
+            let mut piece = vec![0; 64 << 10];
+            let n = self.stream.read(&mut piece).expect("bytes");
+            all.extend_from_slice(&piece[..n]);
+            while let Ok((frame, length)) = Frame::parse(&all[read..], BYTES / PAGE_SIZE) {
+                read += length;
+                match frame.header.kind {
+                    Kind::Hello => self.send_in(0, Kind::HelloAck, 0, 0, &HelloAck { version }.encode()),
+                    Kind::RoundEnd => counts = RoundCounts::decode(&frame.meta).expect("counts"),
+                    Kind::Done => {
+                        let digest = DoneTotals::decode(&frame.meta).expect("totals").digest;
+                        return self.send(Kind::Receipt, 0, 0, &Receipt { counts, digest }.encode());
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+fn meta(ranges: &[PageRange]) -> Vec<u8> {
+    let mut meta = Vec::new();
+    encode_ranges(ranges, &mut meta);
+    meta
+}
+
+/// What a destination does instead of waiting is answered with this reason: no page is given out for it, and nothing grows.
+fn lie(reason: &str, version: u16, act: impl FnOnce(&mut Liar) + Send + 'static) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let address = DataAddress::Tcp(listener.local_addr().expect("address"));
+    let liar = std::thread::spawn(move || {
+        let mut liar = Liar { stream: listener.accept().expect("accept").0, sequence: 0 };
+        liar.take_in(version);
+        act(&mut liar);
+        // Until the source hangs up.
+        let _ = std::io::copy(&mut liar.stream, &mut std::io::sink());
+    });
+    let source = GuestMemory::new("source", BYTES).expect("memory");
+    source.write_at(LATER.first * PAGE_SIZE, &content(LATER.first)).expect("inside memory");
+    let timeouts =
+        Timeouts { stall: PATIENT, idle: PATIENT, accept: PATIENT, hello: PATIENT, recover: PATIENT };
+    let options = ConnectOptions { deadline: PATIENT, timeouts, ..ConnectOptions::default() };
+    let mut out =
+        Outgoing::open(&address, &session(), source.clone(), CancelFlag::new(), options).expect("connect");
+    out.send_round(1, &PageBitmap::new(source.pages()), false).expect("round");
+    out.finish(b"state").expect("finish");
+    let mut missing = PageBitmap::new(source.pages());
+    missing.set(LATER.first);
+    let (mut left, sent) = (Left::new(missing), out.bytes());
+    let error = out.serve(&mut left, Until::Applied(Instant::now() + PATIENT)).expect_err(reason);
+    assert_eq!(error.reason(), reason, "{error}");
+    assert!(!is_lost(&error), "a liar is not looked for again: {error}");
+    assert_eq!((left.count(), out.bytes()), (1, sent), "{reason}: nothing was given out");
+    assert!(out.conns.iter().all(|conn| conn.held() < 1 << 20), "{reason}");
+    drop(out);
+    liar.join().expect("no panic");
+}
+
+#[test]
+fn lies_of_a_destination_are_refused_by_type() {
+    let pages = BYTES / PAGE_SIZE;
+    let want = |ranges: &[PageRange]| {
+        let (meta, count) = (meta(ranges), ranges.iter().map(|r| r.pages).sum::<u64>() as u32);
+        move |liar: &mut Liar| liar.send(Kind::Want, 0, count, &meta)
+    };
+    lie("FRAME_RANGE", 3, want(&[PageRange { first: pages, pages: 1 }]));
+    lie("FRAME_RANGE", 3, want(&[PageRange { first: pages - 1, pages: 2 }]));
+    lie("FRAME_RANGE", 3, want(&[PageRange { first: (1 << 44) - 1, pages: 1 }]));
+    lie("FRAME_RANGE", 3, want(&[LATER, LATER]));
+    lie("FRAME_FIELD", 3, want(&[PageRange { first: 0, pages: u64::from(MAX_WANTED) + 1 }]));
+    lie("FRAME_FIELD", 3, want(&[]));
+    lie("FRAME_FIELD", 3, |liar| liar.send(Kind::Want, 0, 1, &meta(&[LATER])[..7]));
+    lie("FRAME_FIELD", 3, |liar| liar.send(Kind::Want, 0, 2, &meta(&[LATER])));
+    lie("FRAME_FIELD", 3, |liar| liar.send(Kind::Want, FLAG_MORE, 1, &meta(&[LATER])));
+    // Nothing was lost that there were a list of.
+    lie("DATA_ORDER", 3, |liar| liar.send(Kind::Want, FLAG_RESUME, 1, &meta(&[LATER])));
+    lie("DATA_ORDER", 3, |liar| liar.send_in(7, Kind::Want, 0, 1, &meta(&[LATER])));
+    lie("DATA_ORDER", 3, |liar| liar.send(Kind::Drained, 0, 0, &[]));
+    lie("DATA_ORDER", 3, |liar| liar.send(Kind::Zero, 0, 1, &meta(&[LATER])));
+    // Versions without it do not get it by asking.
+    lie("DATA_ORDER", 2, |liar| liar.send(Kind::Want, 0, 1, &meta(&[LATER])));
+    lie("DATA_ORDER", 1, |liar| liar.send(Kind::Want, 0, 1, &meta(&[LATER])));
+}
+
+/// An older destination, or one that cannot wait for pages, agrees on an older protocol, which leaves none for later.
+#[test]
+fn older_protocols_leave_nothing_for_later() {
+    for newest in [1, 2] {
+        let source = GuestMemory::new("source", BYTES).expect("memory");
+        let destination = GuestMemory::new("destination", BYTES).expect("memory");
+        let listen = "tcp:127.0.0.1:0".parse().expect("address");
+        let incoming =
+            Incoming::bind(&listen, session(), 1, destination).expect("bind").with_versions(1..=newest);
+        let address = incoming.local_address().expect("address");
+        let receiving = std::thread::spawn(move || incoming.run(CancelFlag::new(), &AtomicU64::new(0)));
+        let mut out =
+            Outgoing::open(&address, &session(), source, CancelFlag::new(), ConnectOptions::default())
+                .expect("connect");
+        assert_eq!(out.version(), newest);
+        out.send_round(1, &PageBitmap::new(BYTES / PAGE_SIZE), false).expect("round");
+        out.finish(b"state").expect("finish");
+        let mut received = receiving.join().expect("no panic").expect("received");
+        assert_eq!(received.take_pages().expect_err("no such thing").reason(), "DATA_ORDER");
+        received.reject("it left pages for later");
+        let error = out.await_applied(PATIENT).expect_err("told why");
+        assert!(error.to_string().contains("it left pages for later"), "{error}");
+    }
+}
+
+/// The second half of the recorded stream of version 3 (see `tests/dataplane_recorded.rs`): pages that followed.
+#[test]
+fn what_version_3_recorded_is_read_to_the_last_page() {
+    if !possible() {
+        return;
+    }
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/dataplane_v3.stream");
+    let recorded = std::fs::read(path).expect("the recording");
+    let session = SessionId { migration_id: *b"0123456789abcdef", attempt: 3, token: [0x5a; 32] };
+    let destination = GuestMemory::new("destination", 2 << 20).expect("memory");
+    let listen = "tcp:127.0.0.1:0".parse().expect("address");
+    let incoming = Incoming::bind(&listen, session, 1, destination.clone()).expect("bind");
+    let DataAddress::Tcp(address) = incoming.local_address().expect("address") else { panic!("TCP") };
+    let mut stream = TcpStream::connect(address).expect("connect");
+    stream.write_all(&recorded).expect("written");
+    let mut received = incoming.run(CancelFlag::new(), &AtomicU64::new(0)).expect("received");
+    let (conn, door, round) = received.take_pages().expect("a connection");
+    let (pager, told) = (Pager::new().expect("a pager"), Arc::new(AtomicUsize::new(0)));
+    let (asked, tells) = (Arc::clone(&pager), Arc::clone(&told));
+    let on_end = Box::new(move |how: Result<LazyStats, LazyError>| {
+        tells.store(how.expect("all of it").placed as usize, Ordering::SeqCst);
+        asked.over(true);
+    });
+    let mut missing = PageBitmap::new(destination.pages());
+    missing.set_range(5, 3);
+    let source: Arc<Pager> = Arc::clone(&pager);
+    let lazy = LazyMemory::begin(&destination, missing, source, None, on_end).expect("lazy memory");
+    pager.applied();
+    pager.run(conn, &door, round, &lazy.placer()).expect("drained");
+    assert_eq!(told.load(Ordering::SeqCst), 3);
+    let mut page = vec![0; PAGE_SIZE as usize];
+    for (number, byte) in [(5, b'f'), (6, b'g'), (7, 0)] {
+        destination.read_at(number * PAGE_SIZE, &mut page).expect("inside memory");
+        assert!(page.iter().all(|found| *found == byte), "page {number}");
+    }
 }
