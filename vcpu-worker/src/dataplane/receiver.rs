@@ -297,7 +297,7 @@ pub(super) fn compare(connection: u16, sent: &RoundCounts, received: &RoundCount
 
 /// Reads on for a moment, to nowhere. Closing a TCP socket with unread bytes resets it, and a reset may overtake the
 /// reason that was just sent.
-fn linger(conns: &[Conn]) {
+pub(super) fn linger(conns: &[Conn]) {
     let mut nowhere = vec![0; 64 << 10];
     let until = Instant::now() + LINGER;
     while Instant::now() < until {

@@ -9,6 +9,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::net::Shutdown;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +24,7 @@ use super::super::frame::{
     ErrorCode, FLAG_MORE, FLAG_RESUME, Header, Kind, MAX_RANGES, MAX_WANTED, PAGE_BYTES, PageRange,
     encode_ranges,
 };
-use super::super::receiver::{Door, handshake};
+use super::super::receiver::{Door, handshake, linger};
 use super::{SLICE, is_lost};
 use crate::lazy::{LazyError, PageSource, Placer};
 
@@ -127,10 +128,12 @@ impl Pager {
             let again = if is_lost(&error) && !door.cancel.is_cancelled() {
                 tracing::warn!(%error, "the source of pages is lost; waiting for it to come back");
                 // Whatever is left of it must not be mistaken for a connection that lives.
-                conn.stream().shutdown(std::net::Shutdown::Both);
+                conn.stream().shutdown(Shutdown::Both);
                 self.reopened(door)
             } else {
                 conn.send_error(&error);
+                conn.stream().shutdown(Shutdown::Read);
+                linger(std::slice::from_ref(&conn));
                 Err(error)
             };
             match again {

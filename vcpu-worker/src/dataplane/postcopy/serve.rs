@@ -10,7 +10,7 @@ use super::super::error::{DataplaneError, Result};
 use super::super::frame::{FLAG_MORE, FLAG_RESUME, HEADER_BYTES, Kind, PAGE_BYTES, PageRange, encode_ranges};
 use super::super::sender::{ConnectOptions, Outgoing, page_bytes};
 use super::super::{CancelFlag, SessionId};
-use super::{CHUNK_PAGES, SLICE};
+use super::{CHUNK_PAGES, SLICE, is_lost};
 use crate::bitmap::PageBitmap;
 use crate::memory::GuestMemory;
 
@@ -94,6 +94,15 @@ impl Outgoing {
     /// # Errors
     /// Any. Which pages have arrived is then known to the destination alone: [`Self::reopen`].
     pub fn serve(&mut self, left: &mut Left, until: Until) -> Result<()> {
+        let result = self.serve_until(left, until);
+        match (result, self.conns.first_mut()) {
+            // A destination that gives up says so, then closes; what it says may lie behind a broken pipe.
+            (Err(error), Some(conn)) if is_lost(&error) => Err(conn.find_refusal(REASON).unwrap_or(error)),
+            (result, _) => result,
+        }
+    }
+
+    fn serve_until(&mut self, left: &mut Left, until: Until) -> Result<()> {
         let (memory, limiter, round) = (self.memory.clone(), &self.limiter, self.round.saturating_add(1));
         let (cancel, idle) = (self.cancel.clone(), self.timeouts.idle);
         let (progress, before) = (Arc::clone(&self.progress), self.closed_bytes);
@@ -193,6 +202,9 @@ impl Outgoing {
         }
     }
 }
+
+/// How long a lost destination's own words are looked for.
+const REASON: Duration = Duration::from_millis(300);
 
 /// Between two attempts to come back.
 const AGAIN: Duration = Duration::from_millis(200);

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::super::frame::{
-    DoneTotals, FLAG_MORE, FLAG_RESUME, Frame, FrameKey, Header, HelloAck, Kind, MAX_WANTED, PageRange,
-    Receipt, RoundCounts, encode_ranges,
+    DoneTotals, ErrorCode, FLAG_MORE, FLAG_RESUME, Frame, FrameKey, Header, HelloAck, Kind, MAX_WANTED,
+    PageRange, Receipt, RoundCounts, encode_ranges,
 };
 use super::super::{
     CancelFlag, ConnectOptions, DataAddress, DataplaneError, Identity, Incoming, Outgoing, SessionId,
@@ -393,4 +393,18 @@ fn what_version_3_recorded_is_read_to_the_last_page() {
         destination.read_at(number * PAGE_SIZE, &mut page).expect("inside memory");
         assert!(page.iter().all(|found| *found == byte), "page {number}");
     }
+}
+
+#[test]
+fn a_guest_that_is_given_up_is_told_to_its_source_at_once() {
+    if !possible() {
+        return;
+    }
+    // Slow, so that the source is in the middle of it.
+    let Moved { mut out, mut left, lazy, pager, .. } = moved(false, 1 << 20, PATIENT, |address| address);
+    let serving = std::thread::spawn(move || out.serve(&mut left, Until::Drained { resumed: false }));
+    lazy.abandon("it is not wanted any more");
+    let error = serving.join().expect("no panic").expect_err("told");
+    assert!(matches!(error, DataplaneError::Refused { code: ErrorCode::Cancelled, .. }), "{error}");
+    assert_eq!(pager.join().expect("no panic").expect_err("given up").reason(), "DATA_CANCELLED");
 }
