@@ -6,9 +6,11 @@
 //! | journal | live worker | before recovery | after recovery |
 //! |---|---|---|---|
 //! | Owned, Entered | any | attached; one that refuses stays, its machine is Failed | the actor adopts it, or seals it and says why not |
-//! | Open, Quiesced | whole | Owned(e+1) is journalled: Resolve (a) | adopted under a grant of e+1 |
-//! | HandedOver | any but one that runs | attached; its copy is kept | sealed again, Go sent again, until released or given back |
-//! | Committing, Incoming, Ready | any | ended | as in thread isolation |
+//! | Open | whole | Owned(e+1) is journalled | adopted under a grant of e+1 |
+//! | Quiesced | whole | attached; its copy is kept | the destination is asked; Owned(e+1), unless a later owner exists there |
+//! | Committing, HandedOver | any but one that runs | attached; its copy is kept | sealed again, Go sent again, until released or given back |
+//! | Incoming, Ready | complete | attached; its copy is kept | stays ready, and the source is asked |
+//! | Incoming, Ready | with a right to run | sealed, Uncertain | – |
 //! | Deleted, Released and all else, none | any | ended | – |
 //!
 //! Invariant: when recovery begins, each machine has at most one live worker and it has this daemon's term.
@@ -109,13 +111,17 @@ async fn sort_out(
     }
     if let Some(process) = current {
         let pid = process.pid();
-        if held.phase() == Phase::HandedOver {
+        let phase = held.phase();
+        if matches!(phase, Phase::HandedOver | Phase::Committing | Phase::Incoming | Phase::Ready) {
             if let Some(copy) = keep_copy(daemon, uid, process).await {
                 copies.insert(uid.to_owned(), copy);
             }
             return Ok(None);
         }
-        let survivor = settle(daemon, uid, process).await;
+        let survivor = settle(daemon, uid, process, copies).await;
+        if copies.contains_key(uid) {
+            return Ok(None);
+        }
         if survivor.is_none() {
             tracing::info!(%uid, pid, "the worker of a machine that is not here any more was ended");
         }
@@ -174,27 +180,34 @@ async fn close_renewals(daemon: &Arc<Daemon>, survivors: &[(String, Survivor)]) 
     Ok(())
 }
 
-/// Workers whose machines were handed over and not released: each holds what may become the last copy again.
+/// Workers in a migration that another host may decide: each holds what may become the last copy.
 pub type Copies = BTreeMap<String, WorkerLink>;
 
-/// The rows "HandedOver": one that runs is ended, every other keeps its copy.
+/// The rows "HandedOver": one that runs is ended, every other keeps its copy. The rows "Incoming" and "Ready": a complete
+/// copy was perhaps promised, an incomplete one is of no use.
 async fn keep_copy(daemon: &Arc<Daemon>, uid: &str, process: WorkerProcess) -> Option<WorkerLink> {
     let held = daemon.store.ownership(uid).unwrap_or_default();
     let pid = process.pid();
     let (worker, status) = match attach(daemon, &held, process).await {
         Ok(attached) => attached,
         Err(error) => {
-            tracing::error!(%uid, pid, %error, "a worker with a copy that was handed over cannot be attached; the copy is not used");
+            tracing::error!(%uid, pid, %error, "a worker with a copy that moves cannot be attached; the copy is not used");
             return None;
         }
     };
+    let arriving = matches!(held.phase(), Phase::Incoming | Phase::Ready);
     match status.state() {
+        worker_status::State::Ready if arriving && status.granted_epoch == 0 => Some(worker),
+        _ if arriving && status.granted_epoch > 0 => {
+            seal_uncertain(daemon, held, &worker, &status).await;
+            None
+        }
         worker_status::State::Running => {
             tracing::error!(%uid, pid, "CRITICAL: a machine that was handed over runs here; it is ended");
             worker.end().await;
             None
         }
-        worker_status::State::Paused | worker_status::State::Sealed => Some(worker),
+        worker_status::State::Paused | worker_status::State::Sealed if !arriving => Some(worker),
         state => {
             tracing::warn!(%uid, pid, state = state.as_str_name(), "a worker holds no copy any more; it is ended");
             worker.end().await;
@@ -203,8 +216,32 @@ async fn keep_copy(daemon: &Arc<Daemon>, uid: &str, process: WorkerProcess) -> O
     }
 }
 
-/// None if it was ended and nobody needs to know.
-async fn settle(daemon: &Arc<Daemon>, uid: &str, process: WorkerProcess) -> Option<Survivor> {
+/// It was granted what the journal does not know: records were lost, and its copy may be the newest there is.
+async fn seal_uncertain(
+    daemon: &Arc<Daemon>,
+    held: OwnershipRecord,
+    worker: &WorkerLink,
+    status: &WorkerStatus,
+) {
+    let (uid, epoch) = (held.vm_uid.clone(), status.granted_epoch.max(held.epoch));
+    tracing::error!(%uid, pid = worker.pid(), epoch, "CRITICAL: a worker that only receives has been granted; it is sealed");
+    if let Err(error) = worker.seal("", epoch).await {
+        tracing::error!(%uid, %error, "and it does not answer");
+    }
+    worker.keep();
+    let record = OwnershipRecord { phase: Phase::Uncertain as i32, epoch, ..held };
+    if let Err(error) = daemon.store.append_ownership(record).await {
+        tracing::error!(%uid, %error, "that a machine is uncertain cannot be journalled");
+    }
+}
+
+/// None if it was ended and nobody needs to know, or if it is among the copies.
+async fn settle(
+    daemon: &Arc<Daemon>,
+    uid: &str,
+    process: WorkerProcess,
+    copies: &mut Copies,
+) -> Option<Survivor> {
     let held = daemon.store.ownership(uid).unwrap_or_default();
     let wanted = matches!(held.phase(), Phase::Owned | Phase::Entered | Phase::Open | Phase::Quiesced);
     if !wanted {
@@ -224,6 +261,12 @@ async fn settle(daemon: &Arc<Daemon>, uid: &str, process: WorkerProcess) -> Opti
             return Some(Survivor::Refused(error));
         }
     };
+    let whole = [worker_status::State::Running, worker_status::State::Paused, worker_status::State::Sealed];
+    if held.phase() == Phase::Quiesced && !is_renewal(daemon, &held) && whole.contains(&status.state()) {
+        // Nothing was committed; but a destination that was forced to own it meanwhile is obeyed.
+        copies.insert(uid.to_owned(), worker);
+        return None;
+    }
     if matches!(held.phase(), Phase::Open | Phase::Quiesced)
         && let Err(error) = abort(daemon, held, &worker, &status).await
     {
@@ -249,7 +292,7 @@ async fn attach(
     let grant = |cores: Vec<u32>| -> Grant { daemon.capacity.adopt(&owner, &spec, cores) };
     // Unreachable is not dead: such a worker stays until its machine is started, stopped or deleted. But recovery may
     // give a machine in an open migration away, and a worker of a former incarnation was on its way out.
-    let open = matches!(held.phase(), Phase::Open | Phase::Quiesced);
+    let open = matches!(held.phase(), Phase::Open | Phase::Quiesced | Phase::Incoming | Phase::Ready);
     let dispensable = |error: &ApiError| open || error.reason() == "OTHER_INCARNATION";
     WorkerLink::adopt(&daemon.workers, process, &held.vm_uid, held.incarnation, grant, dispensable).await
 }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`source`] | the host that has the machine, also after a restart in the middle |
 //! | [`destination`] | the host that gets it, also after a restart in the middle |
+//! | [`answer`] | what a host without a living machine answers to Resolve, from the record that holds |
 //! | [`recovery`] | what to do at start, from the journal's record and the worker's condition: a total function |
 //! | [`phase`] | which ownership record may follow which: the guard before the journal |
 //! | [`step`] | names of the points at which a process can be held or killed, for tests |
@@ -52,6 +53,8 @@
 //! [`destination::Destination::recovered`] give a machine in the middle with its first effects.
 
 // A table reads best with one row a case, also where rows agree.
+#[allow(clippy::match_same_arms)]
+pub mod answer;
 #[allow(clippy::match_same_arms)]
 pub mod destination;
 #[allow(clippy::match_same_arms)]
@@ -167,30 +170,4 @@ pub enum PeerAnswer {
     Unknown,
     /// It did not answer before the deadline.
     Unreachable,
-}
-
-impl PeerAnswer {
-    /// What this host answers about a migration of which it has no living machine, from the record that holds. With a
-    /// living one, ask [`source::Source::answer`] or [`destination::Destination::answer`].
-    pub fn from_record(record: Option<&OwnershipRecord>, migration_id: &str) -> Self {
-        let Some(record) = record else { return Self::Unknown };
-        if record.migration_id != migration_id {
-            return if record.migration_id.is_empty() {
-                Self::Unknown
-            } else {
-                Self::Superseded(record.epoch)
-            };
-        }
-        match record.phase() {
-            Phase::HandedOver | Phase::Released | Phase::Entered => Self::Committed(digest(&record.digest)),
-            Phase::Owned => Self::Owned,
-            Phase::Aborted => Self::Aborted,
-            Phase::Returned => Self::Returned,
-            Phase::Superseded => Self::Superseded(record.epoch),
-            Phase::Uncertain | Phase::Unspecified | Phase::Deleted => Self::Unknown,
-            Phase::Open | Phase::Quiesced | Phase::Committing | Phase::Incoming | Phase::Ready => {
-                Self::Undecided
-            }
-        }
-    }
 }

@@ -58,6 +58,7 @@ pub(super) async fn ask(handover: &Handover, peering: &Peering) -> PeerAnswer {
         vm_uid: handover.vm_uid.clone(),
         host_id: handover.host.clone(),
         store_id: handover.peer_store.clone(),
+        epoch: handover.epoch,
     };
     match peer.resolve(request).await {
         Ok(answer) => decode(&answer),

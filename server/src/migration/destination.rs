@@ -165,8 +165,9 @@ pub(super) struct Incoming {
     pub(super) handle: VmHandle,
     pub(super) record: VmRecord,
     pub(super) id: uuid::Uuid,
-    request: PrepareRequest,
-    way: Way,
+    /// What was asked; of no use once it is built.
+    pub(super) request: PrepareRequest,
+    pub(super) way: Way,
     /// The record that holds.
     pub(super) ownership: OwnershipRecord,
     pub(super) worker: Option<WorkerLink>,

@@ -94,6 +94,25 @@ impl Work {
     }
 }
 
+impl Work {
+    /// Of an arrival that goes on after a restart of the daemon.
+    pub(super) fn resumed(
+        machine: Machine,
+        voice: Voice,
+        ready: Ready,
+        streams: mpsc::Receiver<Conversation>,
+    ) -> Self {
+        let (unheard, _) = oneshot::channel();
+        Self {
+            events: VecDeque::new(),
+            prepared: None,
+            streams: Some(streams),
+            ready: Some(ready),
+            ..Self::new(machine, voice, unheard)
+        }
+    }
+}
+
 /// Returns once a worker's process has ended.
 async fn died(worker: Option<&WorkerLink>) {
     match worker {
@@ -123,7 +142,13 @@ impl Incoming {
         }
         // If it is not over, the journal says where it stands and the next daemon asks the source.
         if let Some(worker) = self.worker.take().filter(|_| !self.work.adopted) {
-            worker.end().await;
+            let upgrading = self.daemon.upgrading.load(std::sync::atomic::Ordering::SeqCst);
+            if self.work.left && worker.outlives_daemon(upgrading) {
+                // Its copy may have been promised.
+                worker.keep();
+            } else {
+                worker.end().await;
+            }
         }
         self.remove_data_socket();
         self.daemon.migrations.incoming().remove(&self.id);

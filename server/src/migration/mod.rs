@@ -26,6 +26,7 @@ mod record;
 pub mod recover;
 pub mod renew;
 pub mod resolve;
+mod resume;
 mod settle;
 mod source;
 pub mod source_begin;

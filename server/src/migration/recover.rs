@@ -5,9 +5,9 @@
 //! |---|---|
 //! | Owned, Entered | stopped, HOST_RESTARTED, if it ran |
 //! | Open | aborted: Owned(e+1), stopped |
-//! | Quiesced | asks the destination: a ready copy is committed late; one that is surely not there is LOST; else in doubt |
+//! | Quiesced | asks the destination: a ready copy is committed late; one that is surely not there is LOST; else in doubt. With its worker alive it stays here: Owned(e+1) |
 //! | HandedOver | tombstone; asks the destination until it has entered or returned |
-//! | Incoming, Ready | asks the source: Returned if it had committed, Aborted if it keeps it |
+//! | Incoming, Ready | asks the source: Returned if it had committed, Aborted if it keeps it. With a complete worker alive it stays ready, and enters if the source has committed |
 //! | Deleted | the rest of it is removed |
 //! | Uncertain, none | failed, OWNERSHIP_UNCERTAIN: neither started nor removed by itself |
 
@@ -21,6 +21,7 @@ use vpmu_proto::api::virtual_machine::State;
 use vpmu_proto::store::ownership_record::Phase;
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
 
+use super::resume::Resumed;
 use super::settle;
 use crate::adopt::{Copies, Survivor};
 use crate::daemon::Daemon;
@@ -34,10 +35,11 @@ use crate::worker_link::WorkerLink;
 /// How long the start waits for an abort to be durable; it goes on behind the start then.
 const ABORT: Duration = Duration::from_secs(10);
 
+const NOT_COMMITTED: &str = "vpmud was restarted before the migration was committed; the machine stayed here";
 const RESTARTED: &str = "vpmud was restarted and the machine did not outlive it; start it again";
 
 /// Brings every known machine back as what it is.
-/// `copies`: workers that outlived the last daemon with a copy that was handed over.
+/// `copies`: workers that outlived the last daemon with a copy that moves.
 pub async fn recover(daemon: &Arc<Daemon>, mut copies: Copies) -> Result<(), ApiError> {
     super::destination::remove_data_sockets(daemon);
     let mut records: std::collections::BTreeMap<String, VmRecord> = daemon
@@ -50,7 +52,7 @@ pub async fn recover(daemon: &Arc<Daemon>, mut copies: Copies) -> Result<(), Api
     for held in daemon.store.ownerships() {
         let record = records.remove(&held.vm_uid);
         let uid = held.vm_uid.clone();
-        match recover_one(daemon, held, record).await {
+        match recover_one(daemon, held, record, &mut copies).await {
             Ok(later) => open.extend(later),
             Err(error) => tracing::error!(%uid, %error, "a machine could not be brought back"),
         }
@@ -75,6 +77,7 @@ pub async fn recover(daemon: &Arc<Daemon>, mut copies: Copies) -> Result<(), Api
             Later::Destination(held, over) => {
                 daemon.tasks.spawn(settle_destination(Arc::clone(daemon), held, over))
             }
+            Later::Arrival(arrival, over) => daemon.tasks.spawn(go_on(Arc::clone(daemon), arrival, over)),
         };
     }
     for (uid, copy) in copies {
@@ -89,13 +92,30 @@ pub async fn recover(daemon: &Arc<Daemon>, mut copies: Copies) -> Result<(), Api
 enum Later {
     Source(OwnershipRecord),
     Destination(OwnershipRecord, CancellationToken),
+    Arrival(Box<Resumed>, CancellationToken),
 }
 
 async fn recover_one(
     daemon: &Arc<Daemon>,
     held: OwnershipRecord,
     record: Option<VmRecord>,
+    copies: &mut Copies,
 ) -> Result<Option<Later>, ApiError> {
+    if matches!(held.phase(), Phase::Incoming | Phase::Ready)
+        && let Some(worker) = copies.remove(&held.vm_uid)
+    {
+        match Resumed::new(daemon, record.clone(), held.clone(), &worker).await {
+            Ok(arrival) => {
+                let over = CancellationToken::new();
+                daemon.migrations.settling().insert(held.vm_uid.clone(), over.clone());
+                return Ok(Some(Later::Arrival(Box::new(arrival), over)));
+            }
+            Err(error) => {
+                tracing::error!(uid = %held.vm_uid, %error, "a copy that outlived the last vpmud cannot be used");
+                worker.end().await;
+            }
+        }
+    }
     let stored = record
         .as_ref()
         .and_then(|r| r.vm.as_ref())
@@ -234,11 +254,7 @@ async fn end_migrations(daemon: &Arc<Daemon>) -> Result<(), ApiError> {
             migration.set_state(MigrationState::Succeeded);
             migration.end_time = Some(crate::ops::now());
         } else {
-            fail(
-                migration,
-                "HOST_RESTARTED",
-                "vpmud was restarted before the migration was committed; the machine stayed here",
-            );
+            fail(migration, "HOST_RESTARTED", NOT_COMMITTED);
         }
         daemon.store.put_migration(&record).await?;
     }
@@ -263,8 +279,16 @@ async fn settle_source(
     let (uid, committed) = (held.vm_uid.clone(), held.phase() == Phase::HandedOver);
     let Some(settled_as) = settle::source(Arc::clone(&daemon), held, copy).await else { return };
     let settle::Settled { outcome: decided, held, worker: copy, unserved } = settled_as;
+    if decided == Decided::Uncertain
+        && let Some(copy) = &copy
+    {
+        // Sealed, and perhaps the newest there is.
+        copy.keep();
+    }
     let shown = match unseen {
-        None if copy.is_some() => taken_back(&daemon, &held, copy).await,
+        None if copy.is_some() && matches!(decided, Decided::Returned | Decided::Aborted(_)) => {
+            taken_back(&daemon, &held, copy, decided).await
+        }
         Some(record) => {
             let stored = record.vm.as_ref().map_or(State::Unspecified, VirtualMachine::observed_state);
             own(&daemon, record, held, stored)
@@ -299,20 +323,22 @@ fn why(decided: Decided, committed: bool) -> Option<ApiError> {
     })
 }
 
-/// The destination gave it back and the copy here was kept: it goes on.
+/// It was not committed, or the destination gave it back, and the copy here was kept: it goes on.
 async fn taken_back(
     daemon: &Arc<Daemon>,
     held: &OwnershipRecord,
     copy: Option<WorkerLink>,
+    decided: Decided,
 ) -> Result<(), ApiError> {
     let Some(worker) = copy else { return Ok(()) };
     if let Some(mut record) = daemon.store.get_migration(&held.vm_uid, &held.migration_id) {
         if let Some(migration) = record.migration.as_mut() {
-            fail(
-                migration,
-                "RETURNED",
-                "the destination could not start the machine and gave it back; it goes on here",
-            );
+            let (reason, message) = if decided == Decided::Returned {
+                ("RETURNED", "the destination could not start the machine and gave it back; it goes on here")
+            } else {
+                ("HOST_RESTARTED", NOT_COMMITTED)
+            };
+            fail(migration, reason, message);
         }
         daemon.store.put_migration(&record).await?;
     }
@@ -368,6 +394,14 @@ async fn end_migration(
         }
     }
     Ok(daemon.store.put_migration(&record).await?)
+}
+
+/// A destination whose copy outlived its daemon.
+async fn go_on(daemon: Arc<Daemon>, arrival: Box<Resumed>, over: CancellationToken) {
+    let uid = arrival.uid();
+    arrival.run().await;
+    daemon.migrations.settling().remove(&uid);
+    over.cancel();
 }
 
 /// A destination that lost a copy with its daemon: it may have promised Ready, so that only the source knows.

@@ -9,6 +9,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use vpmu_proto::store::OwnershipRecord;
 use vpmu_proto::store::ownership_record::Phase;
+use vpmu_server::handover::answer::{Asked, Ended, Seat};
 use vpmu_server::handover::destination::{self as d, Destination};
 use vpmu_server::handover::phase::may_follow;
 use vpmu_server::handover::recovery::{self, Records, Worker};
@@ -133,6 +134,11 @@ impl Action {
             A::SyncFails(_) | A::Crash(..) | A::Kill(_) | A::Cut | A::Cancel | A::TimeOut | A::LeaseExpires
         )
     }
+}
+
+/// What a host without a living machine answers.
+fn from_record(held: Option<&OwnershipRecord>, seat: Seat) -> PeerAnswer {
+    PeerAnswer::from_record(held, &Asked { migration_id: MIGRATION, epoch: EPOCH, seat })
 }
 
 fn digest_of(version: u8) -> Digest {
@@ -449,17 +455,15 @@ impl Sim {
                 let answer = match (&self.dd.up, &self.dd.machine) {
                     (false, _) => PeerAnswer::Unreachable,
                     (true, Some(machine)) => machine.answer(),
-                    (true, None) => PeerAnswer::from_record(self.dd.durable.as_ref(), MIGRATION),
+                    (true, None) => from_record(self.dd.durable.as_ref(), Seat::Destination),
                 };
-                // At the destination, owning it after this migration is having entered it.
-                let answer = if answer == PeerAnswer::Owned { PeerAnswer::Committed(None) } else { answer };
                 self.src(s::Event::PeerAnswered(answer));
             }
             (Dst, Task::Ask) => {
                 let answer = match (&self.sd.up, &self.sd.machine) {
                     (false, _) => PeerAnswer::Unreachable,
                     (true, Some(machine)) => machine.answer(),
-                    (true, None) => PeerAnswer::from_record(self.sd.durable.as_ref(), MIGRATION),
+                    (true, None) => from_record(self.sd.durable.as_ref(), Seat::Source(Ended::Open)),
                 };
                 self.dst(d::Event::SourceAnswered(answer));
             }

@@ -295,7 +295,9 @@ impl Cell {
                 }
             }
             (_, false, true, false) if entered => DST,
-            (_, false, true, false) if committed || perhaps || decides => EITHER,
+            // A complete copy outlives its daemon, and goes on being one.
+            (_, false, true, false) if committed => DST,
+            (_, false, true, false) if perhaps || decides => EITHER,
             (_, false, _, false) => SRC,
         }
     }

@@ -260,15 +260,15 @@ impl Actor {
         granted.map(drop)
     }
 
-    /// The ownership record as plain Owned at its epoch.
+    /// The ownership record as plain Owned at its epoch. It goes on to name the migration that the machine came with,
+    /// whose source may not have heard of that yet.
     pub(super) fn owned(&self) -> OwnershipRecord {
         OwnershipRecord {
-            vm_uid: self.vm.uid.clone(),
-            epoch: self.ownership.epoch,
             owner_host: self.daemon.host.host_id.clone(),
-            incarnation: self.ownership.incarnation,
             phase: Phase::Owned as i32,
-            ..OwnershipRecord::default()
+            digest: Vec::new(),
+            lsn: 0,
+            ..self.ownership.clone()
         }
     }
 
