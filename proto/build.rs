@@ -20,6 +20,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .build_client(true)
         .build_server(true)
+        .boxed(".vpmu.store.v1.OwnershipRecord.forced")
         .compile_well_known_types(false)
         .compile_fds(descriptors)?;
     Ok(())

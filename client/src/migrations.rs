@@ -7,7 +7,8 @@ use std::time::Duration;
 use tonic::Streaming;
 use vpmu_proto::api::{
     CancelMigrationRequest, CheckMigrationRequest, CheckMigrationResponse, CreateMigrationRequest,
-    GetMigrationRequest, ListMigrationsRequest, Migration, MigrationSpec, WatchMigrationRequest, migration,
+    ForceOwnerRequest, GetMigrationRequest, ListMigrationsRequest, Migration, MigrationSpec, VirtualMachine,
+    WatchMigrationRequest, force_owner_request, migration,
 };
 use vpmu_proto::longrunning::Operation;
 
@@ -68,6 +69,22 @@ impl Client {
     pub async fn cancel_migration(&self, name: &str) -> Result<(), ClientError> {
         let request = self.request(CancelMigrationRequest { name: name.to_owned() });
         self.call("CancelMigration", self.raw_migrations().cancel_migration(request)).await
+    }
+
+    /// Makes the host the owner of a machine that another host may own, against evidence. The same request again
+    /// changes nothing.
+    pub async fn force_owner(
+        &self,
+        vm: &str,
+        evidence: force_owner_request::Evidence,
+        reason: &str,
+    ) -> Result<VirtualMachine, ClientError> {
+        let request = self.request(ForceOwnerRequest {
+            name: names::vm(vm),
+            evidence: Some(evidence),
+            reason: reason.to_owned(),
+        });
+        self.call("ForceOwner", self.raw_migrations().force_owner(request)).await
     }
 
     /// The migration that an operation of [`Client::create_migration`] is about: its metadata.

@@ -34,6 +34,14 @@ enum Command {
     /// Looks at this host.
     #[command(subcommand)]
     Host(HostCommand),
+    /// Works on the state directory of a vpmud that is stopped.
+    #[command(subcommand)]
+    Store(StoreCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum StoreCommand {
+    Fence(crate::fence::FenceArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -174,6 +182,7 @@ pub fn main() -> ExitCode {
             }
         },
         Command::Host(HostCommand::Check(args)) => crate::host_check::main(&args),
+        Command::Store(StoreCommand::Fence(args)) => crate::fence::main(&args),
     }
 }
 

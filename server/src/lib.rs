@@ -15,6 +15,7 @@ pub mod config;
 pub mod daemon;
 pub mod demo;
 pub mod duplex;
+pub mod fence;
 pub mod handover;
 pub mod host_check;
 pub mod housekeeping;

@@ -216,7 +216,6 @@ async fn serve(
     let (survivors, copies) = crate::adopt::before_recovery(&daemon).await.map_err(ServeError::Recovery)?;
     crate::migration::recover::recover(&daemon, copies).await.map_err(ServeError::Recovery)?;
     crate::adopt::after_recovery(&daemon, survivors).await;
-    daemon.recovered.cancel();
 
     daemon.tasks.spawn(crate::housekeeping::keep(Arc::clone(&daemon), host.own_cores));
 
@@ -233,6 +232,8 @@ async fn serve(
         let incoming = socket.incoming(tls, daemon.shutdown.clone());
         servers.spawn(async move { router.serve_with_incoming_shutdown(incoming, ending).await });
     }
+    // Other hosts are asked once this one answers them.
+    crate::migration::later::at_start(&daemon);
     let (switch, mut image) = tokio::sync::mpsc::channel(1);
     crate::upgrade::serve(&daemon, switch).await;
     match say_ready(&daemon, &listen, &peer_listen) {

@@ -83,6 +83,22 @@ pub struct WorkerProcess {
 }
 
 impl Processes {
+    /// Those of a vpmud that does not run: to look at what it left, not to start any.
+    pub fn of_stopped(run_dir: PathBuf) -> Self {
+        Self {
+            run_dir,
+            cores: Vec::new(),
+            model_pmu: String::new(),
+            pmu_mode: "model",
+            enabled: false,
+            stop_vms: false,
+            seccomp: vcpu_worker::sandbox::Mode::Enforce,
+            violate: None,
+            cgroups: Arc::default(),
+            image: Mutex::default(),
+        }
+    }
+
     /// Sets the binary of new workers: an upgrade is under way.
     pub fn set_image(&self, image: Option<PathBuf>) {
         *self.image.lock().unwrap_or_else(PoisonError::into_inner) = image;

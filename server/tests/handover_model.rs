@@ -41,6 +41,11 @@ impl Model for Handover {
             Property::<Self>::sometimes("moves", |_, s| s.moved()),
             Property::<Self>::sometimes("is given back", |_, s| s.returned() && s.running_on().is_some()),
             Property::<Self>::sometimes("is lost", |_, s| !s.copy_is_left()),
+            Property::<Self>::sometimes("is forced, and the copy goes on", |_, s| {
+                s.forced && s.running_on().is_some() && !s.afresh
+            }),
+            Property::<Self>::sometimes("comes back and gives way", |_, s| s.gave_way),
+            Property::<Self>::sometimes("starts afresh", |_, s| s.afresh),
         ]
     }
 }
@@ -70,4 +75,9 @@ fn the_handover_holds_in_every_order() {
     }
     checker.assert_any_discovery("moves");
     checker.assert_any_discovery("is lost");
+    checker.assert_any_discovery("starts afresh");
+    if faults > 2 {
+        checker.assert_any_discovery("is forced, and the copy goes on");
+        checker.assert_any_discovery("comes back and gives way");
+    }
 }

@@ -347,10 +347,14 @@ fn a_copy_that_died_is_given_back_or_dropped_as_the_source_decided() {
     let last = run_destination(&mut m, &[E::Persisted(Phase::Returned)]);
     assert_eq!(last, ["SendReturned", "EndWorker", "Done(Returned)"]);
     assert_eq!(run_destination(&mut m, &[E::GoReceived { epoch: 5, digest: D }]), ["SendReturned"]);
-    // Once Entered is on its way it is too late for that.
+    // Also while Entered is on its way: it was never granted.
     let mut m = ready();
     run_destination(&mut m, &[E::GoReceived { epoch: 5, digest: D }, E::WorkerDied]);
-    assert_eq!(run_destination(&mut m, &[E::Persisted(Phase::Entered)]), ["SendEntered"]);
+    assert_eq!(run_destination(&mut m, &[E::Persisted(Phase::Entered)]), ["Returned(6, A)"]);
+    // Once a grant is on its way it is too late for that.
+    let mut m = ready();
+    run_destination(&mut m, &[E::GoReceived { epoch: 5, digest: D }, E::Persisted(Phase::Entered)]);
+    assert_eq!(run_destination(&mut m, &[E::WorkerDied]), ["SendEntered"]);
     run_destination(&mut m, &[E::SourceLost]);
     assert_eq!(m.outcome(), Some(d::Outcome::ArrivedDead));
 }

@@ -148,6 +148,8 @@ mod tests {
             "vpmuctl --host unix:/a.sock operation list",
             "vpmuctl --host unix:/a.sock operation cancel x",
             "vpmuctl --host unix:/a.sock migration watch n m",
+            "vpmuctl --host unix:/a.sock vm force-owner n --fence-token t --reason burnt",
+            "vpmuctl --host unix:/a.sock vm force-owner n --dead-host h --boot-id b --epoch 3 --reason burnt",
         ] {
             Cli::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"));
         }
@@ -167,6 +169,9 @@ mod tests {
             "vpmuctl migrate n --to nowhere",
             "vpmuctl migrate n --to unix:/b --max-blackout 20",
             "vpmuctl vm",
+            "vpmuctl vm force-owner n --reason r",
+            "vpmuctl vm force-owner n --fence-token t",
+            "vpmuctl vm force-owner n --dead-host h --reason r",
         ] {
             let error = Cli::try_parse_from(line.split(' ')).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");

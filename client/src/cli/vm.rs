@@ -8,6 +8,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 use std::fmt::Write as _;
 use std::process::ExitCode;
+use vpmu_client::api::force_owner_request::{Attestation, Evidence};
 use vpmu_client::api::{Snapshot, VirtualMachine};
 use vpmu_client::longrunning::Operation;
 use vpmu_client::units;
@@ -39,6 +40,14 @@ pub(crate) enum VmCommand {
     ///
     /// Without an option: shared cores that the host chooses. All threads go, or none.
     Placement(PlaceArgs),
+    /// Make this host the owner of a machine that another host may own, against evidence that the other one will not
+    /// run it.
+    ///
+    /// For a migration that stays in doubt because the other host is gone for good, or a machine that moved to a host
+    /// which has died. The best evidence is a token of `vpmud store fence` from the old host's state directory; it may also
+    /// let the copy here go on. With --dead-host you attest that the host is dead: if that is wrong, two copies can run, and
+    /// the machine starts afresh here. The old host, when it comes back, ends what it has of the machine.
+    ForceOwner(ForceArgs),
     /// List machines.
     List,
     /// Print machines as they are, then every change, until interrupted.
@@ -51,6 +60,27 @@ pub(crate) enum VmCommand {
 pub(crate) struct NameArgs {
     /// The machine.
     name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ForceArgs {
+    /// The machine.
+    name: String,
+    /// What `vpmud store fence` printed on the old host.
+    #[arg(long, value_name = "TOKEN", required_unless_present = "dead_host", conflicts_with_all = ["dead_host", "boot_id", "epoch"])]
+    fence_token: Option<String>,
+    /// Attest that this host (its id) is dead.
+    #[arg(long, value_name = "HOST", requires = "boot_id")]
+    dead_host: Option<String>,
+    /// Boot id of the life of it that has ended.
+    #[arg(long, value_name = "BOOT_ID", requires = "dead_host")]
+    boot_id: Option<String>,
+    /// The highest ownership epoch of the machine that was seen on it.
+    #[arg(long, default_value_t = 0, requires = "dead_host")]
+    epoch: u64,
+    /// Why; kept in the ownership journal.
+    #[arg(long, value_name = "TEXT")]
+    reason: String,
 }
 
 #[derive(Debug, Args)]
@@ -126,6 +156,17 @@ pub(crate) async fn run(context: &Context, command: VmCommand) -> Result<ExitCod
             } else {
                 output::line(&format!("{}: deleted", args.name))?;
             }
+        }
+        VmCommand::ForceOwner(args) => {
+            let evidence = match args.fence_token {
+                Some(token) => Evidence::FenceToken(token),
+                None => Evidence::Attestation(Attestation {
+                    host_id: args.dead_host.unwrap_or_default(),
+                    boot_id: args.boot_id.unwrap_or_default(),
+                    epoch: args.epoch,
+                }),
+            };
+            show(context, &context.client.force_owner(&args.name, evidence, &args.reason).await?)?;
         }
         VmCommand::List => list(context).await?,
         VmCommand::Watch(args) => watch(context, args).await?,

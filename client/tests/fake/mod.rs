@@ -330,6 +330,10 @@ impl MigrationsService for Script {
     async fn cancel_migration(&self, _: Request<CancelMigrationRequest>) -> Answer<()> {
         unscripted()
     }
+
+    async fn force_owner(&self, _: Request<ForceOwnerRequest>) -> Answer<VirtualMachine> {
+        unscripted()
+    }
 }
 
 #[tonic::async_trait]

@@ -10,7 +10,7 @@ use vpmu_proto::longrunning::{Operation, operation as lro};
 
 use super::{BoxStream, operation, page};
 use crate::daemon::Daemon;
-use crate::migration::{check, source_begin};
+use crate::migration::{check, force, source_begin};
 use crate::names::{MigrationName, VmName};
 use crate::ops::{now, pack};
 use crate::status::ApiError;
@@ -207,6 +207,18 @@ impl MigrationsService for MigrationsApi {
             }
         };
         Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn force_owner(
+        &self,
+        request: Request<ForceOwnerRequest>,
+    ) -> Result<Response<VirtualMachine>, Status> {
+        // In a task of its own: what has begun goes on without its caller.
+        let (daemon, request) = (Arc::clone(&self.daemon), request.into_inner());
+        let forced = tokio::spawn(async move { Box::pin(force::force(&daemon, request)).await }).await;
+        let forced = forced
+            .map_err(|e| ApiError::internal("TASK_FAILED", format!("the request's task failed: {e}")))?;
+        Ok(Response::new(forced?))
     }
 
     async fn cancel_migration(

@@ -69,7 +69,8 @@ impl PeerApi {
         let id = uuid::Uuid::try_parse(&first.migration_id).map_err(|_| unknown())?;
         let door = self.daemon.migrations.incoming().get(&id).cloned().ok_or_else(unknown)?;
         let (to, outbox) = mpsc::channel(OUTBOX);
-        door.try_send(Conversation { from, to }).map_err(|_| {
+        let vm_uid = first.vm_uid.clone();
+        door.try_send(Conversation { vm_uid, from, to }).map_err(|_| {
             ApiError::aborted(
                 "STREAM_OPEN",
                 &first.migration_id,

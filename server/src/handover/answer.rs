@@ -37,6 +37,8 @@ pub struct Asked<'a> {
     pub epoch: u64,
     /// Who is asked.
     pub seat: Seat,
+    /// Who asks.
+    pub asker: &'a str,
 }
 
 impl PeerAnswer {
@@ -44,6 +46,10 @@ impl PeerAnswer {
     pub fn from_record(held: Option<&OwnershipRecord>, asked: &Asked<'_>) -> Self {
         let Some(held) = held else { return Self::Unknown };
         if matches!(held.phase(), Phase::Uncertain | Phase::Unspecified) {
+            return Self::Unknown;
+        }
+        // A directory that was fenced for the asker has nothing to tell it: it owns the machine once it is forced.
+        if held.phase() == Phase::Superseded && !asked.asker.is_empty() && held.owner_host == asked.asker {
             return Self::Unknown;
         }
         // Force takes two epochs: whoever deals with that migration is overruled.
@@ -92,7 +98,7 @@ mod tests {
 
     #[test]
     fn the_same_phase_means_different_things_at_the_two_ends() {
-        let source = Asked { migration_id: "m", epoch: 4, seat: Seat::Source(Ended::Open) };
+        let source = Asked { migration_id: "m", epoch: 4, seat: Seat::Source(Ended::Open), asker: "A" };
         let destination = Asked { seat: Seat::Destination, ..source };
         let answer = |h: &OwnershipRecord, asked| PeerAnswer::from_record(Some(h), asked);
         assert_eq!(answer(&held(Phase::Owned, 5, "m"), &source), PeerAnswer::Aborted);
@@ -109,7 +115,7 @@ mod tests {
     /// It entered there, was started again without its migration or went on, before its source had heard of it.
     #[test]
     fn what_came_after_a_migration_tells_that_it_is_over() {
-        let asked = Asked { migration_id: "m", epoch: 4, seat: Seat::Destination };
+        let asked = Asked { migration_id: "m", epoch: 4, seat: Seat::Destination, asker: "A" };
         for phase in [Phase::Owned, Phase::Open, Phase::HandedOver, Phase::Released, Phase::Deleted] {
             for migration in ["", "n"] {
                 let answer = |epoch| PeerAnswer::from_record(Some(&held(phase, epoch, migration)), &asked);
@@ -119,6 +125,10 @@ mod tests {
         }
         let silent = Asked { epoch: 0, ..asked };
         assert_eq!(PeerAnswer::from_record(Some(&held(Phase::Owned, 5, "")), &silent), PeerAnswer::Unknown);
+        let fenced =
+            |owner: &str| OwnershipRecord { owner_host: owner.into(), ..held(Phase::Superseded, 6, "m") };
+        assert_eq!(PeerAnswer::from_record(Some(&fenced("C")), &asked), PeerAnswer::Superseded(6));
+        assert_eq!(PeerAnswer::from_record(Some(&fenced("A")), &asked), PeerAnswer::Unknown);
         let lost = held(Phase::Uncertain, 5, "m");
         assert_eq!(PeerAnswer::from_record(Some(&lost), &asked), PeerAnswer::Unknown);
     }

@@ -11,14 +11,17 @@
 //!                                                   ▼                     ▼             ▼           │ Released received
 //!                                            Dropping: Aborted durable ─▶ Over    Over(Returned)    ▼
 //!                                                                                       Owning: Owned(e+1) durable ─▶ Over
+//!   Ready, CopyLost ─Forced▶ Forcing: Owned durable ─▶ ForceGranting (the copy is the newest) ─▶ Over(Forced)
 //! ```
 //!
 //! Invariants
 //! - The grant is given only after a durable Entered(e+1), which is written only on the source's commit with the digest
 //!   that Ready had.
 //! - After Ready the copy is dropped only on the source's abort, on a later owner, or when its worker is dead.
-//! - It is given back only if Entered was never written and the worker is sealed or dead.
+//! - It is given back only if no grant was sent and the worker is sealed or dead: before Entered is written, or right
+//!   after it, if the worker had died meanwhile.
 
+use super::force::Claim;
 use super::recovery::Worker;
 use super::{Digest, Handover, PeerAnswer};
 use vpmu_proto::store::OwnershipRecord;
@@ -39,6 +42,10 @@ pub enum Outcome {
     Returned,
     /// A later owner exists; the copy here was ended.
     Superseded,
+    /// The source was forced out, and had stopped for this copy: it runs here.
+    Forced,
+    /// The source was forced out: it is owned here, without a copy.
+    ForcedDead,
 }
 
 /// What happened. See the driver's table in [`super`].
@@ -67,6 +74,8 @@ pub enum Event {
     SourceLost,
     SourceAnswered(PeerAnswer),
     LeaseExpired,
+    /// This host takes it, by evidence that [`super::force`] has judged.
+    Forced(Claim),
 }
 
 /// What to do. See the driver's table in [`super`].
@@ -125,6 +134,14 @@ pub enum State {
         epoch: u64,
     },
     SavingSuperseded {
+        epoch: u64,
+    },
+    /// The source is forced out.
+    Forcing {
+        epoch: u64,
+        copy: bool,
+    },
+    ForceGranting {
         epoch: u64,
     },
     Over(Outcome),
@@ -201,6 +218,11 @@ impl Destination {
             // Before Entered is durable there is nothing to say, and the source has committed already.
             S::Idle | S::Preparing { .. } | S::Receiving | S::Entering { .. } => PeerAnswer::Undecided,
             S::Sealing | S::Returning | S::Ending { .. } | S::Dropping { .. } => PeerAnswer::Undecided,
+            S::Forcing { .. } => PeerAnswer::Undecided,
+            S::ForceGranting { epoch } => PeerAnswer::Superseded(epoch),
+            S::Over(Outcome::Forced | Outcome::ForcedDead) => {
+                PeerAnswer::Superseded(self.handover.returned())
+            }
             S::Granting | S::Entered { .. } | S::Owning { .. } => PeerAnswer::Committed(None),
             S::Over(Outcome::Arrived | Outcome::ArrivedDead) => PeerAnswer::Committed(None),
             S::CopyLost | S::Over(Outcome::Dropped) => PeerAnswer::Aborted,
@@ -244,6 +266,7 @@ impl Destination {
             E::AbortReceived { epoch } => self.aborted(epoch),
             E::WorkerDied | E::WorkerFailed => self.worker_lost(event == E::WorkerDied),
             E::SourceLost | E::SourceAnswered(_) => self.source_lost(event == E::SourceLost),
+            E::Forced(claim) => self.forced(claim),
             _ => self.local(event),
         }
     }
@@ -273,9 +296,8 @@ impl Destination {
             (S::Entering { dead: false, .. }, E::Persisted(Phase::Entered)) => {
                 (S::Granting, vec![Effect::Grant { epoch: decided, run: self.handover.run }])
             }
-            (S::Entering { dead: true, .. }, E::Persisted(Phase::Entered)) => {
-                (S::Entered { dead: true }, vec![Effect::SendEntered { epoch: decided }])
-            }
+            // It died before it could be granted: nothing has run, and the source's copy is as new.
+            (S::Entering { dead: true, .. }, E::Persisted(Phase::Entered)) => self.saving(S::Returning),
             // A later truth is in the journal; nothing was granted.
             (S::Entering { .. }, E::PersistRefused) => self.superseded(self.handover.returned()),
             (S::Granting, E::Granted) => {
@@ -305,6 +327,18 @@ impl Destination {
             (S::Yielding { epoch }, E::WorkerSealed) => self.saving(S::SavingSuperseded { epoch }),
             (S::SavingSuperseded { .. }, E::Persisted(Phase::Superseded)) => {
                 (S::Over(Outcome::Superseded), vec![Effect::EndWorker, Effect::Done(Outcome::Superseded)])
+            }
+            (S::Forcing { epoch, copy: true }, E::Persisted(Phase::Owned)) => {
+                (S::ForceGranting { epoch }, vec![Effect::Grant { epoch, run: self.handover.run }])
+            }
+            (S::Forcing { .. }, E::Persisted(Phase::Owned)) => {
+                (S::Over(Outcome::ForcedDead), vec![Effect::EndWorker, Effect::Done(Outcome::ForcedDead)])
+            }
+            (S::ForceGranting { .. }, E::Granted) => {
+                (S::Over(Outcome::Forced), vec![Effect::Done(Outcome::Forced)])
+            }
+            (S::ForceGranting { epoch }, E::GrantFailed) => {
+                (self.state, vec![Effect::Grant { epoch, run: self.handover.run }])
             }
             // A write that is in doubt is repeated until it is durable.
             (state, E::PersistFailed) => (state, self.outstanding(state)),
@@ -359,6 +393,10 @@ impl Destination {
             S::Sealing if dead => self.saving(S::Returning),
             S::Ending { epoch } if dead => self.saving(S::Dropping { epoch }),
             S::Yielding { epoch } if dead => self.saving(S::SavingSuperseded { epoch }),
+            S::Forcing { epoch, .. } if dead => (S::Forcing { epoch, copy: false }, vec![]),
+            S::ForceGranting { .. } if dead => {
+                (S::Over(Outcome::ForcedDead), vec![Effect::Done(Outcome::ForcedDead)])
+            }
             _ => (self.state, vec![]),
         }
     }
@@ -383,6 +421,8 @@ impl Destination {
         use State as S;
         match self.state {
             S::Over(_) | S::Yielding { .. } | S::SavingSuperseded { .. } => (self.state, vec![]),
+            // Its own force is above every other decision that it can have met.
+            S::Forcing { .. } | S::ForceGranting { .. } => (self.state, vec![]),
             // The source has gone on at `e+1` without having committed this migration.
             S::Receiving | S::Ready { .. } | S::CopyLost if epoch == self.handover.decided() => {
                 self.aborted(epoch)
@@ -390,6 +430,18 @@ impl Destination {
             _ if epoch < self.handover.returned() => self.source_lost(false),
             _ => (S::Yielding { epoch }, vec![Effect::SealWorker { epoch }]),
         }
+    }
+
+    /// Only where the source must be asked: a copy that is not complete is worth nothing.
+    fn forced(&self, claim: Claim) -> Step {
+        use State as S;
+        let copy = match self.state {
+            _ if claim.epoch < self.handover.returned() => return (self.state, vec![]),
+            S::Ready { digest } => claim.copy && claim.sealed.is_none_or(|sealed| sealed == digest),
+            S::CopyLost => false,
+            _ => return (self.state, vec![]),
+        };
+        self.saving(S::Forcing { epoch: claim.epoch, copy })
     }
 
     fn saving(&self, state: State) -> Step {
@@ -411,6 +463,7 @@ impl Destination {
             S::Entering { digest, .. } => h.record(Phase::Entered, h.decided(), &h.host, Some(digest)),
             S::Owning { .. } => h.record(Phase::Owned, h.decided(), &h.host, None),
             S::Returning => h.record(Phase::Returned, h.returned(), &h.peer_host, None),
+            S::Forcing { epoch, .. } => h.record(Phase::Owned, epoch, &h.host, None),
             S::Dropping { epoch } => h.record(Phase::Aborted, epoch, &h.peer_host, None),
             S::SavingSuperseded { epoch } => h.record(Phase::Superseded, epoch, &h.peer_host, None),
             _ => return vec![],

@@ -5,6 +5,7 @@
 //! | [`source`] | the host that has the machine, also after a restart in the middle |
 //! | [`destination`] | the host that gets it, also after a restart in the middle |
 //! | [`answer`] | what a host without a living machine answers to Resolve, from the record that holds |
+//! | [`force`] | who may take a machine that another host may own, and how a directory gives it up |
 //! | [`recovery`] | what to do at start, from the journal's record and the worker's condition: a total function |
 //! | [`phase`] | which ownership record may follow which: the guard before the journal |
 //! | [`step`] | names of the points at which a process can be held or killed, for tests |
@@ -57,6 +58,8 @@
 pub mod answer;
 #[allow(clippy::match_same_arms)]
 pub mod destination;
+#[allow(clippy::match_same_arms)]
+pub mod force;
 #[allow(clippy::match_same_arms)]
 pub mod phase;
 #[allow(clippy::match_same_arms)]
@@ -134,6 +137,7 @@ impl Handover {
             digest: digest.map(|d| d.to_vec()).unwrap_or_default(),
             lsn: 0,
             peer_store: self.peer_store.clone(),
+            forced: None,
         }
     }
 

@@ -8,7 +8,7 @@
 //!                  ◀───────────────────────────────────────────────────── Owned(e+2)
 //!  destination  Incoming(e) ─▶ [Ready(e)] ─▶ Entered(e+1) ─▶ Owned(e+1)
 //!                  │               ├─▶ Aborted(e or e+1)
-//!                  └───────────────┴─▶ Returned(e+2)
+//!                  └───────────────┴─▶ Returned(e+2) ◀─ Entered(e+1), never granted
 //! ```
 
 use vpmu_proto::store::OwnershipRecord;
@@ -105,6 +105,8 @@ pub fn may_follow(held: Option<&OwnershipRecord>, next: &OwnershipRecord) -> Res
         (P::Incoming | P::Ready, P::Entered) => delta == 1 && same_migration,
         (P::Incoming | P::Ready, P::Aborted) => delta <= 1 && same_migration,
         (P::Incoming | P::Ready, P::Returned) => delta == 2 && same_migration,
+        // Entered, and its worker had died before it was granted.
+        (P::Entered, P::Returned) => delta == 1 && same_migration,
         (P::Incoming | P::Ready, P::Owned) => delta >= 2,
         (P::Released | P::Aborted | P::Returned | P::Superseded | P::Deleted, P::Incoming) => true,
         (P::Released | P::Aborted | P::Returned | P::Superseded, P::Deleted) => true,

@@ -12,6 +12,9 @@
 //!                                                                              Releasing: worker ended
 //!                                                                                      ▼
 //!                                                               Over(Moved) ◀─ SavingReleased: Released durable
+//!
+//!   after Quiesced with a dead worker, or HandedOver without an answer:
+//!   ─Forced▶ Forcing: Owned durable ─▶ Granting (the copy is the newest) or Discarding ─▶ Over(Forced, Failed)
 //! ```
 //!
 //! Invariants
@@ -24,6 +27,7 @@
 //! - A dead worker in `Stopping` makes the destination's copy the last one: then nothing aborts but its word that it has
 //!   none.
 
+use super::force::Claim;
 use super::recovery::Worker;
 use super::{Digest, Handover, PeerAnswer};
 use vpmu_proto::store::OwnershipRecord;
@@ -50,6 +54,8 @@ pub enum Cause {
     WorkerDied,
     /// The source's daemon was restarted.
     Restarted,
+    /// The other host was forced out, and no copy here is known to be the newest.
+    Forced,
 }
 
 impl Cause {
@@ -65,6 +71,7 @@ impl Cause {
             Self::StoreFailed => "STORE_FAILED",
             Self::WorkerDied => "WORKER_DIED",
             Self::Restarted => "SOURCE_RESTARTED",
+            Self::Forced => "FORCED",
         }
     }
 }
@@ -80,6 +87,8 @@ pub enum Outcome {
     Aborted(Cause),
     /// The destination gave it back; it runs here two epochs later.
     Returned,
+    /// The destination was forced out, and it had not entered: the copy here runs.
+    Forced,
     /// It is owned here, but its worker is dead: Failed with this cause; the restart policy may act.
     Failed(Cause),
     /// A later owner exists; the copy here was ended.
@@ -116,6 +125,8 @@ pub enum Event {
     WorkerDied,
     CancelRequested,
     TimedOut,
+    /// This host takes it, by evidence that [`super::force`] has judged.
+    Forced(Claim),
 }
 
 /// What to do. See the driver's table in [`super`].
@@ -190,6 +201,16 @@ pub enum State {
     /// After a restart in Quiesced: the destination is asked first.
     Resolving {
         dead: bool,
+    },
+    /// The destination is forced out.
+    Forcing {
+        epoch: u64,
+        copy: bool,
+        dead: bool,
+    },
+    /// It is owned here by force, and the copy is stale.
+    Discarding {
+        epoch: u64,
     },
     /// The worker is sealed before Superseded is written.
     Yielding {
@@ -286,6 +307,12 @@ impl Source {
             S::Resealing { digest } | S::HandedOver { digest, .. } => PeerAnswer::Committed(Some(digest)),
             S::Releasing | S::SavingReleased | S::TakingBack { .. } => PeerAnswer::Committed(None),
             S::Over(Outcome::Moved) => PeerAnswer::Committed(None),
+            S::Granting { epoch, outcome: Outcome::Forced } | S::Discarding { epoch } => {
+                PeerAnswer::Superseded(epoch)
+            }
+            S::Over(Outcome::Forced | Outcome::Failed(Cause::Forced)) => {
+                PeerAnswer::Superseded(self.handover.returned())
+            }
             S::Granting { .. } => PeerAnswer::Owned,
             S::Over(Outcome::Aborted(_) | Outcome::Returned | Outcome::Failed(_)) => PeerAnswer::Owned,
             S::Yielding { epoch } | S::SavingSuperseded { epoch } => PeerAnswer::Superseded(epoch),
@@ -299,7 +326,9 @@ impl Source {
             | S::Precopy
             | S::Quiescing { .. }
             | S::Stopping { .. } => PeerAnswer::Undecided,
-            S::Committing { .. } | S::Aborting { .. } | S::Resolving { .. } => PeerAnswer::Undecided,
+            S::Committing { .. } | S::Aborting { .. } | S::Resolving { .. } | S::Forcing { .. } => {
+                PeerAnswer::Undecided
+            }
         }
     }
 
@@ -326,6 +355,9 @@ impl Source {
         use State as S;
         if let E::PeerAnswered(PeerAnswer::Superseded(epoch)) = event {
             return self.superseded(epoch);
+        }
+        if let E::Forced(claim) = event {
+            return self.forced(claim);
         }
         if let Some(cause) = abort_cause(event) {
             return self.hear_abort(event, cause);
@@ -399,6 +431,19 @@ impl Source {
                 (S::Granting { epoch, outcome: Outcome::Returned }, vec![grant, Effect::CancelCopy])
             }
             (S::TakingBack { .. }, E::WorkerDied) => (S::TakingBack { dead: true }, vec![]),
+            (S::Forcing { epoch, copy: true, dead: false }, E::Persisted(Phase::Owned)) => {
+                let grant = Effect::Grant { epoch, run: self.handover.run };
+                (S::Granting { epoch, outcome: Outcome::Forced }, vec![grant, Effect::CancelCopy])
+            }
+            (S::Forcing { epoch, dead: false, .. }, E::Persisted(Phase::Owned)) => {
+                (S::Discarding { epoch }, vec![Effect::EndWorker])
+            }
+            (S::Forcing { .. }, E::Persisted(Phase::Owned)) | (S::Discarding { .. }, E::WorkerDied) => {
+                over(Outcome::Failed(Cause::Forced))
+            }
+            (S::Forcing { epoch, .. }, E::WorkerDied) => {
+                (S::Forcing { epoch, copy: false, dead: true }, vec![])
+            }
             (S::Granting { outcome, .. }, E::Granted) => over(outcome),
             (S::Granting { .. }, E::WorkerDied) => over(Outcome::Failed(Cause::WorkerDied)),
             (S::Granting { epoch, .. }, E::GrantFailed) => {
@@ -541,6 +586,9 @@ impl Source {
         use State as S;
         match self.state {
             S::Over(_) | S::Yielding { .. } | S::SavingSuperseded { .. } => (self.state, vec![]),
+            // Its own force is above every other decision that it can have met.
+            S::Forcing { .. } | S::Discarding { .. } => (self.state, vec![]),
+            S::Granting { epoch: own, .. } if epoch <= own => (self.state, vec![]),
             S::HandedOver { .. } if epoch == self.handover.decided() => {
                 self.handed_over(Event::PeerAnswered(PeerAnswer::Superseded(epoch)))
             }
@@ -548,6 +596,20 @@ impl Source {
             _ if epoch < self.handover.returned() => self.step(Event::PeerAnswered(PeerAnswer::Unknown)),
             _ => (S::Yielding { epoch }, vec![Effect::SealWorker { epoch }]),
         }
+    }
+
+    /// Only where this host cannot decide by itself; it must not be late, either.
+    fn forced(&self, claim: Claim) -> Step {
+        use State as S;
+        let dead = match self.state {
+            _ if claim.epoch < self.handover.returned() => return (self.state, vec![]),
+            S::Resolving { dead } | S::HandedOver { dead, entered: false, .. } => dead,
+            S::Resealing { .. } => false,
+            _ => return (self.state, vec![]),
+        };
+        let state = S::Forcing { epoch: claim.epoch, copy: claim.copy && !dead, dead };
+        let record = self.handover.record(Phase::Owned, claim.epoch, &self.handover.host, None);
+        (state, vec![Effect::Persist(record)])
     }
 
     fn late_abort(&self, cause: Cause) -> Step {
@@ -595,6 +657,7 @@ impl Source {
                 vec![Effect::Persist(h.record(Phase::HandedOver, h.decided(), &h.peer_host, Some(digest)))]
             }
             S::SavingReleased => self.persist(Phase::Released),
+            S::Forcing { epoch, .. } => vec![Effect::Persist(h.record(Phase::Owned, epoch, &h.host, None))],
             S::Aborting { .. } => vec![Effect::Persist(h.record(Phase::Owned, h.decided(), &h.host, None))],
             S::TakingBack { .. } => {
                 vec![Effect::Persist(h.record(Phase::Owned, h.returned(), &h.host, None))]

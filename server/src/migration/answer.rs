@@ -59,6 +59,7 @@ pub(super) async fn ask(handover: &Handover, peering: &Peering) -> PeerAnswer {
         host_id: handover.host.clone(),
         store_id: handover.peer_store.clone(),
         epoch: handover.epoch,
+        forced_epoch: 0,
     };
     match peer.resolve(request).await {
         Ok(answer) => decode(&answer),

@@ -17,6 +17,7 @@ use vpmu_proto::worker::PrepareIncomingRequest;
 
 use super::check;
 use super::destination_run::Work;
+use super::force::Ear;
 use crate::daemon::Daemon;
 use crate::handover::Handover;
 use crate::handover::destination::Destination as Machine;
@@ -35,6 +36,8 @@ const INCARNATION: u64 = 1;
 
 /// A stream from the source, handed to the task of its migration.
 pub struct Conversation {
+    /// The machine that its first message names.
+    pub vm_uid: String,
     /// From the source.
     pub from: Streaming<SourceMessage>,
     /// To the source.
@@ -105,6 +108,7 @@ pub async fn prepare(
         run: desired != Some(DesiredState::Paused),
     });
     let voice = daemon.migrations.answers.voice(&migration_id.to_string(), machine.answer());
+    let ear = Ear::of(daemon, &handle.uid);
     let (answer, prepared) = oneshot::channel();
     let arrival = Incoming {
         daemon: Arc::clone(daemon),
@@ -115,7 +119,7 @@ pub async fn prepare(
         way,
         ownership: OwnershipRecord::default(),
         worker: None,
-        work: Work::new(machine, voice, answer),
+        work: Work::new(machine, voice, answer, ear),
     };
     daemon.tasks.spawn(arrival.run());
     prepared.await.unwrap_or_else(|_| Err(ApiError::internal("TASK_FAILED", "the arrival's task failed")))

@@ -18,7 +18,7 @@ use super::source::micros;
 use crate::handover::destination::{Effect, Event, Outcome};
 use crate::handover::step::HandoverStep;
 use crate::status::ApiError;
-use crate::vm::command::{Arrival, Command};
+use crate::vm::command::{Arrival, Command, Outcome as Ended};
 use crate::worker_link::SILENT;
 
 /// How long the guest is given to measure its own hole.
@@ -81,7 +81,8 @@ impl Incoming {
         }
     }
 
-    async fn persist(&mut self, record: OwnershipRecord) {
+    async fn persist(&mut self, mut record: OwnershipRecord) {
+        self.work.ear.note(&mut record);
         let (phase, epoch) = (record.phase(), record.epoch);
         match write(&self.daemon.store, record).await {
             Written::Durable(record) => {
@@ -90,6 +91,9 @@ impl Incoming {
                 }
                 self.work.backoff.reset();
                 self.ownership = record;
+                if phase == Phase::Entered {
+                    self.notice_death().await;
+                }
                 self.work.events.push_back(Event::Persisted(phase));
             }
             Written::InDoubt(error) => {
@@ -100,6 +104,16 @@ impl Incoming {
                 tracing::error!(vm = %self.handle.name, ?phase, epoch, %error, "an ownership record was refused");
                 self.fail(Event::PersistRefused, error);
             }
+        }
+    }
+
+    /// A worker that died while Entered was being written was never granted: the machine hears that first.
+    async fn notice_death(&mut self) {
+        let Some(worker) = self.worker.clone() else { return };
+        if !self.work.death_heard && tokio::time::timeout(Duration::ZERO, worker.died()).await.is_ok() {
+            self.work.death_heard = true;
+            let why = worker.obituary().await;
+            self.fail(Event::WorkerDied, why);
         }
     }
 
@@ -266,6 +280,19 @@ impl Incoming {
     pub(super) async fn over(&mut self, outcome: Outcome) {
         let why = self.work.why.as_ref().map(ToString::to_string);
         tracing::info!(vm = %self.handle.name, migration = %self.id, ?outcome, why, "an arrival ended");
+        match outcome {
+            // From its record on it is owned here as if it had entered.
+            Outcome::Forced => self.adopt().await,
+            Outcome::ForcedDead => {
+                if let Some(worker) = self.worker.take() {
+                    worker.end().await;
+                }
+                let (ownership, lost) = (self.ownership.clone(), Some(super::force::fresh()));
+                let outcome = Ended::Stayed { ownership, lost };
+                let _ = self.handle.ask(|reply| Command::EndMigration { outcome, reply }).await;
+            }
+            _ => {}
+        }
         if matches!(outcome, Outcome::Dropped | Outcome::Returned | Outcome::Superseded) {
             if let Some(worker) = self.worker.take() {
                 worker.end().await;

@@ -16,6 +16,7 @@ use vpmu_proto::worker::{IncomingProgress, worker_status};
 
 use super::answer::Voice;
 use super::destination::{Conversation, Incoming};
+use super::force::{Ear, Order};
 use super::record::Backoff;
 use super::source::next_of;
 use crate::handover::destination::{Destination as Machine, Effect, Event, State};
@@ -46,7 +47,7 @@ pub(super) struct Work {
     /// The daemon ends and the rest is for the next one.
     pub(super) left: bool,
     shutdown_heard: bool,
-    death_heard: bool,
+    pub(super) death_heard: bool,
     pub(super) failed_grants: u32,
     pub(super) ready: Option<Ready>,
     pub(super) go: Option<Go>,
@@ -55,6 +56,8 @@ pub(super) struct Work {
     /// Set by the grant; told by the first Entered.
     pub(super) entered: Entered,
     pub(super) adopted: bool,
+    /// Orders to take the machine by force.
+    pub(super) ear: Ear,
     /// Messages that are sent when everything here is cleaned up.
     pub(super) farewell: VecDeque<(u64, FromDestination)>,
 }
@@ -64,8 +67,10 @@ impl Work {
         machine: Machine,
         voice: Voice,
         prepared: oneshot::Sender<Result<PrepareResponse, ApiError>>,
+        ear: Ear,
     ) -> Self {
         Self {
+            ear,
             machine,
             voice,
             events: VecDeque::from([Event::Begin]),
@@ -101,6 +106,7 @@ impl Work {
         voice: Voice,
         ready: Ready,
         streams: mpsc::Receiver<Conversation>,
+        ear: Ear,
     ) -> Self {
         let (unheard, _) = oneshot::channel();
         Self {
@@ -108,7 +114,7 @@ impl Work {
             prepared: None,
             streams: Some(streams),
             ready: Some(ready),
-            ..Self::new(machine, voice, unheard)
+            ..Self::new(machine, voice, unheard, ear)
         }
     }
 }
@@ -198,6 +204,7 @@ impl Incoming {
                 progress = next_of(work.progress.as_mut()) => self.received(progress),
                 talk = next_stream(work.streams.as_mut()), if !listening => self.opened(talk).await,
                 Some(answer) = work.jobs.next(), if !work.jobs.is_empty() => self.answered(answer),
+                order = work.ear.hear() => self.forced(order),
                 () = died(worker.as_ref()), if worker.is_some() => {
                     self.work.death_heard = true;
                     if let Some(worker) = worker {
@@ -223,6 +230,14 @@ impl Incoming {
         }
     }
 
+    fn forced(&mut self, order: Order) {
+        let machine = &self.work.machine;
+        let heeds = machine.step(Event::Forced(order.claim)).0 != machine.state();
+        if let Some(claim) = self.work.ear.answer(order, heeds) {
+            self.work.events.push_back(Event::Forced(claim));
+        }
+    }
+
     pub(super) fn fail(&mut self, event: Event, why: ApiError) {
         self.work.why.get_or_insert(why);
         self.work.events.push_back(event);
@@ -230,6 +245,18 @@ impl Incoming {
 
     /// The source has opened its stream: from here on its copy is awaited.
     async fn opened(&mut self, talk: Conversation) {
+        if talk.vm_uid != self.handle.uid {
+            tracing::error!(vm = %self.handle.name, migration = %self.id, "a stream for another machine is refused");
+            let error = ApiError::invalid(
+                "vm_uid",
+                &talk.vm_uid,
+                "OTHER_MACHINE",
+                "is not the machine of this migration",
+                "open the stream of its own",
+            );
+            let _ = talk.to.try_send(Err(error.into()));
+            return;
+        }
         self.work.talk = Some(talk);
         self.work.lease = None;
         let receiving = matches!(self.work.machine.state(), State::Receiving);
@@ -274,7 +301,16 @@ impl Incoming {
     /// A message of the source, or the end of its stream.
     fn hear(&mut self, message: Result<Option<SourceMessage>, Status>) {
         match message {
-            Ok(Some(m)) if m.migration_id != self.id.to_string() => {}
+            Ok(Some(m)) if m.migration_id != self.id.to_string() || m.vm_uid != self.handle.uid => {
+                self.refuse("vm_uid", &m.vm_uid, "OTHER_MACHINE", "is not of this stream's migration");
+            }
+            Ok(Some(SourceMessage {
+                epoch,
+                message: Some(FromSource::Go(_) | FromSource::Abort(_)),
+                ..
+            })) if epoch != self.work.machine.handover.epoch + 1 => {
+                self.refuse("epoch", epoch, "WRONG_EPOCH", "is not that of this migration's decision");
+            }
             Ok(Some(SourceMessage { epoch, message: Some(FromSource::Go(go)), .. })) => {
                 self.work.go_at = Instant::now();
                 self.work.machine.handover.run = !go.keep_paused;
@@ -292,6 +328,17 @@ impl Incoming {
             Ok(Some(_)) => {}
             Ok(None) | Err(_) => self.source_lost(),
         }
+    }
+
+    /// What says something else than its migration can is not heard, and neither is what follows it.
+    fn refuse(&mut self, field: &str, value: impl ToString, reason: &str, problem: &str) {
+        let remedy = "ask with Resolve what holds";
+        let error = ApiError::invalid(field, value, reason, problem, remedy);
+        tracing::error!(vm = %self.handle.name, migration = %self.id, %error, "a message of the source is refused");
+        if let Some(talk) = &self.work.talk {
+            let _ = talk.to.try_send(Err(error.into()));
+        }
+        self.source_lost();
     }
 
     pub(super) fn source_lost(&mut self) {

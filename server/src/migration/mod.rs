@@ -19,7 +19,9 @@ pub mod check;
 pub mod destination;
 mod destination_effects;
 mod destination_run;
+pub mod force;
 pub mod hold;
+pub mod later;
 pub mod limits;
 pub mod outcome;
 mod record;
@@ -33,11 +35,11 @@ pub mod source_begin;
 mod source_effects;
 mod source_end;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vpmu_proto::api::Migration;
@@ -55,6 +57,10 @@ pub struct Migrations {
     answers: answer::Answers,
     /// Arrivals of an earlier run of this daemon that the source has not decided yet, by uid: until they are over.
     settling: Mutex<HashMap<String, CancellationToken>>,
+    /// Drivers that heed ForceOwner, by uid.
+    forcible: Mutex<HashMap<String, mpsc::Sender<force::Order>>>,
+    /// Machines about which another host is being asked whether it owns them by force.
+    looking: Mutex<HashSet<String>>,
 }
 
 impl Migrations {
@@ -64,6 +70,14 @@ impl Migrations {
 
     pub(crate) fn incoming(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, destination::Door>> {
         self.incoming.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn forcible(&self) -> std::sync::MutexGuard<'_, HashMap<String, mpsc::Sender<force::Order>>> {
+        self.forcible.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn looking(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
+        self.looking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn settling(&self) -> std::sync::MutexGuard<'_, HashMap<String, CancellationToken>> {

@@ -26,7 +26,7 @@ use super::settle;
 use crate::adopt::{Copies, Survivor};
 use crate::daemon::Daemon;
 use crate::handover::recovery::{Action, Records, Worker, decide};
-use crate::handover::source::Outcome as Decided;
+use crate::handover::source::{Cause, Outcome as Decided};
 use crate::names::VmName;
 use crate::status::ApiError;
 use crate::vm::command::{Command, Outcome};
@@ -137,6 +137,9 @@ async fn recover_one(
             return Ok(Some(Later::Destination(held, over)));
         }
         (Action::Rest, Some(record)) if held.phase() == Phase::Released => moved(daemon, record, held)?,
+        (Action::Rest, Some(record)) if held.phase() == Phase::Superseded && stored != State::Incoming => {
+            superseded(daemon, record, held)?;
+        }
         (Action::Rest, Some(record)) if stored == State::Moved && held.phase() != Phase::Deleted => {
             moved(daemon, record, held)?;
         }
@@ -193,6 +196,18 @@ fn own(daemon: &Arc<Daemon>, record: VmRecord, held: OwnershipRecord, stored: St
         State::Stopped | State::Failed => show(daemon, record, held, stored, &vm.reason, &vm.message),
         _ => show(daemon, record, held, State::Stopped, "HOST_RESTARTED", RESTARTED),
     }
+}
+
+/// Another host took it by force.
+fn superseded(daemon: &Arc<Daemon>, mut record: VmRecord, held: OwnershipRecord) -> Result<(), ApiError> {
+    let owner = held.owner_host.clone();
+    if let Some(vm) = &mut record.vm {
+        vm.moved_to.clone_from(&owner);
+        vm.next_restart_time = None;
+    }
+    let message =
+        format!("host {owner} owns it by force, at epoch {} or later; it never runs here again", held.epoch);
+    show(daemon, record, held, State::Moved, "SUPERSEDED", &message)
 }
 
 fn moved(daemon: &Arc<Daemon>, mut record: VmRecord, held: OwnershipRecord) -> Result<(), ApiError> {
@@ -286,7 +301,9 @@ async fn settle_source(
         copy.keep();
     }
     let shown = match unseen {
-        None if copy.is_some() && matches!(decided, Decided::Returned | Decided::Aborted(_)) => {
+        None if copy.is_some()
+            && matches!(decided, Decided::Returned | Decided::Forced | Decided::Aborted(_)) =>
+        {
             taken_back(&daemon, &held, copy, decided).await
         }
         Some(record) => {
@@ -311,6 +328,7 @@ fn why(decided: Decided, committed: bool) -> Option<ApiError> {
             "OWNERSHIP_UNCERTAIN",
             "the two hosts' records do not agree; nothing runs here until an operator decides",
         ),
+        Decided::Failed(Cause::Forced) => super::force::fresh(),
         Decided::Failed(_) if !committed => ApiError::internal(
             "LOST",
             "vpmud died while the machine was stopped for a migration and the destination holds no complete copy; start it afresh",
@@ -333,10 +351,16 @@ async fn taken_back(
     let Some(worker) = copy else { return Ok(()) };
     if let Some(mut record) = daemon.store.get_migration(&held.vm_uid, &held.migration_id) {
         if let Some(migration) = record.migration.as_mut() {
-            let (reason, message) = if decided == Decided::Returned {
-                ("RETURNED", "the destination could not start the machine and gave it back; it goes on here")
-            } else {
-                ("HOST_RESTARTED", NOT_COMMITTED)
+            let (reason, message) = match decided {
+                Decided::Returned => (
+                    "RETURNED",
+                    "the destination could not start the machine and gave it back; it goes on here",
+                ),
+                Decided::Forced => (
+                    "FORCED",
+                    "the destination was forced out before it had entered; the machine goes on here",
+                ),
+                _ => ("HOST_RESTARTED", NOT_COMMITTED),
             };
             fail(migration, reason, message);
         }
@@ -399,7 +423,7 @@ async fn end_migration(
 /// A destination whose copy outlived its daemon.
 async fn go_on(daemon: Arc<Daemon>, arrival: Box<Resumed>, over: CancellationToken) {
     let uid = arrival.uid();
-    arrival.run().await;
+    Box::pin(arrival.run()).await;
     daemon.migrations.settling().remove(&uid);
     over.cancel();
 }

@@ -1,6 +1,8 @@
 //! Answers "what became of this migration?" at either end: by the living machine, else from the journal
 //! (`handover::answer`).
 
+use std::sync::Arc;
+
 use vpmu_proto::api::migration::State;
 use vpmu_proto::peer::{ResolveRequest, ResolveResponse};
 
@@ -10,7 +12,7 @@ use crate::handover::answer::{Asked, Ended, Seat};
 use crate::status::ApiError;
 
 /// Answers by what is durable or, as Ready, promised; another store gives no answer.
-pub fn resolve(daemon: &Daemon, request: &ResolveRequest) -> Result<ResolveResponse, ApiError> {
+pub fn resolve(daemon: &Arc<Daemon>, request: &ResolveRequest) -> Result<ResolveResponse, ApiError> {
     if request.store_id != daemon.host.host_id {
         return Err(ApiError::precondition(
             "OTHER_STORE",
@@ -23,6 +25,7 @@ pub fn resolve(daemon: &Daemon, request: &ResolveRequest) -> Result<ResolveRespo
         ));
     }
     let held = daemon.store.ownership(&request.vm_uid);
+    super::later::told(daemon, request, held.as_ref());
     let answer = daemon.migrations.answers.get(&request.migration_id).unwrap_or_else(|| {
         let seat = match daemon.store.get_migration(&request.vm_uid, &request.migration_id) {
             None => Seat::Destination,
@@ -32,7 +35,8 @@ pub fn resolve(daemon: &Daemon, request: &ResolveRequest) -> Result<ResolveRespo
                 _ => Ended::Open,
             }),
         };
-        let asked = Asked { migration_id: &request.migration_id, epoch: request.epoch, seat };
+        let (migration_id, asker) = (&request.migration_id, &request.host_id);
+        let asked = Asked { migration_id, epoch: request.epoch, seat, asker };
         PeerAnswer::from_record(held.as_ref(), &asked)
     });
     let (decision, epoch, state_digest) = super::answer::encode(answer, held.map_or(0, |h| h.epoch));

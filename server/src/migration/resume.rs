@@ -15,6 +15,7 @@ use vpmu_proto::store::{OwnershipRecord, VmRecord};
 
 use super::destination::{Incoming, Way, arriving};
 use super::destination_run::Work;
+use super::force::Ear;
 use crate::daemon::Daemon;
 use crate::handover::destination::{Destination, Effect};
 use crate::handover::recovery::Worker;
@@ -51,6 +52,7 @@ impl Resumed {
         let handover = Handover::of(&held, &daemon.host.host_id, run);
         let (machine, first) = Destination::recovered(handover, &held, Worker::Complete { digest })
             .ok_or_else(|| bad("its record does not go on"))?;
+        let ear = Ear::of(daemon, &held.vm_uid);
         let handle = daemon.registry.insert(daemon, &name, record.clone(), held.clone(), false)?;
         let voice = daemon.migrations.answers.voice(&held.migration_id, machine.answer());
         let (door, streams) = mpsc::channel(1);
@@ -65,7 +67,7 @@ impl Resumed {
             way: Way::Unix,
             ownership: held,
             worker: Some(worker.clone()),
-            work: Work::resumed(machine, voice, ready, streams),
+            work: Work::resumed(machine, voice, ready, streams, ear),
         };
         Ok(Self { arrival, first })
     }
@@ -93,6 +95,6 @@ impl Resumed {
         for effect in first {
             arrival.execute(effect).await;
         }
-        arrival.run().await;
+        Box::pin(arrival.run()).await;
     }
 }

@@ -15,9 +15,12 @@ use vpmu_proto::peer::source_message::{Go, Message as FromSource, Open};
 use vpmu_proto::store::OwnershipRecord;
 
 use super::answer::ask;
+use super::force::Ear;
 use super::record::{Backoff, Written, write};
 use crate::daemon::Daemon;
+use crate::handover::force::Claim;
 use crate::handover::recovery::Worker;
+use crate::handover::step::HandoverStep;
 use crate::handover::{Digest, Handover, PeerAnswer, destination, source};
 use crate::peer::Peer;
 use crate::status::ApiError;
@@ -29,6 +32,7 @@ struct Settler {
     held: OwnershipRecord,
     backoff: Backoff,
     asked: bool,
+    ear: Ear,
 }
 
 /// What became of a record, without the phase.
@@ -39,7 +43,8 @@ enum Saved {
 }
 
 impl Settler {
-    async fn save(&mut self, record: OwnershipRecord) -> Saved {
+    async fn save(&mut self, mut record: OwnershipRecord) -> Saved {
+        self.ear.note(&mut record);
         match write(&self.daemon.store, record).await {
             Written::Durable(record) => {
                 self.held = record;
@@ -177,7 +182,7 @@ async fn settle_source(
     held: OwnershipRecord,
     copy: &mut Copy,
 ) -> Option<(source::Outcome, OwnershipRecord)> {
-    use source::{Effect, Event};
+    use source::{Effect, Event, State as S};
     let wanted = daemon.registry.by_uid(&held.vm_uid).map(|h| h.view().vm.desired_state());
     let handover = Handover::of(&held, &daemon.host.host_id, wanted != Some(DesiredState::Paused));
     let condition =
@@ -186,18 +191,22 @@ async fn settle_source(
     // It knows by itself whether it serves pages.
     machine.postcopy = copy.worker.is_some();
     let voice = daemon.migrations.answers.voice(&held.migration_id, machine.answer());
-    let mut settler = Settler { daemon, held, backoff: Backoff::new(), asked: false };
+    let ear = Ear::of(&daemon, &held.vm_uid);
+    let mut settler = Settler { daemon, held, backoff: Backoff::new(), asked: false, ear };
     let (mut effects, mut events) = (first, VecDeque::new());
     loop {
         for effect in effects {
             match effect {
                 Effect::Persist(record) => {
                     let phase = record.phase();
+                    let step = HandoverStep::of_source(&Effect::Persist(record.clone()));
+                    super::hold::at(&settler.daemon.hold_at, false, step);
                     events.push_back(match settler.save(record).await {
                         Saved::Yes => Event::Persisted(phase),
                         Saved::Failed => Event::PersistFailed,
                         Saved::Refused => Event::PersistRefused,
                     });
+                    super::hold::at(&settler.daemon.hold_at, true, step);
                 }
                 Effect::AskPeer => {
                     events.push_back(Event::PeerAnswered(settler.ask(&machine.handover).await));
@@ -228,11 +237,28 @@ async fn settle_source(
         if events.is_empty() && machine.is_followed() {
             events.push_back(copy.follow(&settler.daemon).await?);
         }
-        let event = next(&settler.daemon, &mut events).await?;
+        let event = tokio::select! {
+            biased;
+            claim = forced(&mut settler.ear, &machine), if matches!(machine.state(), S::Resolving { .. } | S::HandedOver { .. }) => {
+                Event::Forced(claim)
+            }
+            event = next(&settler.daemon, &mut events) => event?,
+        };
         effects = machine.apply(event);
         voice.say(machine.answer());
         if event == Event::PersistRefused && effects.is_empty() {
             events.push_back(Event::PersistFailed);
+        }
+    }
+}
+
+/// The claim of an order that the machine heeds.
+async fn forced(ear: &mut Ear, machine: &source::Source) -> Claim {
+    loop {
+        let order = ear.hear().await;
+        let heeds = machine.step(source::Event::Forced(order.claim)).0 != machine.state();
+        if let Some(claim) = ear.answer(order, heeds) {
+            return claim;
         }
     }
 }
@@ -246,7 +272,8 @@ pub(super) async fn destination(
     let handover = Handover::of(&held, &daemon.host.host_id, false);
     let (mut machine, first) = destination::Destination::recovered(handover, &held, Worker::Dead)?;
     let voice = daemon.migrations.answers.voice(&held.migration_id, machine.answer());
-    let mut settler = Settler { daemon, held, backoff: Backoff::new(), asked: false };
+    let ear = Ear::of(&daemon, &held.vm_uid);
+    let mut settler = Settler { daemon, held, backoff: Backoff::new(), asked: false, ear };
     let (mut effects, mut events) = (first, VecDeque::new());
     loop {
         for effect in effects {

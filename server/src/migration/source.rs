@@ -29,6 +29,7 @@ use vpmu_proto::store::OwnershipRecord;
 use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutProgress, WaitDrainedResponse};
 
 use super::answer::Voice;
+use super::force::{Ear, Order};
 use super::record::Backoff;
 use crate::daemon::Daemon;
 use crate::handover::source::{Effect, Event, Source as Machine, State};
@@ -120,11 +121,14 @@ pub(super) struct Work {
     pub(super) source_cores: Vec<u32>,
     pub(super) total_us: u64,
     pub(super) guest_gap_us: Option<u64>,
+    /// Orders to take the machine by force.
+    pub(super) ear: Ear,
 }
 
 impl Work {
-    pub(super) fn new(machine: Machine, voice: Voice) -> Self {
+    pub(super) fn new(machine: Machine, voice: Voice, ear: Ear) -> Self {
         Self {
+            ear,
             machine,
             voice,
             events: VecDeque::from([Event::Begin]),
@@ -226,6 +230,7 @@ impl Source {
                 progress = next_of(work.copying.as_mut()) => self.copied(progress).await,
                 Some(job) = work.jobs.next(), if !work.jobs.is_empty() => self.done(job).await,
                 () = worker.died(), if lives => self.worker_died().await,
+                order = work.ear.hear() => self.forced(order),
                 () = self.cancel.cancelled(), if stoppable => self.stop(),
                 () = self.daemon.shutdown.cancelled(), if stoppable => self.stop(),
                 () = self.daemon.shutdown.cancelled(), if !work.machine.can_cancel() => {
@@ -237,6 +242,16 @@ impl Source {
                     }
                 }
             }
+        }
+    }
+
+    fn forced(&mut self, order: Order) {
+        let machine = &self.work.machine;
+        let heeds = machine.step(Event::Forced(order.claim)).0 != machine.state();
+        if let Some(claim) = self.work.ear.answer(order, heeds) {
+            self.work.why = Some(super::force::fresh());
+            self.work.lost = Some(super::force::fresh());
+            self.work.events.push_back(Event::Forced(claim));
         }
     }
 

@@ -14,6 +14,7 @@ use vpmu_proto::peer::Requirements;
 use vpmu_proto::store::MigrationRecord;
 
 use super::check::refuse;
+use super::force::Ear;
 use super::source::{Source, Work};
 use crate::config::Address;
 use crate::daemon::Daemon;
@@ -176,7 +177,7 @@ pub async fn begin(
         committed,
         progress,
         running,
-        work: Work::new(machine, voice),
+        work: Work::new(machine, voice, Ear::of(daemon, &handle.uid)),
     };
     daemon.tasks.spawn(source.run());
     Ok(operation)

@@ -70,7 +70,8 @@ impl Source {
         hold::at(&self.daemon.hold_at, true, step);
     }
 
-    async fn persist(&mut self, record: OwnershipRecord) {
+    async fn persist(&mut self, mut record: OwnershipRecord) {
+        self.work.ear.note(&mut record);
         let (phase, epoch) = (record.phase(), record.epoch);
         let deciding = *self.work.deciding.get_or_insert_with(Instant::now);
         match write(&self.daemon.store, record).await {

@@ -41,6 +41,14 @@ impl Source {
                     "the destination could not start the machine and gave it back; it goes on here",
                 ),
             ),
+            Decided::Forced => Ended::stayed(
+                ownership,
+                None,
+                ApiError::internal(
+                    "FORCED",
+                    "the destination was forced out before it had entered; the machine goes on here",
+                ),
+            ),
             Decided::Failed(cause) => {
                 let why = self.why(cause);
                 Ended::stayed(ownership, Some(self.work.lost.take().unwrap_or_else(|| why.clone())), why)

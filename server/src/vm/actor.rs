@@ -9,9 +9,10 @@
 //! * a right to run is journalled before the worker is told (grant), and taken from the worker before it is journalled;
 //! * readers never wait for the actor: they use the published snapshot.
 //!
-//! What it does is in [`lifecycle`] and [`placing`] (users), [`moving`] (migrations), [`reattach`] (workers that outlived a daemon),
+//! What it does is in [`lifecycle`] and [`placing`] (users), [`moving`] (migrations), [`forcing`] (ForceOwner), [`reattach`] (workers that outlived a daemon),
 //! [`restarting`] (the restart policy), [`snapshot`] and the table of `transitions`.
 
+mod forcing;
 mod lifecycle;
 mod moving;
 mod placing;
@@ -39,6 +40,7 @@ use crate::names::VmName;
 use crate::status::ApiError;
 use crate::store::Batch;
 use crate::worker_link::{ConsoleHistory, WorkerLink};
+pub(crate) use restarting::wall_ms;
 
 /// How often a running machine's PMU state is stored.
 const CHECKPOINT: Duration = Duration::from_secs(5);
@@ -172,6 +174,14 @@ impl Actor {
             }
             Command::DropIncoming { ownership, reply } => {
                 let result = self.drop_incoming(ownership).await;
+                let _ = reply.send(result);
+            }
+            Command::Force { claim, note, reply } => {
+                let result = Box::pin(self.force(claim, note)).await;
+                let _ = reply.send(result);
+            }
+            Command::Yield { epoch, owner, reply } => {
+                let result = Box::pin(self.give_way(epoch, owner)).await;
                 let _ = reply.send(result);
             }
             Command::Reattach { survivor, reply } => {

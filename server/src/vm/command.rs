@@ -7,9 +7,10 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vpmu_proto::api::{CpuPlacement, VirtualMachine};
-use vpmu_proto::store::{OwnershipRecord, VmRecord};
+use vpmu_proto::store::{Forced, OwnershipRecord, VmRecord};
 use vpmu_proto::worker::{PmuImage, RestoreFrom, WorkerEvent};
 
+use crate::handover::force::Claim;
 use crate::ops::Seed;
 use crate::status::ApiError;
 use crate::worker_link::WorkerLink;
@@ -147,6 +148,24 @@ pub enum Command {
         /// What the journal says now.
         ownership: OwnershipRecord,
         /// Gone.
+        reply: Reply<()>,
+    },
+    /// This host takes it by force, without a copy.
+    Force {
+        /// At this epoch.
+        claim: Claim,
+        /// Why, for the journal.
+        note: Forced,
+        /// Durable.
+        reply: Reply<()>,
+    },
+    /// Another host owns it by force.
+    Yield {
+        /// At this epoch.
+        epoch: u64,
+        /// That host's id.
+        owner: String,
+        /// It has ended here, durably.
         reply: Reply<()>,
     },
     /// Its worker outlived the last daemon, or did not.

@@ -4,6 +4,12 @@
 //! What may happen in any order: a journal's write becomes durable or fails; messages arrive or the link is cut; a daemon
 //! is killed (its unsynced record survives or not) and started again; a worker dies; commands of a dead daemon still
 //! reach a worker. `newest` counts what the guest has executed: a run from anything older is the fault to look for.
+//!
+//! People are there too: one forces a host to be the owner (only while the other host is dead, daemon and worker: a
+//! false attestation is the one exception that the rules name), by a word or by the token of the other's directory; one
+//! deletes the machine; and the restart policy, or a user, starts afresh what is Failed. A host that comes back asks, as
+//! the daemon does, whether it was forced out before anything is started there; that the host which forced it out
+//! answers then is assumed where the evidence was a word (with a token the own journal says it).
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
 use std::collections::{BTreeSet, VecDeque};
@@ -11,6 +17,7 @@ use vpmu_proto::store::OwnershipRecord;
 use vpmu_proto::store::ownership_record::Phase;
 use vpmu_server::handover::answer::{Asked, Ended, Seat};
 use vpmu_server::handover::destination::{self as d, Destination};
+use vpmu_server::handover::force::{self, Claim, Evidence};
 use vpmu_server::handover::phase::may_follow;
 use vpmu_server::handover::recovery::{self, Records, Worker};
 use vpmu_server::handover::source::{self as s, Source};
@@ -28,6 +35,16 @@ pub(crate) enum Side {
     Dst,
 }
 use Side::{Dst, Src};
+
+impl Side {
+    fn other(self) -> Self {
+        if self == Src { Dst } else { Src }
+    }
+
+    fn host(self) -> &'static str {
+        if self == Src { "A" } else { "B" }
+    }
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Msg {
@@ -48,6 +65,8 @@ pub(crate) enum Task {
     Converge,
     StorePmu,
     Ask,
+    /// After a restart: whether another host owns it by force.
+    Look,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -99,6 +118,12 @@ pub(crate) struct Sim {
     /// The destination has said Ready: its copy counts.
     promised: bool,
     faults_left: u8,
+    /// Somebody deleted it, or forced an owner without its copy: that copy may be destroyed.
+    given_up: bool,
+    /// What has been, for what must be possible.
+    pub(crate) forced: bool,
+    pub(crate) gave_way: bool,
+    pub(crate) afresh: bool,
     /// What must never happen, when it has.
     pub(crate) wrong: Option<&'static str>,
 }
@@ -124,6 +149,15 @@ pub(crate) enum Action {
     Cancel,
     TimeOut,
     LeaseExpires,
+    /// By the token of the other's directory, which an operator has in hand; no fault by itself.
+    ForceByToken(Side),
+    /// By a word.
+    Force(Side),
+    /// That side's directory gives it up to the other, while its host is dead.
+    Fence(Side),
+    Delete(Side),
+    /// The restart policy, or a user.
+    StartAfresh(Side),
 }
 
 impl Action {
@@ -131,14 +165,25 @@ impl Action {
         use Action as A;
         matches!(
             self,
-            A::SyncFails(_) | A::Crash(..) | A::Kill(_) | A::Cut | A::Cancel | A::TimeOut | A::LeaseExpires
+            A::SyncFails(_)
+                | A::Crash(..)
+                | A::Kill(_)
+                | A::Cut
+                | A::Cancel
+                | A::TimeOut
+                | A::LeaseExpires
+                | A::Force(_)
+                | A::Fence(_)
+                | A::Delete(_)
+                | A::StartAfresh(_)
         )
     }
 }
 
 /// What a host without a living machine answers.
 fn from_record(held: Option<&OwnershipRecord>, seat: Seat) -> PeerAnswer {
-    PeerAnswer::from_record(held, &Asked { migration_id: MIGRATION, epoch: EPOCH, seat })
+    let asker = if seat == Seat::Destination { "A" } else { "B" };
+    PeerAnswer::from_record(held, &Asked { migration_id: MIGRATION, epoch: EPOCH, seat, asker })
 }
 
 fn digest_of(version: u8) -> Digest {
@@ -238,6 +283,10 @@ impl Sim {
             newest: 0,
             promised: false,
             faults_left: faults,
+            given_up: false,
+            forced: false,
+            gave_way: false,
+            afresh: false,
             wrong: None,
         }
     }
@@ -269,8 +318,11 @@ impl Sim {
 
     /// From Entered on the source's copy is stale by rule, whether or not the destination got to run.
     fn entered(&self) -> bool {
-        let held = self.dd.durable.as_ref();
-        held.is_some_and(|r| matches!(r.phase(), Phase::Entered | Phase::Owned) && r.epoch > EPOCH)
+        let owner = |phase: Phase, epoch| matches!(phase, Phase::Entered | Phase::Owned) && epoch > EPOCH;
+        let Some(held) = self.dd.durable.as_ref() else { return false };
+        // Its fenced directory still tells; until the source is forced to own it.
+        let was = force::token(held).filter(|_| !self.aborted());
+        owner(held.phase(), held.epoch) || was.is_some_and(|token| owner(token.phase(), token.held_epoch))
     }
 
     pub(crate) fn moved(&self) -> bool {
@@ -303,10 +355,13 @@ impl Sim {
         add(self.sd.pending.is_some(), A::Sync(Src));
         add(self.dd.pending.is_some(), A::Sync(Dst));
         for &task in &self.sd.tasks {
-            add(true, A::Task(Src, task));
+            add(task != Task::Look || self.dd.up, A::Task(Src, task));
         }
         for &task in &self.dd.tasks {
-            add(true, A::Task(Dst, task));
+            add(task != Task::Look || self.sd.up, A::Task(Dst, task));
+        }
+        for side in [Src, Dst] {
+            add(self.may_force(side, true).is_some(), A::ForceByToken(side));
         }
         add(!self.sd.up, A::Restart(Src));
         add(!self.dd.up, A::Restart(Dst));
@@ -326,6 +381,12 @@ impl Sim {
             add(self.sd.machine.as_ref().is_some_and(|m| m.outcome().is_none()), A::Cancel);
             add(self.sd.machine.as_ref().is_some_and(Source::can_cancel), A::TimeOut);
             add(self.dd.machine.as_ref().is_some_and(|m| m.outcome().is_none()), A::LeaseExpires);
+            for side in [Src, Dst] {
+                add(self.may_force(side, false).is_some(), A::Force(side));
+                add(self.fence(side).is_some_and(|r| Some(&r) != self.held(side)), A::Fence(side));
+                add(self.may_delete(side), A::Delete(side));
+                add(self.may_start(side), A::StartAfresh(side));
+            }
         }
         all
     }
@@ -388,7 +449,198 @@ impl Sim {
             A::Cancel => self.src(s::Event::CancelRequested),
             A::TimeOut => self.src(s::Event::TimedOut),
             A::LeaseExpires => self.dst(d::Event::LeaseExpired),
+            A::ForceByToken(side) => self.force(side, true),
+            A::Force(side) => self.force(side, false),
+            A::Fence(side) => {
+                if let Some(fenced) = self.fence(side) {
+                    self.settle(side, fenced);
+                }
+            }
+            A::Delete(side) => self.delete(side),
+            A::StartAfresh(side) => self.start_afresh(side),
         }
+    }
+
+    fn up(&self, side: Side) -> bool {
+        if side == Src { self.sd.up } else { self.dd.up }
+    }
+
+    fn held(&self, side: Side) -> Option<&OwnershipRecord> {
+        if side == Src { self.sd.durable.as_ref() } else { self.dd.durable.as_ref() }
+    }
+
+    fn worker(&self, side: Side) -> &Vmm {
+        if side == Src { &self.sw } else { &self.dw }
+    }
+
+    /// Nothing is under way there: no write, and no machine that is not over.
+    fn at_rest(&self, side: Side) -> bool {
+        match side {
+            Src => {
+                self.sd.pending.is_none() && self.sd.machine.as_ref().is_none_or(|m| m.outcome().is_some())
+            }
+            Dst => {
+                let entered = |m: &Destination| matches!(m.state(), d::State::Entered { .. });
+                let over = |m: &Destination| m.outcome().is_some() || entered(m);
+                self.dd.pending.is_none() && self.dd.machine.as_ref().is_none_or(over)
+            }
+        }
+    }
+
+    fn owned(&self, side: Side) -> bool {
+        self.held(side).is_some_and(|r| matches!(r.phase(), Phase::Owned | Phase::Entered))
+    }
+
+    /// Whatever is left of the last life of that side's machine is over; its record is this now.
+    fn settle(&mut self, side: Side, record: OwnershipRecord) {
+        if may_follow(self.held(side), &record).is_err() {
+            self.wrong = Some("a record that may not follow");
+        }
+        match side {
+            Src => (self.sd.machine, self.sd.durable, self.sd.failed) = (None, Some(record), false),
+            Dst => (self.dd.machine, self.dd.durable, self.dd.failed) = (None, Some(record), false),
+        }
+    }
+
+    fn dead(&self, side: Side) -> bool {
+        !self.up(side) && !self.worker(side).alive
+    }
+
+    /// The record by which that side gives it up to the other.
+    fn fence(&self, side: Side) -> Option<OwnershipRecord> {
+        let held = self.held(side).filter(|_| self.dead(side))?;
+        force::fence(held, side.host(), side.other().host()).ok()
+    }
+
+    fn may_force(&self, side: Side, token: bool) -> Option<Claim> {
+        let other = side.other();
+        let held = self.held(side).filter(|r| !r.migration_id.is_empty())?;
+        // What a destination dropped or gave back is not there to be named.
+        let gone = side == Dst && matches!(held.phase(), Phase::Aborted | Phase::Returned);
+        if gone || !self.up(side) {
+            return None;
+        }
+        let (here, there) = (side.host(), other.host());
+        let evidence = if token {
+            Evidence::Token(force::token(self.held(other)?)?)
+        } else if self.dead(other) {
+            Evidence::Word { host: there.to_owned(), boot_id: String::new(), epoch: 0 }
+        } else {
+            return None;
+        };
+        let claim = force::judge(held, here, &evidence).ok()?;
+        let heeds = match side {
+            Src => self.sd.machine.as_ref().is_some_and(|m| m.step(s::Event::Forced(claim)).0 != m.state()),
+            Dst => self.dd.machine.as_ref().is_some_and(|m| m.step(d::Event::Forced(claim)).0 != m.state()),
+        };
+        (heeds || self.at_rest(side)).then_some(claim)
+    }
+
+    fn force(&mut self, side: Side, token: bool) {
+        let Some(claim) = self.may_force(side, token) else { return };
+        self.forced = true;
+        if self.at_rest(side) {
+            // The actor's: a tombstone is owned again, without a copy.
+            self.given_up = true;
+            let held = self.held(side).cloned().unwrap_or_default();
+            let owner_host = side.host().to_owned();
+            self.settle(
+                side,
+                OwnershipRecord { epoch: claim.epoch, phase: Phase::Owned.into(), owner_host, ..held },
+            );
+            self.worker_dies(side);
+            match side {
+                Src => self.sd.failed = true,
+                Dst => self.dd.failed = true,
+            }
+            return;
+        }
+        match side {
+            Src => {
+                self.src(s::Event::Forced(claim));
+                let state = self.sd.machine.as_ref().map(Source::state);
+                self.given_up |= matches!(state, Some(s::State::Forcing { copy: false, .. }));
+            }
+            Dst => {
+                self.dst(d::Event::Forced(claim));
+                let state = self.dd.machine.as_ref().map(Destination::state);
+                self.given_up |= matches!(state, Some(d::State::Forcing { copy: false, .. }));
+            }
+        }
+    }
+
+    fn may_delete(&self, side: Side) -> bool {
+        let phase = self.held(side).map(OwnershipRecord::phase);
+        let here = matches!(phase, Some(Phase::Owned | Phase::Entered | Phase::Released | Phase::Superseded));
+        let touched = self.held(side).is_some_and(|r| !r.migration_id.is_empty());
+        here && touched && self.up(side) && self.at_rest(side)
+    }
+
+    fn delete(&mut self, side: Side) {
+        self.given_up |= self.owned(side);
+        let held = self.held(side).cloned().unwrap_or_default();
+        self.settle(side, OwnershipRecord { phase: Phase::Deleted.into(), ..held });
+        self.worker_dies(side);
+    }
+
+    fn may_start(&self, side: Side) -> bool {
+        let (tasks, failed) = match side {
+            Src => (&self.sd.tasks, self.sd.failed),
+            Dst => (&self.dd.tasks, self.dd.failed || self.arrived_dead()),
+        };
+        let free = failed && !tasks.contains(&Task::Look) && !self.worker(side).alive;
+        free && self.up(side) && self.owned(side) && self.at_rest(side)
+    }
+
+    fn start_afresh(&mut self, side: Side) {
+        if self.copy_is_left() && !self.given_up {
+            self.wrong = Some("started afresh beside a current copy");
+        }
+        let held = self.held(side).cloned().unwrap_or_default();
+        let (epoch, incarnation) = (held.epoch, held.incarnation + 1);
+        self.settle(side, OwnershipRecord { phase: Phase::Owned.into(), incarnation, ..held });
+        self.newest += 1;
+        let copy = Some(self.newest);
+        let term = if side == Src { self.sd.term } else { self.dd.term };
+        let worker =
+            Vmm { exists: true, alive: true, running: true, granted: epoch, term, copy, ..Vmm::default() };
+        match side {
+            Src => self.sw = worker,
+            Dst => self.dw = worker,
+        }
+        self.afresh = true;
+    }
+
+    /// What a daemon asks at its start about a machine that it owns: `migration::later`.
+    fn look_for_later(&mut self, side: Side) {
+        let Some(held) = self.held(side).cloned().filter(|_| self.owned(side)) else { return };
+        let (epoch, asker) = (held.epoch.saturating_sub(1), side.host());
+        let asked = |seat| Asked { migration_id: MIGRATION, epoch, seat, asker };
+        let answer = match side {
+            Dst => match &self.sd.machine {
+                Some(machine) => machine.answer(),
+                None => PeerAnswer::from_record(self.sd.durable.as_ref(), &asked(Seat::Source(Ended::Open))),
+            },
+            Src => match &self.dd.machine {
+                Some(machine) => machine.answer(),
+                None => PeerAnswer::from_record(self.dd.durable.as_ref(), &asked(Seat::Destination)),
+            },
+        };
+        let PeerAnswer::Superseded(epoch) = answer else { return };
+        if epoch <= held.epoch {
+            return;
+        }
+        if !self.at_rest(side) {
+            // Asked again by whoever owns it.
+            match side {
+                Src => self.sd.tasks.insert(Task::Look),
+                Dst => self.dd.tasks.insert(Task::Look),
+            };
+            return;
+        }
+        self.settle(side, OwnershipRecord { epoch, phase: Phase::Superseded.into(), ..held });
+        self.worker_dies(side);
+        self.gave_way = true;
     }
 
     /// What must hold in every state.
@@ -449,6 +701,7 @@ impl Sim {
             Dst => self.dd.tasks.remove(&task),
         };
         match (side, task) {
+            (side, Task::Look) => self.look_for_later(side),
             (Src, Task::Converge) => self.src(s::Event::Converged),
             (Src, Task::StorePmu) => self.src(s::Event::PmuPersisted),
             (Src, Task::Ask) => {
@@ -485,6 +738,13 @@ impl Sim {
 
     fn deliver_to_destination(&mut self) {
         let Some(message) = self.to_dd.pop_front() else { return };
+        let forced = |m: &Destination| {
+            matches!(m.outcome(), Some(d::Outcome::Forced | d::Outcome::ForcedDead | d::Outcome::Superseded))
+        };
+        if matches!(message, Msg::Go(..)) && self.dd.machine.as_ref().is_none_or(forced) {
+            // Nobody is there to whom a stream could be opened: the source asks.
+            return self.src(s::Event::PeerLost);
+        }
         match message {
             Msg::Prepare if self.dd.machine.is_none() && self.dd.durable.is_none() => {
                 self.dd.machine = Some(Destination::new(handover(Dst)));
@@ -500,6 +760,7 @@ impl Sim {
 
     fn command(&mut self, side: Side) {
         let stale = if side == Src { self.entered() } else { !self.promised || self.aborted() };
+        let given_up = self.given_up;
         let other_has = {
             let other = if side == Src { &self.dw } else { &self.sw };
             other.alive && other.copy == Some(self.newest)
@@ -545,7 +806,7 @@ impl Sim {
                 }
             }
             Cmd::Shutdown => {
-                if worker.copy == Some(self.newest) && !other_has && !stale {
+                if worker.copy == Some(self.newest) && !other_has && !stale && !given_up {
                     self.wrong = Some("the last current copy is destroyed");
                 }
                 self.worker_dies(side);
@@ -677,7 +938,11 @@ impl Sim {
                 E::SealWorker { epoch } => self.command_worker(Dst, Cmd::Seal(epoch)),
                 E::EndWorker => self.command_worker(Dst, Cmd::Shutdown),
                 E::Done(outcome) => {
-                    self.dd.failed |= outcome == d::Outcome::ArrivedDead;
+                    self.dd.failed |= matches!(outcome, d::Outcome::ArrivedDead | d::Outcome::ForcedDead);
+                    if matches!(outcome, d::Outcome::Forced | d::Outcome::ForcedDead) && self.sd.up {
+                        // Its task ends, and the stream with it.
+                        self.src(s::Event::PeerLost);
+                    }
                     None
                 }
                 E::SendReady { digest, .. } => {
@@ -701,6 +966,9 @@ impl Sim {
     }
 
     fn restart_source(&mut self) {
+        if self.owned(Src) && self.held(Src).is_some_and(|r| !r.migration_id.is_empty()) {
+            self.sd.tasks.insert(Task::Look);
+        }
         self.sd.up = true;
         self.sd.term += 1;
         // Attach: fences what a dead daemon had sent.
@@ -724,6 +992,9 @@ impl Sim {
     }
 
     fn restart_destination(&mut self) {
+        if self.owned(Dst) {
+            self.dd.tasks.insert(Task::Look);
+        }
         self.dd.up = true;
         self.dd.term += 1;
         self.dw.term = self.dd.term;
@@ -785,9 +1056,15 @@ impl Sim {
         if sim.wrong.is_some() {
             return sim.wrong;
         }
+        if sim.held(Src).is_some_and(|r| r.phase() == Phase::HandedOver) {
+            return Some("a tombstone waits for ever");
+        }
         match (sim.running_on(), sim.copy_is_left()) {
             (Some(Src), _) if sim.dw.alive => Some("a copy is left over at the destination"),
             (Some(Dst), _) if sim.sw.alive => Some("a copy is left over at the source"),
+            (None, _) if sim.given_up => None,
+            // Its last owner's directory gave it up, and says so.
+            (None, false) if [Src, Dst].iter().any(|s| sim.held(*s).and_then(force::token).is_some()) => None,
             (None, true) => Some("a current copy exists and nobody runs it"),
             (None, false) if !sim.sd.failed && !sim.dd.failed && !sim.arrived_dead() => {
                 Some("lost, and nobody says so")

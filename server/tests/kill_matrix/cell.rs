@@ -269,7 +269,9 @@ impl Cell {
                 _ => EITHER,
             },
             // From Entered on the source's copy is stale, whatever became of the destination's.
-            (_, _, _, true) if entered || dw_entering => LOST,
+            (_, _, _, true) if entered => LOST,
+            // It died before it was granted: the machine goes back.
+            (_, false, _, true) if dw_entering => SRC,
             (_, _, _, true) if going => {
                 if dead(SW) {
                     LOST

@@ -367,7 +367,7 @@ impl Actor {
     }
 
     /// Ends a process that outlived a daemon and refused the next one.
-    async fn end_unheld(&self) -> Result<(), ApiError> {
+    pub(super) async fn end_unheld(&self) -> Result<(), ApiError> {
         self.daemon.workers.processes.end_unheld(&self.vm.uid).await.map_err(|e| {
             ApiError::internal(
                 "WORKER_UNKNOWN",

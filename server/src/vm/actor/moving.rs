@@ -48,6 +48,10 @@ impl Actor {
             }
             Outcome::Stayed { ownership, lost: Some(error) } => {
                 self.ownership = ownership;
+                // Also one that was forced while it arrived.
+                self.born = true;
+                self.before_incoming = None;
+                self.vm.moved_to.clear();
                 if self.deferred.iter().any(|c| matches!(c, Command::Worker { .. })) {
                     // The guest or its worker ended meanwhile: that event, which is next, tells how.
                     return Ok(());

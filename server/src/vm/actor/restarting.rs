@@ -16,11 +16,11 @@ use crate::status::ApiError;
 use crate::vm::restart::{Event, MOST, Memory, step};
 
 /// Reasons after which a machine is not started by itself: its copy may live elsewhere, or a worker of it here.
-const NEVER_AFTER: [&str; 5] =
-    ["OWNERSHIP_UNCERTAIN", "LOST", "POSTCOPY_SOURCE_LOST", "WORKER_UNKNOWN", "SHUTTING_DOWN"];
+const NEVER_AFTER: [&str; 6] =
+    ["OWNERSHIP_UNCERTAIN", "LOST", "POSTCOPY_SOURCE_LOST", "WORKER_UNKNOWN", "SHUTTING_DOWN", "FORCED"];
 
 /// Wall clock, ms.
-pub(super) fn wall_ms() -> u64 {
+pub(crate) fn wall_ms() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
