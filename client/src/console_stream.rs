@@ -20,6 +20,8 @@ pub struct ConsoleOptions {
     pub history_only: bool,
     /// Take the input side; one writer at a time.
     pub write: bool,
+    /// If there is no machine of that name yet, wait for it (the server does, for 60 s).
+    pub await_machine: bool,
 }
 
 /// An attached console. Dropping it detaches.
@@ -43,6 +45,7 @@ impl Client {
             history_only: options.history_only,
             write: options.write,
             data: Vec::new(),
+            await_machine: options.await_machine,
         };
         // The channel is new and has room.
         let _ = input.try_send(first);

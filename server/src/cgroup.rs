@@ -8,6 +8,7 @@
 //! Moving a process costs the kernel a grace period (5 to 20 ms measured), so it is done beside the worker's start and
 //! nothing waits for it. What a worker allocated before is charged to the daemon's cgroup.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -35,9 +36,9 @@ pub struct Cgroups {
 }
 
 impl Cgroups {
-    /// Looks for what can be written, and removes what an earlier daemon of the same store left of workers that have no
-    /// runtime directory any more (`live`: those that have). Says once if there is nothing.
-    pub fn discover(store_id: &str, live: &[String]) -> Self {
+    /// Looks for what can be written, and removes what an earlier daemon of the same store left and no runtime directory
+    /// lists any more. Says once if there is nothing.
+    pub fn discover(store_id: &str, run_dir: &Path) -> Self {
         let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let prefix = format!("vpmud-{}-", store_id.get(..8).unwrap_or(store_id));
@@ -60,7 +61,7 @@ impl Cgroups {
             );
         }
         let found = Self { prefix, hierarchies };
-        found.sweep(live);
+        found.sweep(&listed(run_dir));
         found
     }
 
@@ -95,12 +96,11 @@ impl Cgroups {
         hierarchy.parent.join(format!("{}{uid}", self.prefix))
     }
 
-    fn sweep(&self, live: &[String]) {
+    fn sweep(&self, listed: &HashSet<PathBuf>) {
         for hierarchy in &self.hierarchies {
             for entry in std::fs::read_dir(&hierarchy.parent).into_iter().flatten().flatten() {
                 let name = entry.file_name().to_string_lossy().into_owned();
-                let Some(uid) = name.strip_prefix(&self.prefix) else { continue };
-                if !live.iter().any(|l| l == uid) {
+                if name.starts_with(&self.prefix) && !listed.contains(&entry.path()) {
                     remove_dir(&entry.path());
                 }
             }
@@ -121,6 +121,13 @@ fn enter(label: &str, dir: &Path, pid: u32) -> io::Result<()> {
         Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => Ok(()),
         other => other,
     }
+}
+
+/// What the runtime directories list. One that was a spare's is not named after the machine that it went to.
+fn listed(run_dir: &Path) -> HashSet<PathBuf> {
+    let dirs = std::fs::read_dir(run_dir).into_iter().flatten().flatten();
+    let lists = dirs.filter_map(|dir| std::fs::read_to_string(dir.path().join(FILE)).ok());
+    lists.flat_map(|list| list.lines().map(PathBuf::from).collect::<Vec<_>>()).collect()
 }
 
 /// Removes the cgroups that a runtime directory lists. The processes in them have ended.

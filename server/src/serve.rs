@@ -154,10 +154,7 @@ async fn serve(
     let run_dir =
         std::path::absolute(config.state_dir.join("run")).map_err(io("cannot find the state directory"))?;
     let cgroups = if isolated {
-        let live: Vec<String> = std::fs::read_dir(&run_dir)
-            .map(|dirs| dirs.flatten().map(|d| d.file_name().to_string_lossy().into_owned()).collect())
-            .unwrap_or_default();
-        crate::cgroup::Cgroups::discover(store.store_id(), &live)
+        crate::cgroup::Cgroups::discover(store.store_id(), &run_dir)
     } else {
         crate::cgroup::Cgroups::default()
     };
@@ -183,6 +180,7 @@ async fn serve(
             violate: config.worker_violates,
             cgroups: Arc::new(cgroups),
             image: std::sync::Mutex::default(),
+            spares: crate::spare::Spares::new(if isolated { config.spare_workers as usize } else { 0 }),
         }),
     };
     let daemon = Arc::new(Daemon {
@@ -241,6 +239,7 @@ async fn serve(
         said => said?,
     }
     crate::upgrade::serves(&config.state_dir);
+    daemon.workers.processes.refill();
 
     let mut next = None;
     tokio::select! {
@@ -276,6 +275,7 @@ async fn end(
         tracing::warn!("some connections did not end in time and are closed");
         servers.shutdown().await;
     }
+    daemon.workers.processes.close_spares().await;
     let machines = async {
         let handles = daemon.registry.list(None);
         futures_util::future::join_all(handles.iter().map(crate::vm::registry::VmHandle::end)).await;

@@ -197,7 +197,12 @@ impl WorkerLink {
             }
         };
         match built.await {
-            Ok(response) => Ok((link, response)),
+            Ok(response) => {
+                if let Some(process) = &link.inner.process {
+                    process.has_machine();
+                }
+                Ok((link, response))
+            }
             Err(error) => {
                 let error = link.cause(error).await;
                 link.end().await;

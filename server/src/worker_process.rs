@@ -26,9 +26,12 @@ use vcpu_worker::process::Identity;
 use vpmu_proto::worker::GuestEnd;
 
 use crate::config::MAX_SOCKET_PATH;
+use crate::spare::{PREFIX, Spare, Spares};
 
 /// How long a worker may take to end in order.
 const TERM: Duration = Duration::from_secs(10);
+/// How long a spare worker may take until it is ready.
+pub(crate) const READY: Duration = Duration::from_secs(20);
 /// How long the kernel may take to end one that was killed.
 const KILL: Duration = Duration::from_secs(10);
 
@@ -55,6 +58,8 @@ pub struct Processes {
     pub cgroups: Arc<crate::cgroup::Cgroups>,
     /// Binary of new workers, which are processes then in any case; none: this process's own.
     pub image: Mutex<Option<PathBuf>>,
+    /// Workers that wait for a machine.
+    pub spares: Spares,
 }
 
 /// What a runtime directory of an earlier run shows.
@@ -76,6 +81,8 @@ pub struct WorkerProcess {
     dir: PathBuf,
     socket: PathBuf,
     sandbox: String,
+    /// The worker ends if this breaks before it has a machine: it was a spare.
+    lifeline: Mutex<Option<OwnedFd>>,
     /// Puts it into its cgroup.
     placing: Mutex<Option<tokio::task::JoinHandle<()>>>,
     settled: AtomicBool,
@@ -169,10 +176,37 @@ impl Processes {
         Ok(())
     }
 
-    /// Starts a worker for a machine that has none, and connects to it.
-    pub async fn start(&self, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
+    /// Starts a worker for a machine that has none, or takes a spare one, and connects to it.
+    pub async fn start(self: &Arc<Self>, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
         self.end_unheld(uid).await?;
-        self.start_in(uid, name)
+        let spare = if self.image().is_none() { self.spares.take() } else { None };
+        let started = match spare {
+            Some(spare) => spare.process.claim(&self.run_dir.join(uid), spare.lifeline),
+            None => self.start_in(uid, name),
+        };
+        self.refill();
+        started
+    }
+
+    /// A worker that waits for a machine. Blocks.
+    pub(crate) fn make_spare(&self) -> io::Result<Spare> {
+        let id = uuid::Uuid::new_v4().to_string();
+        let dir = format!("{PREFIX}{}", &id[PREFIX.len()..]);
+        let (broken, lifeline) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let (process, dir) = self.make(&dir, PREFIX, Some(broken))?;
+        // Before that file is there the directory must not be renamed.
+        let until = std::time::Instant::now() + READY;
+        while Identity::read(&dir).is_none() {
+            if std::time::Instant::now() > until || !process.is_running() {
+                let words = process.last_words();
+                drop(process);
+                clear(&dir);
+                return Err(io::Error::other(format!("a spare worker does not get ready; {words}")));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.cgroups.place(&dir.file_name().unwrap_or_default().to_string_lossy(), process.pid, &dir);
+        Ok(Spare { process, lifeline })
     }
 
     /// Starts a worker for a machine that has one already, in the runtime directory `UID.INCARNATION`.
@@ -191,23 +225,7 @@ impl Processes {
     }
 
     fn start_in(&self, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.run_dir)?;
-        let dir = self.run_dir.join(uid);
-        DirBuilder::new().mode(0o700).create(&dir)?;
-        let socket = match choose_socket(&dir) {
-            Ok(socket) => socket,
-            Err(error) => {
-                clear(&dir);
-                return Err(error);
-            }
-        };
-        let process = match self.spawn(&dir, &socket, name) {
-            Ok(process) => process,
-            Err(error) => {
-                clear(&dir);
-                return Err(error);
-            }
-        };
+        let (process, dir) = self.make(uid, name, None)?;
         let placing = tokio::task::spawn_blocking({
             let (cgroups, uid, pid) = (Arc::clone(&self.cgroups), uid.to_owned(), process.pid);
             move || cgroups.place(&uid, pid, &dir)
@@ -216,9 +234,30 @@ impl Processes {
         Ok((process.connect(), process))
     }
 
+    /// A process and its runtime directory.
+    fn make(&self, uid: &str, name: &str, lifeline: Option<OwnedFd>) -> io::Result<(WorkerProcess, PathBuf)> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.run_dir)?;
+        let dir = self.run_dir.join(uid);
+        DirBuilder::new().mode(0o700).create(&dir)?;
+        let made = choose_socket(&dir).and_then(|socket| self.spawn(&dir, &socket, name, lifeline));
+        match made {
+            Ok(process) => Ok((process, dir)),
+            Err(error) => {
+                clear(&dir);
+                Err(error)
+            }
+        }
+    }
+
     /// The worker gets its listener as standard input: what is sent to it waits there until it is ready, and nobody has
-    /// to look when that is.
-    fn spawn(&self, dir: &Path, socket: &Path, name: &str) -> io::Result<WorkerProcess> {
+    /// to look when that is. One that gets a lifeline, as standard output, is a spare.
+    fn spawn(
+        &self,
+        dir: &Path,
+        socket: &Path,
+        name: &str,
+        lifeline: Option<OwnedFd>,
+    ) -> io::Result<WorkerProcess> {
         let listener = std::os::unix::net::UnixListener::bind(socket)?;
         std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
         let log = File::create(dir.join("log"))?;
@@ -242,8 +281,9 @@ impl Processes {
             .args(["--pmu-mode", self.pmu_mode])
             .args(["--seccomp", self.seccomp.as_str()])
             .args(violate.map(|kind| format!("--violate={}", kind.get_name())))
+            .args(lifeline.is_some().then_some("--spare"))
             .stdin(Stdio::from(OwnedFd::from(listener)))
-            .stdout(Stdio::null())
+            .stdout(lifeline.map_or_else(Stdio::null, Stdio::from))
             .stderr(log);
         let mut child = command.spawn()?;
         let pidfd = child.id().try_into().ok().and_then(Pid::from_raw).ok_or(rustix::io::Errno::SRCH);
@@ -274,10 +314,10 @@ impl WorkerProcess {
         let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE)?;
         let (child, settled, ending) =
             (Mutex::new(child), AtomicBool::new(false), tokio::sync::Mutex::default());
-        let placing = Mutex::new(None);
+        let (placing, lifeline) = (Mutex::new(None), Mutex::new(None));
         let sandbox = std::fs::read_to_string(dir.join("sandbox")).unwrap_or_default();
         let sandbox = crate::status::clip(&sandbox, 256);
-        Ok(Self { pid, pidfd, child, dir, socket, sandbox, placing, settled, ending })
+        Ok(Self { pid, pidfd, child, dir, socket, sandbox, lifeline, placing, settled, ending })
     }
 
     /// Process id.
@@ -288,6 +328,35 @@ impl WorkerProcess {
     /// How it was confined when it was started.
     pub fn sandbox(&self) -> &str {
         &self.sandbox
+    }
+
+    /// Makes a spare the worker of the machine whose runtime directory this is to be. It ends by itself if this process
+    /// does before [`Self::has_machine`].
+    fn claim(mut self, dir: &Path, lifeline: OwnedFd) -> io::Result<(Channel, Self)> {
+        let renamed = std::fs::rename(&self.dir, dir);
+        if let Err(error) = renamed {
+            let old = self.dir.clone();
+            drop(self);
+            clear(&old);
+            return Err(error);
+        }
+        dir.clone_into(&mut self.dir);
+        self.socket = socket_of(dir);
+        *self.lifeline.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(lifeline);
+        Ok((self.connect(), self))
+    }
+
+    /// It has its machine: from now on it outlives this process.
+    pub fn has_machine(&self) {
+        self.lifeline.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// Whether it has not ended, as far as can be seen now.
+    pub fn is_running(&self) -> bool {
+        let fd = self.pidfd.get_ref().as_fd();
+        let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(0))
     }
 
     /// A connection, made when it is first used.
@@ -344,6 +413,13 @@ impl WorkerProcess {
             // It writes into the directory that is removed now.
             drop(placing.await);
         }
+        clear(&self.dir);
+    }
+
+    /// It has ended and nobody knew it: removes what it left.
+    pub fn bury(&self) {
+        self.settled.store(true, Ordering::Release);
+        self.reap();
         clear(&self.dir);
     }
 

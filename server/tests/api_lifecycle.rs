@@ -3,6 +3,7 @@
 mod support;
 
 use support::*;
+use tokio_stream::StreamExt as _;
 use tonic::Code;
 use vpmu_proto::api::virtual_machine::{DesiredState, State};
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
@@ -185,4 +186,37 @@ async fn lists_come_in_pages() {
         }
     }
     assert_eq!(names, [name("a"), name("b"), name("c")]);
+}
+
+#[tokio::test]
+async fn who_attaches_before_it_creates_sees_the_first_byte() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let mut host = Host::start(dir.path(), &[]).await;
+    let attach = |await_machine| AttachConsoleRequest {
+        name: name("later"),
+        await_machine,
+        ..AttachConsoleRequest::default()
+    };
+    // Who does not ask to wait is told that there is no such machine.
+    let refused = host.vms().await.attach_console(tokio_stream::once(attach(false))).await;
+    assert_eq!(refused.expect_err("there is none").code(), Code::NotFound);
+    let input = tokio_stream::once(attach(true)).chain(tokio_stream::pending());
+    let mut output = host.vms().await.attach_console(input).await.expect("attached").into_inner();
+    host.create("other", probe_spec(1, 16)).await;
+    host.create("later", probe_spec(1, 16)).await;
+    // A machine that is created and not started has no worker, and so far no output: the stream ends, as it does for
+    // whoever attaches now.
+    assert_eq!(output.message().await.expect("no error"), None);
+    let input = tokio_stream::once(AttachConsoleRequest { name: name("third"), ..attach(true) });
+    let input = input.chain(tokio_stream::pending());
+    let mut output = host.vms().await.attach_console(input).await.expect("attached").into_inner();
+    let mut request = create("third", probe_spec(1, 16));
+    request.virtual_machine.as_mut().expect("set").set_desired_state(DesiredState::Running);
+    let mut vms = host.vms().await;
+    let (operation, piece) = tokio::join!(vms.create_virtual_machine(request), output.message());
+    let piece = piece.expect("no error").expect("output");
+    assert_eq!(piece.offset, 0, "from the first byte on");
+    assert!(!piece.data.is_empty());
+    host.finish(operation.expect("accepted").into_inner()).await.expect("runs");
+    assert_eq!(host.terminate().await, 0);
 }

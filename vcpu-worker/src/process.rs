@@ -10,10 +10,11 @@
 //! | `log` | standard error | at most [`LOG_BYTES`] of warnings |
 //!
 //! Invariants: `pid` and `exit` are replaced whole; a worker that no daemon gives a VM within [`UNCLAIMED`] ends by
-//! itself; it leads a session of its own and has no parent-death signal, so that it outlives its daemon.
+//! itself, and so does a spare one when its daemon is gone; the directory may be renamed while the worker runs; it leads a session of its own and has no parent-death signal, so that it outlives its daemon.
 
 use std::ffi::CString;
 use std::io::{self, Write};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,7 +22,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prost::Message as _;
+use tokio::io::AsyncReadExt as _;
 use tokio::net::UnixListener;
+use tokio::net::unix::pipe::Receiver;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -65,6 +68,9 @@ pub struct Args {
     /// Who holds the guest's PMU: model, msr or kvm.
     #[arg(long, default_value = "model")]
     pub pmu_mode: String,
+    /// It waits for a machine as long as standard output, a pipe, is not closed at its other end.
+    #[arg(long)]
+    pub spare: bool,
     /// What a forbidden system call leads to.
     #[arg(long, value_enum, default_value = "enforce")]
     pub seccomp: crate::sandbox::Mode,
@@ -170,6 +176,9 @@ pub fn main(args: &Args) -> io::Result<()> {
         // Cut to 15 bytes by the kernel; only shown.
         rustix::thread::set_name(&name)?;
     }
+    if let Err(error) = crate::host::schedule::answer_quickly() {
+        tracing::debug!(%error, "calls are answered when the guests' slices have passed");
+    }
     crate::sandbox::confine(args.seccomp, args.violate, args.runtime_dir.as_deref(), args.pmu_mode == "msr")
         .map_err(|e| failed("confining", "this process", &e))?;
     tokio::runtime::Builder::new_multi_thread()
@@ -191,6 +200,18 @@ fn listen(args: &Args) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// The pipe that standard output is.
+fn lifeline() -> io::Result<Receiver> {
+    Receiver::from_owned_fd(rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3)?)
+}
+
+/// Returns once nobody holds the other end.
+async fn broken(mut lifeline: Receiver) {
+    let mut byte = [0];
+    // Nothing is ever sent.
+    while matches!(lifeline.read(&mut byte).await, Ok(1..)) {}
+}
+
 async fn serve(args: &Args) -> io::Result<()> {
     let shape = args.model_pmu.parse().map_err(|e| failed("--model-pmu", &args.model_pmu, &e))?;
     let backend = Backend::named(&args.pmu_mode)
@@ -199,18 +220,27 @@ async fn serve(args: &Args) -> io::Result<()> {
     let shutdown = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate())?;
     let shown = args.socket.display().to_string();
-    if let Some(dir) = &args.runtime_dir {
+    // Held open: a spare's directory gets another name when a machine takes it.
+    let held = args.runtime_dir.as_ref().map(std::fs::File::open).transpose()?;
+    let runtime_dir = held.as_ref().map(|dir| PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())));
+    let listener = listen(args).map_err(|e| failed("listening on", &shown, &e))?;
+    // Last: who has read it may rename the directory.
+    if let (Some(dir), Some(named)) = (&runtime_dir, &args.runtime_dir) {
         Identity::of(std::process::id())?
             .write(dir)
-            .map_err(|e| failed("writing the pid file in", &dir.display().to_string(), &e))?;
+            .map_err(|e| failed("writing the pid file in", &named.display().to_string(), &e))?;
     }
-    let listener = listen(args).map_err(|e| failed("listening on", &shown, &e))?;
-    let worker = Worker::new(WorkerOptions::new(cores, shutdown.clone()));
+    let options = WorkerOptions { own_process: true, ..WorkerOptions::new(cores, shutdown.clone()) };
+    let worker = Worker::new(options);
+    let lifeline = args.spare.then(lifeline).transpose()?;
     tokio::spawn({
         let (shutdown, worker) = (shutdown.clone(), worker.clone());
         async move {
             let unclaimed = async {
-                tokio::time::sleep(UNCLAIMED).await;
+                match lifeline {
+                    Some(lifeline) => broken(lifeline).await,
+                    None => tokio::time::sleep(UNCLAIMED).await,
+                }
                 if !worker.is_empty() {
                     std::future::pending::<()>().await;
                 }
@@ -222,7 +252,7 @@ async fn serve(args: &Args) -> io::Result<()> {
             shutdown.cancel();
         }
     });
-    if let Some(dir) = args.runtime_dir.clone() {
+    if let Some(dir) = runtime_dir {
         let worker = worker.clone();
         tokio::spawn(async move {
             let Some(end) = worker.guest_end().await else { return };
@@ -242,7 +272,10 @@ async fn serve(args: &Args) -> io::Result<()> {
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), ended.cancelled_owned())
         .await;
     let closed = worker.close().await;
-    std::fs::remove_file(&args.socket).map_err(|e| failed("removing", &shown, &e))?;
+    // Else it is the daemon's, which removes it with the directory, under whatever name that has by now.
+    if !args.listen_stdin {
+        std::fs::remove_file(&args.socket).map_err(|e| failed("removing", &shown, &e))?;
+    }
     served.map_err(|e| failed("serving", &shown, &e))?;
     closed.map(drop).map_err(|e| failed("ending the VM of", &shown, &e))
 }

@@ -45,12 +45,14 @@ pub struct WorkerOptions {
     pub shutdown: CancellationToken,
     /// Events a second that the model's clock feeds; the default is a 3 GHz core at one instruction a cycle.
     pub rates: pmu::Rates,
+    /// Nothing else lives in this process, which takes the machine's name.
+    pub own_process: bool,
 }
 
 impl WorkerOptions {
     /// Options with the default rates.
     pub fn new(cores: Arc<HostCores>, shutdown: CancellationToken) -> Self {
-        Self { cores, shutdown, rates: pmu::Rates::default() }
+        Self { cores, shutdown, rates: pmu::Rates::default(), own_process: false }
     }
 }
 
@@ -69,6 +71,7 @@ impl std::fmt::Debug for Worker {
 struct Inner {
     cores: Arc<HostCores>,
     rates: pmu::Rates,
+    own_process: bool,
     shutdown: CancellationToken,
     rights: Mutex<Rights>,
     right: Arc<RunRight>,
@@ -96,6 +99,7 @@ impl Worker {
         let inner = Arc::new(Inner {
             cores: options.cores,
             rates: options.rates,
+            own_process: options.own_process,
             shutdown: options.shutdown.child_token(),
             rights: Mutex::default(),
             right: Arc::default(),

@@ -32,6 +32,9 @@ pub(crate) struct ConsoleArgs {
     /// Send standard input to the guest, also if it is no terminal.
     #[arg(long, conflicts_with = "history")]
     write: bool,
+    /// Wait for the machine if there is none of that name yet (a minute at most), so that nothing is missed.
+    #[arg(long, conflicts_with = "history")]
+    wait: bool,
     /// Offset in the whole output to begin at.
     #[arg(long, default_value_t = 0, value_name = "BYTES")]
     from: u64,
@@ -40,7 +43,8 @@ pub(crate) struct ConsoleArgs {
 pub(crate) async fn run(context: &Context, args: ConsoleArgs) -> Result<ExitCode, Failure> {
     let terminal = io::stdin().is_terminal() && !args.history;
     let write = args.write || (terminal && !args.read_only);
-    let options = ConsoleOptions { offset: args.from, history_only: args.history, write };
+    let options =
+        ConsoleOptions { offset: args.from, history_only: args.history, write, await_machine: args.wait };
     let mut session = context.client.attach_console(&args.name, options).await?;
 
     let mut signals = Signals::new()?;

@@ -1,9 +1,12 @@
-//! AttachConsole: history from an offset, then what follows; input to the guest.
+//! AttachConsole: history from an offset, then what follows; input to the guest. A machine that is being created or started
+//! is waited for until it has a worker; one that does not exist yet, if the client asks for that.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_stream::StreamExt as _;
 use tonic::{Status, Streaming};
+use vpmu_proto::api::virtual_machine::State;
 use vpmu_proto::api::{AttachConsoleRequest, AttachConsoleResponse};
 
 use super::BoxStream;
@@ -11,11 +14,17 @@ use super::details::explain;
 use crate::daemon::Daemon;
 use crate::names::VmName;
 use crate::status::ApiError;
+use crate::vm::registry::VmHandle;
+use crate::vm::view::VmView;
 
 /// Largest input message in bytes.
 const MAX_INPUT: usize = 4096;
 /// A client must say what it wants within this time.
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
+/// A machine that does not exist yet is waited for this long.
+const AWAIT: Duration = Duration::from_secs(60);
+/// How long a machine may be on its way to its worker.
+const STARTING: Duration = Duration::from_secs(30);
 /// Bytes of one output message.
 const CHUNK: usize = 64 << 10;
 const METHOD: &str = "/vpmu.v1.VirtualMachinesService/AttachConsole";
@@ -39,8 +48,54 @@ pub(super) async fn attach(
         }
     };
     let name = VmName::parse("name", &first.name, "")?;
-    let handle = daemon.registry.get(&name)?;
-    let view = handle.view();
+    if !first.await_machine {
+        let handle = daemon.registry.get(&name)?;
+        return open(daemon, &handle, first, input).await;
+    }
+    // Answered at once: the client sends its creation next, perhaps on the same connection.
+    let daemon = Arc::clone(daemon);
+    Ok(Box::pin(async_stream::stream! {
+        let handle = tokio::select! {
+            () = daemon.shutdown.cancelled() => {
+                yield Err(ApiError::shutting_down().into());
+                return;
+            }
+            handle = tokio::time::timeout(AWAIT, daemon.registry.wait_for(&name)) => handle,
+        };
+        let handle = match handle.map_err(|_| daemon.registry.get(&name)) {
+            Ok(handle) | Err(Ok(handle)) => handle,
+            Err(Err(missing)) => {
+                yield Err(missing.into());
+                return;
+            }
+        };
+        match open(&daemon, &handle, first, input).await {
+            Ok(mut output) => while let Some(piece) = output.next().await {
+                yield piece;
+            },
+            Err(status) => yield Err(status),
+        }
+    }))
+}
+
+/// The view of a machine that is past its start, or not on the way to one.
+async fn started(handle: &VmHandle) -> Arc<VmView> {
+    let mut views = handle.watch();
+    let past = |view: &Arc<VmView>| {
+        view.worker.is_some() || view.deleted || !matches!(view.state(), State::Creating | State::Starting)
+    };
+    // Neither a machine that takes longer nor one that is gone has a console.
+    let _ = tokio::time::timeout(STARTING, views.wait_for(past)).await;
+    handle.view()
+}
+
+async fn open(
+    daemon: &Arc<Daemon>,
+    handle: &VmHandle,
+    first: AttachConsoleRequest,
+    mut input: Streaming<AttachConsoleRequest>,
+) -> Result<BoxStream<AttachConsoleResponse>, Status> {
+    let view = if first.history_only { handle.view() } else { started(handle).await };
     let Some(worker) = view.worker.clone() else {
         return Ok(history(&view.console, first.offset));
     };

@@ -51,6 +51,13 @@ impl Site {
         Ok(Host::start_with(name, self.dir.path(), "kvm", peer, &options).await?)
     }
 
+    /// A host with a process for each machine, one of them made ahead, as the systemd unit has it.
+    pub(super) async fn host_with_spare(&self, name: &'static str) -> Result<Host, BenchError> {
+        let peer = Endpoint::unix(&self.dir.path().join(format!("{name}-peer.sock")))?;
+        let options = ["--isolation", "process", "--spare-workers", "1", "--stop-vms"];
+        Ok(Host::start_with(name, self.dir.path(), "kvm", peer, &options).await?)
+    }
+
     /// The same with a peer listener on TCP, without TLS.
     pub(super) async fn tcp_host(&self, name: &'static str, isolation: &str) -> Result<Host, BenchError> {
         let peer: Endpoint = format!("tcp:127.0.0.1:{}", free_port()?).parse()?;

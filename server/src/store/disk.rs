@@ -2,17 +2,20 @@
 //!
 //! - 0.34.7 pinned, cache 32 MiB, no background flush (its failures are only logged).
 //! - Durable means `flush()` returned and then every file of sled was fdatasynced: flush alone leaves data to
-//!   `sync_file_range`, which promises nothing.
+//!   `sync_file_range`, which promises nothing. Its log, `db`, is synced every time; a file that nobody has written for a
+//!   while (its configuration, old snapshots and blobs) once, because each call costs the device a flush.
 //! - sled may panic on a file it does not understand; a panic here is a typed error.
 
 use super::envelope::{self, Problem};
 use super::error::StoreError;
 use super::keys::{Key, PART, printable, split_part};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 const CACHE_BYTES: u64 = 32 << 20;
 
@@ -32,11 +35,21 @@ pub(crate) struct Loaded {
     pub(crate) damaged: Vec<Damaged>,
 }
 
+/// A file whose modification is this old when it is synced is known by it afterwards: no clock of a file system is coarser.
+const SETTLED: Duration = Duration::from_secs(2);
+/// The file that every commit writes.
+const LOG: &str = "db";
+
+/// What tells a file from the same one written since: inode, length, modification and change time.
+type Stamp = (u64, u64, (i64, i64), (i64, i64));
+
 /// The database and the files it consists of.
 #[derive(Debug)]
 pub(crate) struct Disk {
     db: sled::Db,
     path: PathBuf,
+    /// Files that were synced as they still are.
+    synced: Mutex<HashMap<PathBuf, Stamp>>,
 }
 
 /// Runs code of sled; a panic becomes its message.
@@ -56,7 +69,7 @@ impl Disk {
         let config = sled::Config::new().path(path).cache_capacity(CACHE_BYTES).flush_every_ms(None);
         let db = guarded(|| config.open())
             .map_err(|message| StoreError::Corrupt { path: path.to_owned(), message })?;
-        let disk = Self { db, path: path.to_owned() };
+        let disk = Self { db, path: path.to_owned(), synced: Mutex::default() };
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700))
             .map_err(|e| StoreError::io("cannot set mode 0700 on", path, &e))?;
         disk.sync()?;
@@ -112,9 +125,11 @@ impl Disk {
         self.sync()
     }
 
-    /// fdatasync of every file of sled: its log, its configuration, snapshots and blobs.
+    /// fdatasync of every file of sled that may have changed: its log, its configuration, snapshots and blobs.
     fn sync(&self) -> Result<u64, StoreError> {
-        let mut synced = 0;
+        let mut known = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut still = HashMap::new();
+        let mut calls = 0;
         for dir in [self.path.clone(), self.path.join("blobs")] {
             let entries = match std::fs::read_dir(&dir) {
                 Ok(entries) => entries,
@@ -123,22 +138,38 @@ impl Disk {
             };
             for entry in entries {
                 let path = entry.map_err(|e| StoreError::io("cannot list", &dir, &e))?.path();
-                let file = match File::open(&path) {
-                    Ok(file) => file,
+                let meta = match std::fs::metadata(&path) {
+                    Ok(meta) => meta,
                     // sled replaces snapshots and removes blobs by itself.
                     Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
-                    Err(e) => return Err(StoreError::io("cannot open", &path, &e)),
+                    Err(e) => return Err(StoreError::io("cannot read", &path, &e)),
                 };
-                let is_file =
-                    file.metadata().map_err(|e| StoreError::io("cannot read", &path, &e))?.is_file();
-                if is_file {
+                if !meta.is_file() {
+                    continue;
+                }
+                let stamp = stamp(&meta);
+                let log = path.file_name().is_some_and(|name| name == LOG);
+                if log || known.get(&path) != Some(&stamp) {
+                    let file = match File::open(&path) {
+                        Ok(file) => file,
+                        Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+                        Err(e) => return Err(StoreError::io("cannot open", &path, &e)),
+                    };
                     file.sync_data().map_err(|e| StoreError::io("cannot fdatasync", &path, &e))?;
-                    synced += 1;
+                    calls += 1;
+                }
+                if !log && meta.modified().is_ok_and(|m| m.elapsed().is_ok_and(|age| age > SETTLED)) {
+                    still.insert(path, stamp);
                 }
             }
         }
-        Ok(synced)
+        *known = still;
+        Ok(calls)
     }
+}
+
+fn stamp(meta: &std::fs::Metadata) -> Stamp {
+    (meta.ino(), meta.len(), (meta.mtime(), meta.mtime_nsec()), (meta.ctime(), meta.ctime_nsec()))
 }
 
 /// Reads of what is not kept in memory; blocking.
@@ -177,4 +208,34 @@ fn assemble(base: &[u8], parts: &BTreeMap<u16, Vec<u8>>) -> Result<(Key, Vec<u8>
         return Err(Problem::Truncated { expected: parts.len() * PART, found: whole.len() });
     }
     envelope::open(&whole).map(|body| (key, body.to_vec()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::SystemTime;
+
+    fn commit(disk: &Disk, value: &[u8]) -> u64 {
+        let mut batch = sled::Batch::default();
+        batch.insert(b"key", value);
+        disk.commit(batch).expect("commit")
+    }
+
+    #[test]
+    fn a_file_that_nobody_writes_is_synced_once_and_the_log_always() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Disk::open(dir.path()).expect("open");
+        let conf = dir.path().join("conf");
+        assert_eq!(
+            commit(&disk, b"1"),
+            2,
+            "the log, and a configuration that is too young to be known by its times"
+        );
+        let file = File::options().write(true).open(&conf).expect("conf");
+        file.set_modified(SystemTime::now() - 2 * SETTLED).expect("times");
+        let calls = [commit(&disk, b"2"), commit(&disk, b"3"), commit(&disk, b"4")];
+        assert_eq!(calls, [2, 1, 1]);
+        file.set_modified(SystemTime::now() - 3 * SETTLED).expect("times");
+        assert_eq!([commit(&disk, b"5"), commit(&disk, b"6")], [2, 1], "changed since");
+    }
 }

@@ -260,6 +260,12 @@ impl Actor {
 
     /// Publishes what is and tells watchers.
     fn announce(&self, kind: Kind) {
+        self.publish_view();
+        self.daemon.events.send(kind, &self.vm);
+    }
+
+    /// Publishes what is, without an event.
+    fn publish_view(&self) {
         self.publish.send_replace(Arc::new(VmView {
             vm: self.vm.clone(),
             pmu_shape: self.shape.clone(),
@@ -268,7 +274,6 @@ impl Actor {
             migration: self.migration.clone(),
             deleted: self.gone,
         }));
-        self.daemon.events.send(kind, &self.vm);
     }
 
     /// Changes the record durably, then shows it. If the store refuses, the change is shown all the same when it

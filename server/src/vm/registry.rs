@@ -23,6 +23,8 @@ const MAILBOX: usize = 32;
 #[derive(Default)]
 pub struct Registry {
     vms: Mutex<BTreeMap<VmName, VmHandle>>,
+    /// How many have been inserted, for those who wait for one.
+    inserted: watch::Sender<u64>,
 }
 
 /// An actor as others hold it.
@@ -99,6 +101,18 @@ impl Registry {
         })
     }
 
+    /// A machine by name, as soon as there is one.
+    pub async fn wait_for(&self, name: &VmName) -> VmHandle {
+        let mut inserted = self.inserted.subscribe();
+        loop {
+            if let Ok(handle) = self.get(name) {
+                return handle;
+            }
+            // Cannot fail: the sender lives as long as this.
+            let _ = inserted.changed().await;
+        }
+    }
+
     /// A machine by uid.
     pub fn by_uid(&self, uid: &str) -> Option<VmHandle> {
         self.vms().values().find(|h| h.uid == uid).cloned()
@@ -153,6 +167,8 @@ impl Registry {
         );
         daemon.tasks.spawn(actor.run());
         vms.insert(name.clone(), handle.clone());
+        drop(vms);
+        self.inserted.send_modify(|count| *count += 1);
         Ok(handle)
     }
 

@@ -194,6 +194,15 @@ impl Host {
         unpack(&self.finish(operation).await.expect("stopped"))
     }
 
+    /// Deletes a machine.
+    pub async fn delete(&self, id: &str) {
+        let request =
+            DeleteVirtualMachineRequest { name: name(id), ..DeleteVirtualMachineRequest::default() };
+        let operation =
+            self.vms().await.delete_virtual_machine(request).await.expect("accepted").into_inner();
+        self.finish(operation).await.expect("deleted");
+    }
+
     pub async fn get(&self, id: &str) -> VirtualMachine {
         self.vms()
             .await

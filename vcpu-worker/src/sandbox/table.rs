@@ -20,7 +20,7 @@ pub(super) const EVERY: &[Call] = calls![
     SYS_getpid SYS_gettid SYS_getrandom SYS_getcpu SYS_rseq SYS_set_robust_list
     SYS_exit SYS_exit_group
     SYS_read SYS_write SYS_writev SYS_pread64 SYS_close SYS_fcntl SYS_lseek SYS_fstat
-    SYS_sched_getaffinity SYS_sched_getscheduler SYS_sched_getparam
+    SYS_sched_getaffinity SYS_sched_getscheduler SYS_sched_getparam SYS_sched_getattr SYS_sched_setattr
 ];
 
 /// vCPU threads: a new place (re-pinning, SCHED_FIFO, memory policy), the tick timer where perf events are refused, and

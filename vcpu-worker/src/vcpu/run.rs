@@ -96,6 +96,7 @@ impl Driver {
             |problem: String| WorkerError::Thread { thread: super::thread_name(&vm_name, index), problem };
         pin_current_thread(slot.id())
             .map_err(|e| failed(format!("pinning it to core {}: {e}", slot.id())))?;
+        schedule::compute().map_err(|e| failed(format!("slices of the usual length: {e}")))?;
         if fifo.is_some() {
             schedule::set_current(fifo).map_err(|e| {
                 failed(format!("SCHED_FIFO: {e}; give vpmud CAP_SYS_NICE, or use no priority"))

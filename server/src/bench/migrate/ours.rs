@@ -125,7 +125,7 @@ fn duration(time: Duration) -> Option<prost_types::Duration> {
 
 /// What the guest has said from an offset on.
 async fn output_from(client: &Client, name: &str, offset: u64) -> Result<Vec<u8>, BenchError> {
-    let options = ConsoleOptions { offset, history_only: true, write: false };
+    let options = ConsoleOptions { offset, history_only: true, ..ConsoleOptions::default() };
     let mut console = client.attach_console(name, options).await.step("attach to the console")?;
     let mut all = Vec::new();
     while let Some(piece) = console.next().await.step("read the console")? {

@@ -249,6 +249,8 @@ impl Actor {
         self.console = std::sync::Arc::default();
         self.daemon.host.hypervisor.clone_into(&mut self.vm.hypervisor);
         self.daemon.host.pmu_mode.clone_into(&mut self.vm.pmu_mode);
+        // Who has attached to the console already reads it from now on.
+        self.publish_view();
     }
 
     /// Gives the worker its right and follows what it says; both at once, each is a call.

@@ -1,0 +1,119 @@
+//! Worker processes that wait for a machine: started, confined and listening before anybody asks for one, because that is
+//! most of what a process costs a start.
+//!
+//! ```text
+//!   refill ──▶ made (run/spare…) ──claim: renamed to run/UID──▶ a machine's worker ──given its machine──▶ lifeline dropped
+//!                      │
+//!                      └── daemon ends or dies: the lifeline breaks, it ends
+//! ```
+//! Invariants: a spare belongs to no machine and is never adopted; nothing of it outlives its daemon; one that has died
+//! while it waited is never handed out for a live one without the caller finding out (the first call fails as it would
+//! with a worker of its own); making one never delays a start.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::worker_process::{Processes, READY, WorkerProcess};
+
+/// First characters of a spare's runtime directory; it is as long as a uid, and so is the path of its socket.
+pub const PREFIX: &str = "spare";
+/// Spares of one daemon at most.
+pub const MAX: usize = 16;
+/// A start gets the cores to itself for this long before the next spare is made.
+const AFTER: Duration = Duration::from_millis(100);
+
+/// A worker without a machine.
+pub struct Spare {
+    /// Its process.
+    pub process: WorkerProcess,
+    /// Breaks when the daemon ends; dropped once the worker has its machine.
+    pub lifeline: OwnedFd,
+}
+
+/// Those of one daemon.
+#[derive(Default)]
+pub struct Spares {
+    wanted: usize,
+    ready: Mutex<VecDeque<Spare>>,
+    making: watch::Sender<bool>,
+    closed: AtomicBool,
+}
+
+impl std::fmt::Debug for Spares {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Spares").field("wanted", &self.wanted).finish_non_exhaustive()
+    }
+}
+
+impl Spares {
+    /// So many are kept ready.
+    pub fn new(wanted: usize) -> Self {
+        Self { wanted: wanted.min(MAX), ..Self::default() }
+    }
+
+    fn ready(&self) -> std::sync::MutexGuard<'_, VecDeque<Spare>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One of them, if there is one that lives.
+    pub(crate) fn take(&self) -> Option<Spare> {
+        loop {
+            let spare = self.ready().pop_front()?;
+            if spare.process.is_running() {
+                return Some(spare);
+            }
+            tracing::warn!(
+                pid = spare.process.pid(),
+                "a spare worker has died: {}",
+                spare.process.last_words()
+            );
+            spare.process.bury();
+        }
+    }
+}
+
+impl Processes {
+    /// Makes what is missing, in a while. Must be called on a runtime.
+    pub fn refill(self: &Arc<Self>) {
+        let spares = &self.spares;
+        let begin = |making: &mut bool| !std::mem::replace(making, true);
+        if spares.wanted == 0 || !spares.making.send_if_modified(begin) {
+            return;
+        }
+        let this = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(AFTER).await;
+            let made = tokio::task::spawn_blocking({
+                let this = Arc::clone(&this);
+                move || {
+                    while this.spares.ready().len() < this.spares.wanted {
+                        if this.spares.closed.load(Ordering::Acquire) || !this.enabled {
+                            break;
+                        }
+                        let spare = this.make_spare()?;
+                        this.spares.ready().push_back(spare);
+                    }
+                    Ok::<_, std::io::Error>(())
+                }
+            });
+            if let Err(error) = made.await.map_err(std::io::Error::other).and_then(std::convert::identity) {
+                tracing::warn!(%error, "no spare worker: starts take longer");
+            }
+            this.spares.making.send_replace(false);
+        });
+    }
+
+    /// Ends them all, and makes no more. Waits for one that is being made, whose directory nobody else would remove.
+    pub async fn close_spares(&self) {
+        self.spares.closed.store(true, Ordering::Release);
+        let mut making = self.spares.making.subscribe();
+        let _ = tokio::time::timeout(READY + AFTER, making.wait_for(|making| !making)).await;
+        let spares: Vec<_> = self.spares.ready().drain(..).collect();
+        futures_util::future::join_all(spares.iter().map(|spare| spare.process.end())).await;
+    }
+}

@@ -1,0 +1,127 @@
+//! Workers that wait for a machine: one is taken at a start, found again by a later daemon as that machine's, and nothing
+//! of one that waits outlives its daemon. On KVM where it is, else simulated.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use support::*;
+use vcpu_worker::process::Identity;
+use vpmu_proto::api::virtual_machine::State;
+
+const OPTIONS: [&str; 4] = ["--isolation", "process", "--spare-workers", "1"];
+
+/// Ends what a test leaves, also when it panics. Made before the host, so that it is dropped after it.
+struct Run(PathBuf);
+
+impl Run {
+    fn of(dir: &Path) -> Self {
+        Self(dir.join("state/run"))
+    }
+
+    /// Runtime directories of living workers.
+    fn alive(&self) -> Vec<(String, Identity)> {
+        let entries = std::fs::read_dir(&self.0).into_iter().flatten().flatten();
+        let named = entries
+            .filter_map(|e| Some((e.file_name().to_string_lossy().into_owned(), Identity::read(&e.path())?)));
+        named.filter(|(_, identity)| lives(identity)).collect()
+    }
+
+    fn spares(&self) -> Vec<Identity> {
+        self.alive().into_iter().filter(|(name, _)| name.starts_with("spare")).map(|(_, id)| id).collect()
+    }
+
+    fn is_empty(&self) {
+        let left: Vec<_> = std::fs::read_dir(&self.0).expect("there").flatten().map(|e| e.path()).collect();
+        let inside = left.iter().flat_map(std::fs::read_dir).flatten().flatten().map(|e| e.path());
+        assert!(left.is_empty(), "left: {left:?} with {:?}", inside.collect::<Vec<_>>());
+    }
+
+    /// The spare that is ready, once there is exactly one that is not `old`.
+    async fn until_spare(&self, old: Option<&Identity>) -> Identity {
+        let begin = Instant::now();
+        loop {
+            let spares = self.spares();
+            if let [spare] = spares.as_slice()
+                && Some(spare) != old
+            {
+                return spare.clone();
+            }
+            assert!(begin.elapsed() < DEADLINE, "{spares:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        for (_, left) in self.alive() {
+            let _ = kill_process(pid(left.pid), Signal::KILL);
+        }
+    }
+}
+
+fn pid(pid: u32) -> Pid {
+    Pid::from_raw(pid.cast_signed()).expect("a pid")
+}
+
+fn lives(identity: &Identity) -> bool {
+    Identity::of(identity.pid).is_ok_and(|now| now == *identity)
+}
+
+async fn until_gone(identity: &Identity) {
+    let begin = Instant::now();
+    while lives(identity) {
+        assert!(begin.elapsed() < DEADLINE, "{identity:?} does not end");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_spare_becomes_a_machines_worker_for_good() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let run = Run::of(dir.path());
+    let mut host = Host::start(dir.path(), &OPTIONS).await;
+    let spare = run.until_spare(None).await;
+    host.create("a", probe_spec(1, 32)).await;
+    let vm = host.start_vm("a").await;
+    assert_eq!(vm.worker_pid, spare.pid, "the one that waited");
+    let comm = std::fs::read_to_string(format!("/proc/{}/comm", spare.pid)).expect("its name");
+    assert_eq!(comm.trim(), "vm-a");
+    let next = run.until_spare(Some(&spare)).await;
+    host.until_counting("a").await;
+
+    // The spare goes with its daemon, the machine's worker stays and is found.
+    host.kill().await;
+    until_gone(&next).await;
+    assert!(lives(&spare), "it outlives the daemon");
+    host.restart().await;
+    let after = host.get("a").await;
+    assert_eq!((after.observed_state(), after.worker_pid), (State::Running, spare.pid), "{after:?}");
+    run.until_spare(Some(&next)).await;
+
+    host.delete("a").await;
+    until_gone(&spare).await;
+    assert_eq!(host.terminate().await, 0);
+    run.is_empty();
+}
+
+#[tokio::test]
+async fn a_spare_that_has_died_is_no_loss() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let run = Run::of(dir.path());
+    let mut host = Host::start(dir.path(), &OPTIONS).await;
+    let spare = run.until_spare(None).await;
+    kill_process(pid(spare.pid), Signal::KILL).expect("killed");
+    until_gone(&spare).await;
+    host.create("a", probe_spec(1, 32)).await;
+    let vm = host.start_vm("a").await;
+    assert_eq!(vm.observed_state(), State::Running);
+    assert_ne!(vm.worker_pid, spare.pid);
+    run.until_spare(Some(&spare)).await;
+    host.delete("a").await;
+    assert_eq!(host.terminate().await, 0);
+    run.is_empty();
+}
