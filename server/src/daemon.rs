@@ -75,6 +75,15 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// What an operator must know of a store that takes no writes.
+    fn store_note(&self) -> Option<String> {
+        let crate::store::Health::ReadOnly { cause } = self.store.health() else { return None };
+        Some(format!(
+            "the store is read-only, nothing can be changed: {}; free or repair the disk, vpmud tries again by itself",
+            crate::status::clip(&cause, 256)
+        ))
+    }
+
     /// What this host offers, for the API and for peers.
     pub fn capabilities(&self) -> HostPmuCapabilities {
         HostPmuCapabilities {
@@ -85,7 +94,7 @@ impl Daemon {
             host_id: self.host.host_id.clone(),
             cores: self.capacity.cores(),
             daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
-            notes: self.host.notes.clone(),
+            notes: self.store_note().into_iter().chain(self.host.notes.iter().cloned()).collect(),
             topology: self.capacity.topology(),
         }
     }

@@ -333,11 +333,15 @@ async fn health(daemon: &Arc<Daemon>) -> HealthServer<impl Health> {
     let tasks = daemon.tasks.clone();
     tasks.spawn(async move {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
-        let mut serving = true;
+        let (mut serving, mut recoveries) = (true, 0);
         loop {
             tokio::select! {
                 () = daemon.shutdown.cancelled() => break,
                 _ = tick.tick() => {}
+            }
+            if recoveries != daemon.store.recoveries() {
+                recoveries = daemon.store.recoveries();
+                store_again(&daemon).await;
             }
             let well = daemon.store.health() == store::Health::Serving;
             if well != serving {
@@ -353,6 +357,16 @@ async fn health(daemon: &Arc<Daemon>) -> HealthServer<impl Health> {
         }
     });
     server
+}
+
+/// Stores what changed while the store took no writes.
+async fn store_again(daemon: &Arc<Daemon>) {
+    for machine in daemon.registry.list(None) {
+        if let Err(error) = machine.ask(|reply| crate::vm::command::Command::StoreAgain { reply }).await {
+            tracing::error!(vm = %machine.name, %error, "its record could not be stored again");
+        }
+    }
+    daemon.ops.store_again().await;
 }
 
 fn router(

@@ -81,6 +81,8 @@ pub enum WorkerError {
     Boot {
         /// Reason code of the loader.
         reason: &'static str,
+        /// Field of the machine's spec that asked for it; none where it is no field's fault.
+        field: Option<&'static str>,
         /// Message.
         message: String,
     },
@@ -235,8 +237,22 @@ impl WorkerError {
     /// The same from a shared error.
     pub fn to_status(&self) -> Status {
         let message = self.to_string();
-        let details = ErrorDetails::with_error_info(self.reason(), DOMAIN, []);
+        let mut details = ErrorDetails::with_error_info(self.reason(), DOMAIN, []);
+        if let Some(field) = self.field() {
+            details.set_error_info(self.reason(), DOMAIN, [("field".to_owned(), field.to_owned())]);
+            details.add_bad_request_violation(field, message.clone());
+        }
         Status::with_error_details(self.code(), message, details)
+    }
+
+    /// The field that must be changed, where it is one's fault.
+    pub fn field(&self) -> Option<&'static str> {
+        match self {
+            Self::Invalid { field, .. } => Some(field),
+            Self::Boot { field, .. } => *field,
+            Self::Backing(error) => error.field(),
+            _ => None,
+        }
     }
 }
 

@@ -288,8 +288,11 @@ impl Machine {
         }
         let vcpus = (0..self.vcpus.len() as u32)
             .map(|vcpu| {
-                crate::probe::report(&self.memory, vcpu)
-                    .map_err(|e| WorkerError::Boot { reason: e.reason(), message: e.to_string() })
+                crate::probe::report(&self.memory, vcpu).map_err(|e| WorkerError::Boot {
+                    reason: e.reason(),
+                    field: None,
+                    message: e.to_string(),
+                })
             })
             .collect::<Result<_, _>>()?;
         Ok(api::ProbeReport { vcpus })

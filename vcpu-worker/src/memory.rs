@@ -106,6 +106,15 @@ pub enum MemoryError {
 }
 
 impl MemoryError {
+    /// Field of the machine's spec that must be changed, where it is one's fault.
+    pub fn field(&self) -> Option<&'static str> {
+        match self {
+            Self::Size { .. } => Some("spec.memory_bytes"),
+            Self::HugePages { .. } | Self::TransparentOff { .. } => Some("spec.memory_backing.huge_pages"),
+            _ => None,
+        }
+    }
+
     /// Stable reason code.
     pub fn reason(&self) -> &'static str {
         match self {

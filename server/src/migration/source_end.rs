@@ -164,6 +164,11 @@ impl Source {
             MigrationRecord { migration: Some(outcome::storable(&last)), vm_uid: self.handle.uid.clone() };
         if let Err(error) = self.daemon.store.put_migration(&record).await {
             tracing::error!(migration = %last.name, %error, "the end of a migration could not be stored");
+            if crate::ops::is_failing(&error)
+                && let Ok(batch) = crate::store::Batch::new().put_migration(&record)
+            {
+                self.daemon.ops.keep(None, batch);
+            }
         }
         let told = self.handle.ask(|reply| Command::EndMigration { outcome, reply }).await;
         if let Err(error) = told {

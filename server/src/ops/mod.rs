@@ -7,7 +7,7 @@
 //! Invariants: an operation is durable before its work begins and its result is durable before anybody sees it done;
 //! one request id makes at most one operation; a refusal before `begin` leaves no operation behind.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -37,6 +37,8 @@ struct Live {
     cancellable: HashMap<Uuid, CancellationToken>,
     /// Request ids between `admit` and `begin` or refusal; closed when that is decided.
     pending: HashMap<Uuid, watch::Receiver<()>>,
+    /// What could not be stored and is to be, oldest first; with the operation that is shown from memory until then.
+    unsaved: VecDeque<(Option<Uuid>, Batch)>,
 }
 
 /// Answer of [`Ops::admit`].
@@ -174,6 +176,34 @@ impl Ops {
         Ok(self.store.delete_operation(&id.to_string()).await?)
     }
 
+    /// Remembers, within a bound, what is to be stored once the store takes writes again.
+    pub fn keep(&self, id: Option<Uuid>, batch: Batch) {
+        let mut live = self.live();
+        if live.unsaved.len() >= crate::store::OPERATION_HISTORY
+            && let Some((Some(oldest), _)) = live.unsaved.pop_front()
+        {
+            live.running.remove(&oldest);
+        }
+        live.unsaved.push_back((id, batch));
+    }
+
+    /// Stores what could not be; what fails again is kept for the next time.
+    pub async fn store_again(&self) {
+        loop {
+            let Some((id, batch)) = self.live().unsaved.pop_front() else { return };
+            if let Err(error) = self.store.commit(batch.clone()).await {
+                tracing::error!(%error, "what had ended meanwhile could not be stored again");
+                if is_failing(&error) {
+                    self.live().unsaved.push_front((id, batch));
+                    return;
+                }
+            }
+            if let Some(id) = id {
+                self.forget(id);
+            }
+        }
+    }
+
     fn forget(&self, id: Uuid) {
         let mut live = self.live();
         live.running.remove(&id);
@@ -183,6 +213,11 @@ impl Ops {
     fn live(&self) -> std::sync::MutexGuard<'_, Live> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether the disk, not the record, is the reason.
+pub fn is_failing(error: &StoreError) -> bool {
+    matches!(error, StoreError::ReadOnly { .. } | StoreError::Io { .. })
 }
 
 fn existing(known: &OperationRecord, digest: &[u8], request_id: Uuid) -> Result<Admission, ApiError> {
@@ -272,6 +307,17 @@ impl Running {
         if let Err(error) = &stored {
             let name = self.view.borrow().name.clone();
             tracing::error!(operation = %name, %error, "the end of an operation could not be made durable");
+            if is_failing(error)
+                && let Ok(batch) = Batch::new().put_operation(&self.record)
+            {
+                // Shown from memory until it is stored.
+                self.finished = true;
+                if let Some(operation) = self.record.operation.clone() {
+                    self.view.send_replace(operation);
+                }
+                self.ops.keep(Some(self.id), batch);
+                return stored;
+            }
         }
         self.show_end();
         stored

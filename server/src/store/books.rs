@@ -1,7 +1,7 @@
 //! The writer's books: which keys exist, what must go when a bound is reached, and what a change means for sled.
 //!
-//! They run ahead of the disk by the group that is being written; if that group fails the store is read-only, so they
-//! are never wrong when it matters.
+//! They run ahead of the disk by the group that is being written; if that group fails the store is read-only until they
+//! have been made anew, so they are never wrong when it matters.
 
 use super::batch::Op;
 use super::envelope;

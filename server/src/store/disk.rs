@@ -79,6 +79,17 @@ impl Disk {
         Ok(disk)
     }
 
+    /// Closes one that has failed, which may complain about that again.
+    pub(crate) fn close(self) {
+        let Self { db, path } = self;
+        if let Err(message) = guarded(|| {
+            drop(db);
+            Ok(())
+        }) {
+            tracing::debug!(path = %path.display(), message, "closing a database that had failed");
+        }
+    }
+
     /// A handle for reads on another thread.
     pub(crate) fn reader(&self) -> Reader {
         Reader { db: self.db.clone() }

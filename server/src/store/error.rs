@@ -62,7 +62,7 @@ pub enum StoreError {
     },
     /// An earlier write failed; nothing is written any more, reads go on.
     #[error(
-        "the store is read-only since a write failed: {cause}; free or repair the disk, then restart vpmud"
+        "the store is read-only since a write failed: {cause}; free or repair the disk: vpmud tries again by itself"
     )]
     ReadOnly {
         /// The first failure.

@@ -12,7 +12,7 @@
 //! - `epoch` and `incarnation` of a machine's record come from the journal on every write and read. A stored epoch
 //!   above the journal's therefore shows that the journal lost records: that machine is Uncertain.
 //! - A record that does not check is skipped and listed by [`Store::damaged`], its bytes stay.
-//! - After the first failed write everything but reads fails with `STORE_READ_ONLY`, until a restart.
+//! - After a failed write everything but reads fails with `STORE_READ_ONLY`, until the disk takes writes again ([`reopen`]).
 //! - All histories are bounded.
 
 mod batch;
@@ -23,6 +23,7 @@ mod error;
 mod keys;
 mod lock;
 mod reads;
+mod reopen;
 mod view;
 mod writer;
 
@@ -34,7 +35,7 @@ pub use error::StoreError;
 
 use crate::journal::{Journal, JournalError, Recovery};
 use books::{Books, Plan};
-use disk::{Disk, Loaded, Reader};
+use disk::{Disk, Loaded};
 use keys::Key;
 use lock::DirLock;
 use std::collections::BTreeSet;
@@ -75,7 +76,6 @@ struct Inner {
     lost: BTreeSet<String>,
     requests: Mutex<Option<mpsc::Sender<Request>>>,
     writer: Mutex<Option<JoinHandle<()>>>,
-    reader: Mutex<Option<Reader>>,
     shared: Arc<Shared>,
     journal: Journal,
     /// Kept beside the writer's, so that the journal too is closed before the lock goes.
@@ -87,7 +87,7 @@ struct Inner {
 pub enum Health {
     /// It does.
     Serving,
-    /// A write failed; only reads go on.
+    /// A write failed; only reads go on, until the disk takes writes again.
     ReadOnly {
         /// The failure.
         cause: String,
@@ -148,9 +148,18 @@ impl Store {
 
         let shared = Arc::new(Shared::default());
         *shared.view.write().unwrap_or_else(PoisonError::into_inner) = view;
-        let reader = disk.reader();
+        *shared.reader.write().unwrap_or_else(PoisonError::into_inner) = Some(disk.reader());
+        let clock = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .map_err(|e| StoreError::io("cannot make a timer for", dir, &e))?;
         let writer = Writer {
-            disk,
+            disk: Some(disk),
+            dir: dir.to_owned(),
+            host: host.clone(),
+            damaged: damaged.len(),
+            retry: None,
+            clock,
             books,
             shared: Arc::clone(&shared),
             ownership: journal.index().clone(),
@@ -169,7 +178,6 @@ impl Store {
                 lost,
                 requests: Mutex::new(Some(sender)),
                 writer: Mutex::new(Some(thread)),
-                reader: Mutex::new(Some(reader)),
                 shared,
                 journal,
                 lock: Mutex::new(Some(lock)),
@@ -200,6 +208,11 @@ impl Store {
     /// Whether it takes writes; for the health service.
     pub fn health(&self) -> Health {
         self.inner.shared.failed().map_or(Health::Serving, |cause| Health::ReadOnly { cause })
+    }
+
+    /// How often it has become writable again since open; what was refused meanwhile is to be written by its owner.
+    pub fn recoveries(&self) -> u64 {
+        self.inner.shared.recoveries.load(Ordering::Acquire)
     }
 
     /// Counts since open.
@@ -336,7 +349,7 @@ impl Store {
 impl Inner {
     fn close(&self) {
         drop(self.requests.lock().unwrap_or_else(PoisonError::into_inner).take());
-        drop(self.reader.lock().unwrap_or_else(PoisonError::into_inner).take());
+        drop(self.shared.reader.write().unwrap_or_else(PoisonError::into_inner).take());
         if let Some(writer) = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take() {
             let _ = writer.join();
         }

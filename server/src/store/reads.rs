@@ -58,8 +58,11 @@ impl Store {
         let uid = check_id("vm_uid", uid)?;
         let sequences =
             self.view(|v| v.pmu.get(&uid).and_then(|p| p.get(&vcpu)).map(|s| s.sequences.clone()));
-        let reader = self.inner.reader.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let reader = reader.ok_or(StoreError::Closed)?;
+        let reader = self.inner.shared.reader.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let reader = reader.ok_or_else(|| match self.inner.shared.failed() {
+            Some(cause) => StoreError::ReadOnly { cause },
+            None => StoreError::Closed,
+        })?;
         let path = self.inner.dir.clone();
         let read = move || {
             let mut records = Vec::new();

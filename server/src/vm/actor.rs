@@ -188,6 +188,10 @@ impl Actor {
                 let result = self.reattach(*survivor).await;
                 let _ = reply.send(result);
             }
+            Command::StoreAgain { reply } => {
+                let result = self.store_again().await;
+                let _ = reply.send(result);
+            }
             // The migration's driver sees the daemon's end by itself and reports back first.
             Command::End { reply } if self.migration.is_some() => {
                 self.deferred.push_back(Command::End { reply });
@@ -310,6 +314,14 @@ impl Actor {
     /// Stores PMU images.
     async fn store_pmu(&self, images: Vec<PmuImage>, cores: &[u32], cause: &str) -> Result<(), ApiError> {
         Ok(self.daemon.store.commit(self.with_pmu(Batch::new(), images, cores, cause)?).await?)
+    }
+
+    /// What changed while the store took no writes is in memory only. The end of an open migration is stored at its time.
+    async fn store_again(&self) -> Result<(), ApiError> {
+        if !self.born || self.migration.is_some() || self.before_incoming.is_some() {
+            return Ok(());
+        }
+        Ok(self.daemon.store.put_vm(&self.record()).await?)
     }
 
     /// Adds PMU images to a batch.

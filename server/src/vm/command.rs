@@ -175,6 +175,11 @@ pub enum Command {
         /// Shown as what it is.
         reply: Reply<()>,
     },
+    /// The store takes writes again after it did not: what is shown is stored.
+    StoreAgain {
+        /// Durable.
+        reply: Reply<()>,
+    },
     /// The daemon ends.
     End {
         /// The machine has stopped and its state is durable.

@@ -81,6 +81,23 @@ pub enum BootError {
 }
 
 impl BootError {
+    /// Field of the machine's spec that must be changed.
+    pub fn field(&self) -> Option<&'static str> {
+        match self {
+            Self::Missing { what, .. } | Self::Unreadable { what, .. } if *what == "initrd" => {
+                Some("spec.kernel.initrd_path")
+            }
+            Self::Missing { .. }
+            | Self::Unreadable { .. }
+            | Self::NotAKernel { .. }
+            | Self::Truncated { .. } => Some("spec.kernel.path"),
+            Self::TooLarge { .. } => Some("spec.memory_bytes"),
+            Self::CmdlineTooLong { .. } | Self::CmdlineByte { .. } => Some("spec.kernel.cmdline"),
+            Self::Probe { .. } => Some("spec.probe"),
+            Self::Memory(error) => error.field(),
+        }
+    }
+
     /// Stable reason code.
     pub fn reason(&self) -> &'static str {
         match self {

@@ -338,7 +338,7 @@ fn boot(plan: &Plan, memory: &GuestMemory) -> Result<Loads, WorkerError> {
 }
 
 pub(super) fn boot_error(error: &BootError) -> WorkerError {
-    WorkerError::Boot { reason: error.reason(), message: error.to_string() }
+    WorkerError::Boot { reason: error.reason(), field: error.field(), message: error.to_string() }
 }
 
 fn probe_pmu(shape: &Shape) -> ProbePmu {

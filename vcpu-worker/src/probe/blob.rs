@@ -87,6 +87,7 @@ global_asm!(
     COM1 = const layout::COM1,
 );
 
+// SAFETY: both are labels of the assembly above, around its bytes.
 unsafe extern "C" {
     static vpmu_probe_start: u8;
     static vpmu_probe_end: u8;

@@ -189,6 +189,7 @@ std::arch::global_asm!(
 
 macro_rules! guests {
     ($($function:ident: $start:ident, $end:ident;)*) => {
+        // SAFETY: all are labels of the assembly above, around its bytes.
         unsafe extern "C" {
             $(static $start: u8; static $end: u8;)*
             static vpmu_guest_exits_gp: u8;
