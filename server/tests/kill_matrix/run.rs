@@ -397,6 +397,7 @@ impl World {
             until_beyond(winner, &now, &format!("{cell}")).await;
             assert_eq!(left.loops(), then, "{cell}: the copy at the source runs too");
         }
+        until_it_stores(winner).await;
         let pause = PauseVirtualMachineRequest { name: name("vm") };
         changed(cell, winner.vms().await.pause_virtual_machine(pause).await, "pauses");
         let vm = winner.get("vm").await;
@@ -607,6 +608,20 @@ fn unmount(path: &Path) {
 
 fn mount(path: &Path) {
     assert!(try_mount(path), "a small tmpfs");
+}
+
+/// A store whose disk was full takes writes again by itself, in its own time.
+async fn until_it_stores(host: &Host) {
+    let begin = Instant::now();
+    loop {
+        let request = GetHostPmuCapabilitiesRequest::default();
+        let known = host.pmu().await.get_host_pmu_capabilities(request).await.expect("answers").into_inner();
+        if !known.notes.iter().any(|note| note.starts_with("the store is read-only")) {
+            return;
+        }
+        assert!(begin.elapsed() < DEADLINE, "the store stays read-only: {:?}", known.notes);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// Takes all room that is left.
