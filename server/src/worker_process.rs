@@ -103,6 +103,7 @@ impl Processes {
             violate: None,
             cgroups: Arc::default(),
             image: Mutex::default(),
+            spares: Spares::default(),
         }
     }
 

@@ -81,7 +81,7 @@ impl Disk {
 
     /// Closes one that has failed, which may complain about that again.
     pub(crate) fn close(self) {
-        let Self { db, path } = self;
+        let Self { db, path, .. } = self;
         if let Err(message) = guarded(|| {
             drop(db);
             Ok(())
