@@ -22,6 +22,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .build_server(true)
         .boxed(".vpmu.store.v1.OwnershipRecord.forced")
         .compile_well_known_types(false)
+        // Rarely there, and much larger than the pointer to it: machines travel by value.
+        .boxed(".vpmu.v1.VirtualMachine.pmu_restored")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -20,7 +20,10 @@ use crate::image::{Image, MAX_REGISTERS};
 use crate::registers::SEL_EN;
 use crate::shape::{Shape, Vendor};
 
+mod fit;
 mod values;
+
+pub use fit::{Fitted, Lost, borne, fit, shape_on};
 
 /// One rule that does not hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +66,8 @@ pub struct CompatContext {
     pub target_status_set: bool,
     /// The target runs the guest's PMU in KVM's own vPMU (C8 matters there only).
     pub target_is_kvm: bool,
+    /// What C1 or C2 says of the target's counters is not said again as C4 for each of their registers.
+    pub brief: bool,
 }
 
 impl Default for CompatContext {
@@ -76,6 +81,7 @@ impl Default for CompatContext {
             target_pmu_disabled: false,
             target_status_set: true,
             target_is_kvm: false,
+            brief: false,
         }
     }
 }
@@ -110,7 +116,9 @@ pub fn check(image: &Image, target_host: &Shape, context: &CompatContext) -> Vec
         found.push(Mismatch::refusal("C4", message, "take the image from the source again"));
         return found;
     }
-    values::check(image, target_host, context.target_status_set, &mut found);
+    let lacking = context.brief && found.iter().any(|m| m.rule == "C2" || m.rule == "C1");
+    let limit = if lacking { guest } else { target_host };
+    values::check(image, limit, context.target_status_set, &mut found);
     filter(image, context, &mut found);
     events(image, context, &mut found);
     let (wanted, has) = ((guest.gp, guest.fixed), (target_host.gp, target_host.fixed));

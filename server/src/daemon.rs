@@ -32,6 +32,8 @@ pub struct HostInfo {
     pub notes: Vec<String>,
     /// Boot id of the machine: clocks compare only within one.
     pub boot_id: String,
+    /// Frequency of the time stamp counter, kHz.
+    pub tsc_khz: u32,
     /// CPU identity as guests see it.
     pub cpuid: Vec<CpuidLeaf>,
 }

@@ -22,6 +22,7 @@ pub(crate) struct Host {
     pub(crate) topology: Topology,
     pub(crate) memory_bytes: u64,
     pub(crate) boot_id: String,
+    pub(crate) tsc_khz: u32,
     pub(crate) cpuid: Vec<CpuidLeaf>,
 }
 
@@ -82,6 +83,7 @@ impl Host {
             topology,
             memory_bytes: facts.memory_bytes,
             boot_id: facts.boot_id,
+            tsc_khz: facts.tsc_khz,
             cpuid,
         })
     }

@@ -41,6 +41,16 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// Machines and migrations get this long at the end.
 const ENDING: Duration = Duration::from_secs(30);
 
+/// What is served, as health knows it; the empty name stands for all.
+const SERVICES: [&str; 6] = [
+    "",
+    "vpmu.v1.VirtualMachinesService",
+    "vpmu.v1.PmuService",
+    "vpmu.v1.MigrationsService",
+    "google.longrunning.Operations",
+    "vpmu.peer.v1.MigrationPeerService",
+];
+
 /// Why it does not serve.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -193,6 +203,7 @@ async fn serve(
             host_pmu: host.pmu_name,
             notes: host.notes,
             boot_id: host.boot_id,
+            tsc_khz: host.tsc_khz,
             cpuid: host.cpuid,
         },
         capacity: Capacity::new(host.memory_bytes, host.topology, &host.cores, &host.own_cores),
@@ -318,14 +329,7 @@ fn say_ready(daemon: &Daemon, listen: &[String], peer_listen: &[String]) -> Resu
 async fn health(daemon: &Arc<Daemon>) -> HealthServer<impl Health> {
     use tonic_health::ServingStatus;
     let (reporter, server) = tonic_health::server::health_reporter();
-    let names = [
-        "",
-        "vpmu.v1.VirtualMachinesService",
-        "vpmu.v1.PmuService",
-        "vpmu.v1.MigrationsService",
-        "google.longrunning.Operations",
-        "vpmu.peer.v1.MigrationPeerService",
-    ];
+    let names = SERVICES;
     for name in names {
         reporter.set_service_status(name, ServingStatus::Serving).await;
     }
@@ -392,9 +396,14 @@ fn router(
         return router;
     }
     let reflection = || {
-        tonic_reflection::server::Builder::configure()
+        let builder = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(vpmu_proto::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+        // What is served here: the workers' service is not, though its messages are part of the hosts'.
+        let served = SERVICES.into_iter().filter(|name| !name.is_empty());
+        served
+            .chain(["grpc.health.v1.Health"])
+            .fold(builder, tonic_reflection::server::Builder::with_service_name)
     };
     // The descriptors are compiled in: they can only be wrong for all users at once, which a test shows.
     let v1 = reflection().build_v1().ok();

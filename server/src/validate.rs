@@ -345,14 +345,14 @@ pub fn migration(spec: Option<MigrationSpec>) -> Result<(MigrationSpec, Address)
         ));
     }
     match migration_spec::PmuRestore::try_from(spec.pmu_restore) {
-        Ok(migration_spec::PmuRestore::Unspecified | migration_spec::PmuRestore::Require) => {}
-        _ => {
+        Ok(_) => {}
+        Err(_) => {
             return Err(ApiError::invalid(
                 "spec.pmu_restore",
                 spec.pmu_restore,
-                "PMU_RESTORE_UNAVAILABLE",
-                "is not there yet",
-                "use REQUIRE: the migration fails before it starts if the PMU does not fit",
+                "BAD_PMU_RESTORE",
+                "is no policy",
+                "use REQUIRE, BEST_EFFORT or RESET",
             ));
         }
     }

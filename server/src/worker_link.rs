@@ -69,6 +69,8 @@ pub struct Launch<'a> {
     pub spec: &'a VirtualMachineSpec,
     /// State arrives by migration.
     pub incoming: bool,
+    /// The PMU that it is to have, exactly; none: what the spec asks for.
+    pub pmu_shape: Option<vpmu_proto::api::PmuShape>,
     /// State comes from a snapshot.
     pub restore: Option<RestoreFrom>,
     /// The machine has a worker that goes on meanwhile; this one is a process.
@@ -189,6 +191,7 @@ impl WorkerLink {
                     housekeeping_cores,
                 }),
                 restore: launch.restore,
+                pmu_shape: launch.pmu_shape,
             };
             let within = if request.restore.is_some() { RESTORE } else { BUILD };
             match &link.inner.direct {

@@ -319,3 +319,33 @@ async fn figures() {
         }
     }
 }
+
+#[tokio::test]
+async fn memory_that_cannot_be_handed_over_is_copied_and_that_is_said() {
+    let options = ["--hypervisor", "simulated", "--local-migration", "auto"];
+    let Pair { a, b, workers: _workers, _dir } = pair(&options, &options).await;
+    let backing = MemoryBacking { prefault: true, ..MemoryBacking::default() };
+    a.create("vm", VirtualMachineSpec { memory_backing: Some(backing), ..filled(1, 32, 4) }).await;
+    a.start_vm("vm").await;
+    until_filled(&a, "vm").await;
+    let refused = a.migrations().await.create_migration(local(&b)).await;
+    let status = expect_error(refused, Code::FailedPrecondition, "MIGRATION_INCOMPATIBLE");
+    assert!(
+        status.message().contains("MEMORY_BACKING") && status.message().contains("prefault"),
+        "{status:?}"
+    );
+
+    let mut auto = local(&b);
+    auto.spec.as_mut().expect("spec").mode = migration_spec::Mode::Auto.into();
+    let operation = a.migrations().await.create_migration(auto.clone()).await.expect("accepted").into_inner();
+    let migration: Migration = unpack(&a.finish(operation).await.expect("migrated"));
+    let said: Vec<_> = migration.actions.iter().map(|action| action.code.as_str()).collect();
+    assert_eq!(
+        (said.first(), said.last()),
+        (Some(&"COPY_INSTEAD"), Some(&"CONVERGED")),
+        "{:?}",
+        migration.actions
+    );
+    assert_eq!(migration.result.expect("result").mode, "precopy");
+    verify(&b, "vm").await;
+}

@@ -163,6 +163,7 @@ def run(source, destination, peer):
     step(f"services by reflection: {', '.join(services)}")
     for service in (VMS, PMU, MIGRATIONS, "google.longrunning.Operations", "grpc.health.v1.Health"):
         check(service in services, f"{service} is offered")
+    check(not [s for s in services if s.startswith("vpmu.worker.")], "workers' private service is not shown")
 
     health = source.call("grpc.health.v1.Health", "Check")
     check(health.status == 1, "health says SERVING")

@@ -1,6 +1,6 @@
 //! Between the switcher and everything else: PMU images and shapes as protocol messages, checked on the way in.
 
-use pmu::{Image, Shape, Vendor};
+use pmu::{Image, RestorePolicy, Shape, Vendor};
 use vpmu_proto::api;
 use vpmu_proto::worker::{PmuImage, PmuImageRegister};
 
@@ -45,6 +45,18 @@ pub fn shape_from_proto(shape: &api::PmuShape) -> Result<Shape, String> {
         fixed_width: small("fixed_width", shape.fixed_width)?,
         perf_capabilities: shape.perf_capabilities,
     })
+}
+
+/// A restore policy from a message; unset means require.
+#[must_use]
+pub fn policy_from_proto(policy: api::migration_spec::PmuRestore) -> RestorePolicy {
+    match policy {
+        api::migration_spec::PmuRestore::BestEffort => RestorePolicy::BestEffort,
+        api::migration_spec::PmuRestore::Reset => RestorePolicy::Reset,
+        api::migration_spec::PmuRestore::Unspecified | api::migration_spec::PmuRestore::Require => {
+            RestorePolicy::Require
+        }
+    }
 }
 
 /// An image as a message, with its digest.

@@ -64,6 +64,7 @@ async fn begin_with(
         memory_bytes: 64 << 20,
         peer_certificate_sha256: certificate,
         local,
+        ..PrepareIncomingRequest::default()
     };
     let prepared = destination.client.prepare_incoming(request).await.expect("prepare").into_inner();
     assert_eq!(destination.state().await, State::Incoming);

@@ -52,7 +52,7 @@ pub(crate) struct MigrateArgs {
     /// Data connections, 1 to 16.
     #[arg(long, default_value_t = 1, value_name = "N")]
     connections: u32,
-    /// What happens to PMU state that does not fit the destination; hosts take "require" only so far.
+    /// What happens to PMU state that does not fit the destination.
     #[arg(long, value_enum, default_value = "require")]
     pmu_restore: PmuRestore,
     /// Memory may go over the wire without TLS; without this, TCP to another host uses TLS.
@@ -100,9 +100,9 @@ enum Compression {
 enum PmuRestore {
     /// The migration fails before it starts.
     Require,
-    /// What fits is restored, the rest is reported.
+    /// What fits is restored; what was dropped is in the migration's actions and in `pmu show`.
     BestEffort,
-    /// The PMU is reset.
+    /// The PMU starts anew; what it held is reported.
     Reset,
 }
 

@@ -106,7 +106,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode, Failure> {
     let client = Client::connect(&host, CONNECT_DEADLINE.min(cli.timeout)).await?;
     let context = Context { client, output: cli.output, timeout: cli.timeout };
     match cli.command {
-        Command::Vm(command) => vm::run(&context, command).await,
+        Command::Vm(command) => Box::pin(vm::run(&context, command)).await,
         Command::Pmu(command) => pmu::run(&context, command).await,
         Command::Migrate(args) => migrate::run(&context, args).await,
         Command::Migration(command) => migration::run(&context, command).await,

@@ -22,6 +22,16 @@ pub(crate) fn live(
     if let Some(shape) = shape {
         let _ = writeln!(text, "guest sees {}", shape_text(shape));
     }
+    if let Some(restored) = &pmu.restored {
+        let (policy, count) = (&restored.policy, restored.losses_total);
+        let _ = writeln!(text, "a migration ({policy}) left {count} registers behind or cut:");
+        for loss in restored.losses.iter().take(8) {
+            let _ = writeln!(text, "  {loss}");
+        }
+        if count > 8 {
+            let _ = writeln!(text, "  and more: --output json");
+        }
+    }
     for vcpu in &pmu.vcpus {
         let before = earlier.and_then(|(elapsed, earlier)| {
             earlier.vcpus.iter().find(|candidate| candidate.vcpu == vcpu.vcpu).map(|found| (elapsed, found))

@@ -126,7 +126,7 @@ pub(crate) struct WatchArgs {
 pub(crate) async fn run(context: &Context, command: VmCommand) -> Result<ExitCode, Failure> {
     let client = &context.client;
     match command {
-        VmCommand::Create(args) => return create::run(context, *args).await,
+        VmCommand::Create(args) => return Box::pin(create::run(context, *args)).await,
         VmCommand::Console(args) => return console::run(context, args).await,
         VmCommand::Start(args) => {
             let operation = client.start_vm(&args.name).await?;

@@ -13,7 +13,7 @@ pub use migration::{BreakdownView, CheckView, MigrationView, MismatchView};
 pub use operation::OperationView;
 pub use pmu::{
     CounterView, ForeignWriteView, HostCpuView, HostView, PmuAuditView, PmuStateView, PmuView, ProbeView,
-    RegisterView, ShapeView, VcpuView, shape_text,
+    RegisterView, RestoredView, ShapeView, VcpuView, shape_text,
 };
 pub use vm::{BootView, PlacementView, PmuSpecView, VmEventView, VmView};
 

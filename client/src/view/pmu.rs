@@ -4,7 +4,8 @@ use super::time;
 use crate::names;
 use serde::Serialize;
 use vpmu_proto::api::{
-    HostCpu, HostPmuCapabilities, Pmu, PmuAudit, PmuShape, PmuState, ProbeVcpuReport, VcpuPmu,
+    HostCpu, HostPmuCapabilities, Pmu, PmuAudit, PmuLoss, PmuRestored, PmuShape, PmuState, ProbeVcpuReport,
+    VcpuPmu,
 };
 
 /// What a PMU looks like.
@@ -194,6 +195,33 @@ pub struct PmuView {
     pub read_time: Option<String>,
     /// The probe guest's report, one entry a vCPU, if it is the probe.
     pub probe: Option<Vec<ProbeView>>,
+    /// What a migration under best_effort or reset did not bring along.
+    pub restored: Option<RestoredView>,
+}
+
+/// What of a PMU did not come along.
+#[derive(Clone, Debug, Serialize)]
+pub struct RestoredView {
+    /// `best_effort` or `reset`.
+    pub policy: String,
+    /// Name of the migration.
+    pub migration: String,
+    /// How many registers did not come along whole.
+    pub losses_total: u32,
+    /// The first of them, each as `vCPU 0 IA32_PMC4 0x7 is now 0x0`.
+    pub losses: Vec<String>,
+}
+
+impl From<&PmuRestored> for RestoredView {
+    fn from(restored: &PmuRestored) -> Self {
+        let text = |l: &PmuLoss| format!("vCPU {} {} {:#x} is now {:#x}", l.vcpu, l.name, l.had, l.has);
+        Self {
+            policy: restored.policy.clone(),
+            migration: restored.migration.clone(),
+            losses_total: restored.losses_total,
+            losses: restored.losses.iter().map(text).collect(),
+        }
+    }
 }
 
 impl From<&Pmu> for PmuView {
@@ -207,6 +235,7 @@ impl From<&Pmu> for PmuView {
             vcpus: pmu.vcpus.iter().map(VcpuView::from).collect(),
             read_time: time(pmu.read_time.as_ref()),
             probe: pmu.probe.as_ref().map(|probe| probe.vcpus.iter().map(ProbeView::from).collect()),
+            restored: pmu.restored.as_ref().map(RestoredView::from),
         }
     }
 }

@@ -84,7 +84,7 @@ pub(super) fn check(image: &Image, target: &Shape, status_set: bool, found: &mut
 }
 
 /// What both have.
-fn common(guest: &Shape, target: &Shape) -> Shape {
+pub(super) fn common(guest: &Shape, target: &Shape) -> Shape {
     Shape {
         version: guest.version.min(target.version),
         gp: guest.gp & target.gp,
@@ -96,7 +96,7 @@ fn common(guest: &Shape, target: &Shape) -> Shape {
 }
 
 /// The bits that a register of this shape can hold; 0 for a counter it does not have, `None` if it is no saved state.
-fn mask(shape: &Shape, reg: Option<Reg>) -> Option<u64> {
+pub(super) fn mask(shape: &Shape, reg: Option<Reg>) -> Option<u64> {
     let if_gp = |i, bits| Some(if shape.has_gp(i) { bits } else { 0 });
     match reg? {
         Reg::GpCounterLegacy(i) => if_gp(i, shape.gp_mask()),

@@ -104,6 +104,7 @@ impl MigrationPeerService for PeerApi {
             capabilities: Some(self.daemon.capabilities()),
             daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
             boot_id: self.daemon.host.boot_id.clone(),
+            wall_clock_us: check::wall_clock_us(),
         }))
     }
 

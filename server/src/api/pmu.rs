@@ -46,6 +46,7 @@ impl PmuApi {
             vcpus: pmu_view::decode_all(&images, &worker.cores())?,
             read_time: Some(crate::ops::now()),
             probe,
+            restored: view.vm.pmu_restored.as_deref().cloned(),
         })
     }
 

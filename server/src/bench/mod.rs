@@ -139,7 +139,7 @@ async fn run(command: &BenchCommand) -> Result<Outcome, BenchError> {
         BenchCommand::Kick(_) => loops::kicks().await?,
         BenchCommand::Memory(_) => memory::run().await?,
         BenchCommand::Many(m) => many::run(m.vms, m.at_once).await?,
-        BenchCommand::Migrate(m) => return Ok(Outcome::Migrations(migrate::run(m).await?)),
+        BenchCommand::Migrate(m) => return Ok(Outcome::Migrations(Box::pin(migrate::run(m)).await?)),
         BenchCommand::All(c) => {
             let mut all = boot::run(c.runs).await?;
             all.extend(pause::run(c.runs).await?);

@@ -8,6 +8,14 @@ use crate::names::VmName;
 use crate::status::ApiError;
 use crate::validate;
 
+mod hosts;
+mod pmu;
+
+pub(super) use hosts::versions;
+use hosts::{free_disk, state_disk, tsc};
+pub use hosts::{wall_clock_us, wall_clocks};
+pub use pmu::there as pmu_there;
+
 /// Most CPUID leaves and PMU images that are looked at.
 const MAX_LEAVES: usize = 512;
 
@@ -31,9 +39,14 @@ pub fn mismatches(daemon: &Daemon, needs: &Requirements) -> Vec<MigrationMismatc
         found.push(other_boot(&needs.local_boot_id, &daemon.host.boot_id));
     }
     sizes(daemon, &spec, &mut found);
-    pmu(daemon, needs, &mut found);
+    match free_disk(daemon.store.dir()) {
+        Ok(free) => found.extend(state_disk(free)),
+        Err(error) => tracing::warn!(%error, "how much the state directory can hold is not known"),
+    }
+    pmu::judge(daemon, needs, &mut found);
     if needs.hypervisor == "kvm" {
         cpu(&needs.cpuid, &daemon.host.cpuid, &mut found);
+        found.extend(tsc(needs.tsc_khz, daemon.host.tsc_khz));
     }
     found
 }
@@ -105,42 +118,6 @@ fn sizes(daemon: &Daemon, spec: &VirtualMachineSpec, found: &mut Vec<MigrationMi
         let message =
             format!("the machine has {} bytes of memory, this host has {free} free", spec.memory_bytes);
         add(found, "MEMORY", message, "free memory on this host or use another");
-    }
-}
-
-fn pmu(daemon: &Daemon, needs: &Requirements, found: &mut Vec<MigrationMismatch>) {
-    use vcpu_worker::pmu_glue;
-    let host = &daemon.host.shape;
-    let mut add_all = |more: Vec<pmu::compat::Mismatch>| {
-        for m in more {
-            let known = found.iter().any(|f| f.rule == m.rule && f.message == m.message);
-            if !known && found.len() < 64 {
-                let rule = m.rule.to_owned();
-                found.push(MigrationMismatch {
-                    rule,
-                    message: m.message,
-                    remedy: m.remedy,
-                    warning: m.warning,
-                });
-            }
-        }
-    };
-    let mut broken = Vec::new();
-    match needs.pmu_shape.as_ref().map(pmu_glue::shape_from_proto) {
-        Some(Ok(shape)) => add_all(pmu::compat::check_shape(&shape, host)),
-        Some(Err(error)) => broken.push(error),
-        None => {}
-    }
-    // Both ends model the same processor by its shape alone, so no family or event filter is judged here.
-    let context = pmu::compat::CompatContext::default();
-    for image in needs.pmu.iter().take(validate::MAX_VCPUS as usize) {
-        match pmu_glue::image_from_proto(image) {
-            Ok(checked) => add_all(pmu::compat::check(&checked, host, &context)),
-            Err(error) => broken.push(error.to_string()),
-        }
-    }
-    for message in broken.into_iter().take(8) {
-        add(found, "PMU_IMAGE", message, "repair the source");
     }
 }
 

@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Status, Streaming};
+use vpmu_proto::api::migration_spec::PmuRestore;
 use vpmu_proto::api::virtual_machine::{DesiredState, State};
-use vpmu_proto::api::{MigrationSpec, VirtualMachine};
+use vpmu_proto::api::{MigrationSpec, PmuLoss, PmuRestored, VirtualMachine};
 use vpmu_proto::peer::{DestinationMessage, PrepareRequest, PrepareResponse, SourceMessage};
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
 use vpmu_proto::worker::PrepareIncomingRequest;
@@ -87,7 +88,7 @@ pub async fn prepare(
         ));
     }
     check::refuse(&vm.name, &check::mismatches(daemon, &needs))?;
-    let record = VmRecord { vm: Some(arriving(vm)), pmu_shape: needs.pmu_shape.clone() };
+    let record = VmRecord { vm: Some(arriving(vm)), pmu_shape: check::pmu_there(daemon, &needs) };
     settled(daemon, uid(&record)).await?;
     let handle = match daemon.registry.get(&name) {
         Ok(handle) if handle.uid == uid(&record) => handle,
@@ -200,6 +201,7 @@ impl Incoming {
             incarnation: INCARNATION,
             spec: &spec,
             incoming: true,
+            pmu_shape: self.record.pmu_shape.clone(),
             restore: None,
             beside: false,
         };
@@ -222,6 +224,7 @@ impl Incoming {
             peer_certificate_sha256,
             local,
             recover_ms: super::limits::millis(self.daemon.limits.recover),
+            pmu_restore: asked.pmu_restore,
         };
         let listening = worker.prepare_incoming(incoming).await?;
         Ok(PrepareResponse {
@@ -230,6 +233,25 @@ impl Incoming {
             token,
             lease_ms: u64::try_from(self.daemon.limits.lease.as_millis()).unwrap_or(u64::MAX),
             store_id: self.daemon.host.host_id.clone(),
+        })
+    }
+
+    /// What is said of a PMU that did not come along whole; none if it did.
+    pub(super) fn pmu_restored(&self, losses: Vec<PmuLoss>, losses_total: u32) -> Option<PmuRestored> {
+        let needs = self.request.requirements.clone().unwrap_or_default();
+        let policy = match needs.spec.unwrap_or_default().pmu_restore() {
+            PmuRestore::BestEffort => "best_effort",
+            PmuRestore::Reset => "reset",
+            PmuRestore::Unspecified | PmuRestore::Require => return None,
+        };
+        let (had, has) = (needs.pmu_shape, self.record.pmu_shape.clone());
+        (losses_total != 0 || had != has).then(|| PmuRestored {
+            policy: policy.to_owned(),
+            had,
+            has,
+            losses,
+            losses_total,
+            migration: format!("{}/migrations/{}", self.handle.name, self.id),
         })
     }
 

@@ -238,11 +238,16 @@ impl Incoming {
         {
             record.vm = Some(arriving(vm));
         }
+        let ready = self.work.ready.take().unwrap_or_default();
+        // What was lost on an earlier way is lost still.
+        if let (Some(vm), Some(restored)) = (&mut record.vm, ready.pmu_restored) {
+            vm.pmu_restored = Some(Box::new(restored));
+        }
         let arrival = Arrival {
             record,
             worker,
             ownership: self.ownership.clone(),
-            images: self.work.ready.take().map(|ready| ready.pmu).unwrap_or_default(),
+            images: ready.pmu,
             paused: !self.work.machine.handover.run,
             lost: self.work.lost.take(),
         };

@@ -273,8 +273,13 @@ impl Incoming {
             Ok(Some(p)) if p.ready => match handover::digest(&p.state_digest) {
                 Some(digest) => {
                     self.work.progress = None;
-                    self.work.ready =
-                        Some(Ready { state_digest: p.state_digest, pmu: p.pmu, restore_us: p.restore_us });
+                    self.work.ready = Some(Ready {
+                        pmu_restored: self.pmu_restored(p.pmu_losses, p.pmu_losses_total),
+                        state_digest: p.state_digest,
+                        pmu: p.pmu,
+                        restore_us: p.restore_us,
+                        vcpu_cores: self.worker.as_ref().map(|w| w.cores().to_vec()).unwrap_or_default(),
+                    });
                     self.work.events.push_back(Event::WorkerReady(digest));
                     return;
                 }

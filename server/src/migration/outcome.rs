@@ -1,7 +1,9 @@
 //! How a migration ended, and what it cost.
 
 use prost::Message as _;
-use vpmu_proto::api::{BlackoutBreakdown, Migration, MigrationResult, ProbeReport};
+use vpmu_proto::api::{
+    BlackoutBreakdown, Migration, MigrationAction, MigrationResult, PmuRestored, PmuShape, ProbeReport,
+};
 use vpmu_proto::peer::destination_message::{Entered, Ready};
 use vpmu_proto::store::OwnershipRecord;
 use vpmu_proto::worker::FinishMigrationResponse;
@@ -75,7 +77,7 @@ impl Cost<'_> {
             }),
             pmu_digest: crate::pmu_view::hex(&images_digest(&finish.pmu)),
             pmu_at_stop: crate::pmu_view::decode_all(&finish.pmu, self.source_cores).unwrap_or_default(),
-            pmu_at_resume: crate::pmu_view::decode_all(&ready.pmu, &[]).unwrap_or_default(),
+            pmu_at_resume: crate::pmu_view::decode_all(&ready.pmu, &ready.vcpu_cores).unwrap_or_default(),
             pages_sent: finish.pages_sent,
             zero_pages: finish.zero_pages,
             compression: finish.compression.clone(),
@@ -84,7 +86,39 @@ impl Cost<'_> {
             throttle_percent_max: finish.throttle_percent_max,
             throttled_us: finish.throttled_us,
             postcopy_pages: finish.missing_pages,
+            pmu_restored: ready.pmu_restored.clone(),
         }
+    }
+}
+
+/// What was done to the PMU, among what else the migration did.
+pub(super) fn pmu_action(restored: &PmuRestored, at_us: u64) -> MigrationAction {
+    let named: Vec<String> = restored
+        .losses
+        .iter()
+        .take(8)
+        .map(|l| format!("vCPU {} {} {:#x} is now {:#x}", l.vcpu, l.name, l.had, l.has))
+        .collect();
+    let more = (restored.losses_total as usize).saturating_sub(named.len());
+    let more = if more == 0 { String::new() } else { format!(" and {more} more") };
+    let shown = |shape: &Option<PmuShape>| {
+        let shape = shape.as_ref().map(vcpu_worker::pmu_glue::shape_from_proto);
+        shape.and_then(Result::ok).map_or_else(|| "none".to_owned(), |s| s.to_string())
+    };
+    let code = if restored.policy == "reset" { "PMU_RESET" } else { "PMU_REDUCED" };
+    let shapes = if restored.had == restored.has {
+        String::new()
+    } else {
+        format!("the PMU was {} and is {}; ", shown(&restored.had), shown(&restored.has))
+    };
+    MigrationAction {
+        at_us,
+        code: code.to_owned(),
+        detail: format!(
+            "{shapes}{} registers did not come along whole: {}{more}",
+            restored.losses_total,
+            named.join(", ")
+        ),
     }
 }
 

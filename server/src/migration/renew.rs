@@ -116,6 +116,7 @@ impl Renewal<'_> {
             incarnation: self.held.incarnation + 1,
             spec: &spec,
             incoming: true,
+            pmu_shape: self.lease.record.pmu_shape.clone(),
             restore: None,
             beside: true,
         };

@@ -79,7 +79,10 @@ impl Resumed {
         let told = told.map_err(|_| ApiError::internal(crate::worker_link::SILENT, "it does not answer"))?;
         match told.map_err(|status| ApiError::from_status("worker", &status))? {
             Some(p) if p.ready => {
-                Ok(Ready { state_digest: p.state_digest, pmu: p.pmu, restore_us: p.restore_us })
+                // What was asked of the PMU is not known any more; what it is now is in the images.
+                let vcpu_cores = worker.cores().to_vec();
+                let (state_digest, pmu, restore_us) = (p.state_digest, p.pmu, p.restore_us);
+                Ok(Ready { state_digest, pmu, restore_us, vcpu_cores, ..Ready::default() })
             }
             _ => Err(ApiError::internal("WORKER_NOT_WHOLE", "its copy is not complete")),
         }

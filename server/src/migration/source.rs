@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 use uuid::Uuid;
 use vpmu_proto::api::migration::State as Shown;
-use vpmu_proto::api::{Migration, MigrationProgress, MigrationSpec};
+use vpmu_proto::api::{Migration, MigrationAction, MigrationProgress, MigrationSpec};
 use vpmu_proto::peer::destination_message::{Entered, Message as FromDestination, Ready};
 use vpmu_proto::peer::source_message::Message as FromSource;
 use vpmu_proto::peer::{DestinationMessage, PrepareResponse, Requirements, SourceMessage};
@@ -75,6 +75,8 @@ pub(super) struct Source {
     pub(super) spec: MigrationSpec,
     /// Memory is handed over instead of copied.
     pub(super) local: bool,
+    /// What was done before copying began, and why.
+    pub(super) said: Vec<MigrationAction>,
     pub(super) accepted: Instant,
     pub(super) cancel: CancellationToken,
     pub(super) committed: Arc<AtomicBool>,
@@ -320,6 +322,7 @@ impl Source {
     async fn copied(&mut self, progress: Result<Option<MigrateOutProgress>, Status>) {
         let error = match progress {
             Ok(Some(p)) => {
+                let said = &self.said;
                 self.progress.send_modify(|m| {
                     m.progress = Some(MigrationProgress {
                         round: p.round,
@@ -332,7 +335,7 @@ impl Source {
                         throttle_percent: p.throttle_percent,
                         missing_pages: 0,
                     });
-                    m.actions = p.actions;
+                    m.actions = said.iter().cloned().chain(p.actions).collect();
                 });
                 self.report();
                 if p.converged {

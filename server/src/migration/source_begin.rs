@@ -9,7 +9,9 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vpmu_proto::api::migration::State;
 use vpmu_proto::api::migration_spec::Mode;
-use vpmu_proto::api::{Migration, MigrationMismatch, MigrationSpec};
+use vpmu_proto::api::{
+    Migration, MigrationAction, MigrationMismatch, MigrationSpec, VirtualMachine, memory_backing,
+};
 use vpmu_proto::peer::Requirements;
 use vpmu_proto::store::MigrationRecord;
 
@@ -35,6 +37,8 @@ pub struct Checked {
     pub destination_host: String,
     /// Memory is handed over instead of copied.
     local: bool,
+    /// It would be, were it not for what the memory is made of.
+    copied_for: Option<&'static str>,
     /// What does not fit.
     pub mismatches: Vec<MigrationMismatch>,
 }
@@ -48,8 +52,12 @@ pub async fn check(
 ) -> Result<Checked, ApiError> {
     let view = handle.view();
     let peer = Peer::connect(address, &daemon.peering).await?;
+    let asked = super::check::wall_clock_us();
     let who = peer.negotiate(&daemon.host.host_id).await?;
-    let local = is_local(daemon, spec, address, &who.boot_id);
+    let clocks = (asked, who.wall_clock_us, super::check::wall_clock_us());
+    let backing = backing(&view.vm);
+    let near = is_local(daemon, spec, address, &who.boot_id);
+    let local = near && (backing.is_none() || spec.mode() == Mode::Local);
     let pmu = match &view.worker {
         Some(worker) => worker.pmu().await?,
         None => Vec::new(),
@@ -63,6 +71,7 @@ pub async fn check(
         cpuid: daemon.host.cpuid.clone(),
         pmu,
         local_boot_id: if local { daemon.host.boot_id.clone() } else { String::new() },
+        tsc_khz: daemon.host.tsc_khz,
     };
     let mismatches = if who.host_id == daemon.host.host_id {
         vec![MigrationMismatch {
@@ -73,7 +82,17 @@ pub async fn check(
         }]
     } else {
         let mut mismatches = peer.check(requirements.clone()).await?.mismatches;
+        if let Some(backing) = backing.filter(|_| local) {
+            mismatches.push(MigrationMismatch {
+                rule: "MEMORY_BACKING".to_owned(),
+                message: format!("the machine's memory is {backing}, which cannot be handed over yet"),
+                remedy: "use mode auto, which copies such memory".to_owned(),
+                warning: false,
+            });
+        }
         // A destination that says no boot id does not know the mode and finds nothing wrong with it.
+        mismatches.extend(super::check::wall_clocks(clocks));
+        mismatches.extend(super::check::versions(env!("CARGO_PKG_VERSION"), &who.daemon_version));
         if daemon.peering.way_back(&peer).is_none() {
             mismatches.push(MigrationMismatch {
                 rule: "NO_WAY_BACK".to_owned(),
@@ -87,7 +106,8 @@ pub async fn check(
         }
         mismatches
     };
-    Ok(Checked { peer, requirements, destination_host: who.host_id, local, mismatches })
+    let copied_for = backing.filter(|_| near && !local);
+    Ok(Checked { peer, requirements, destination_host: who.host_id, local, copied_for, mismatches })
 }
 
 /// Whether memory is to be handed over: if that was asked for, or if nothing was and it will work: the same boot of the
@@ -99,6 +119,26 @@ fn is_local(daemon: &Daemon, spec: &MigrationSpec, address: &Address, boot_id: &
         Mode::PrecopyOnly | Mode::Postcopy => false,
         Mode::Unspecified | Mode::Auto => same && daemon.auto_local && matches!(address, Address::Unix(_)),
     }
+}
+
+fn copy_instead(backing: &str) -> MigrationAction {
+    MigrationAction {
+        at_us: 0,
+        code: "COPY_INSTEAD".to_owned(),
+        detail: format!(
+            "both hosts are on this machine, but the memory is {backing}, which cannot be handed over: it is copied"
+        ),
+    }
+}
+
+/// What keeps memory from being handed over: the destination's own would have to be given up for it, and such memory is
+/// in use from the start.
+fn backing(vm: &VirtualMachine) -> Option<&'static str> {
+    let backing = vm.spec.as_ref()?.memory_backing?;
+    if backing.huge_pages() == memory_backing::HugePages::Hugetlb {
+        return Some("huge pages of the host's pool (hugetlb)");
+    }
+    backing.prefault.then_some("given out at once (prefault)")
 }
 
 /// Begins a migration and returns its operation's id.
@@ -132,6 +172,7 @@ pub async fn begin(
         create_time: Some(create_time),
         source_host: daemon.host.host_id.clone(),
         destination_host: checked.destination_host.clone(),
+        actions: checked.copied_for.map(copy_instead).into_iter().collect(),
         ..Migration::default()
     };
     let record = MigrationRecord { migration: Some(migration.clone()), vm_uid: handle.uid.clone() };
@@ -172,6 +213,7 @@ pub async fn begin(
         id,
         spec,
         local: checked.local,
+        said: checked.copied_for.map(copy_instead).into_iter().collect(),
         accepted,
         cancel,
         committed,

@@ -119,7 +119,7 @@ impl Source {
                 if encrypted {
                     request.certificate_sha256 = worker.prepare_outgoing(&request.migration_id).await?;
                 }
-                let prepared = peer.prepare(request).await?;
+                let prepared = Box::pin(peer.prepare(request)).await?;
                 // The destination decides where it must be; it cannot talk us out of it.
                 if needs_tls && prepared.certificate_sha256.is_empty() {
                     return Err(ApiError::precondition(
@@ -203,7 +203,7 @@ impl Source {
             return self.fail(Event::CopyFailed, source_end::mismatch());
         };
         self.progress.send_modify(|m| {
-            m.actions.clone_from(&finish.actions);
+            m.actions = self.said.iter().chain(&finish.actions).cloned().collect();
             if let Some(progress) = &mut m.progress {
                 progress.missing_pages = finish.missing_pages;
             }

@@ -104,6 +104,10 @@ impl Source {
     fn result(&mut self) -> MigrationResult {
         let (finish, ready) =
             (self.work.finish.take().unwrap_or_default(), self.work.ready.take().unwrap_or_default());
+        if let Some(restored) = &ready.pmu_restored {
+            let action = outcome::pmu_action(restored, micros(self.accepted.elapsed()));
+            self.progress.send_modify(|m| m.actions.push(action));
+        }
         let (entered, entered_ns) = self.work.entered.take().unwrap_or_default();
         let cost = Cost {
             finish: &finish,

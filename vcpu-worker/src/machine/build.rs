@@ -134,7 +134,10 @@ impl Plan {
         }
         let backing = options::backing(spec)?;
         let pmu = spec.pmu.clone().unwrap_or_default();
-        let shape = guest_shape(&pmu, cores.shape())?;
+        let shape = match &request.pmu_shape {
+            Some(given) => exact_shape(given, cores.shape())?,
+            None => guest_shape(&pmu, cores.shape())?,
+        };
         let mut warnings = Vec::new();
         let exposed =
             shape.is_some() && (by_kernel || matches!(boot, Boot::Probe(_)) || pmu.expose_without_rdpmc);
@@ -225,6 +228,22 @@ pub fn filter_spec(filter: &api::PmuEventFilter) -> FilterSpec {
         flags: if filter.masked { pmu::filter::FLAG_MASKED_EVENTS } else { 0 },
         fixed_counter_bitmap: filter.fixed_counters,
         events: filter.events.clone(),
+    }
+}
+
+/// The PMU that a machine has had elsewhere: this host must have all of it, and it gets no more than that.
+fn exact_shape(given: &api::PmuShape, host: &Shape) -> Result<Option<Shape>, WorkerError> {
+    let shape = crate::pmu_glue::shape_from_proto(given)
+        .map_err(|problem| WorkerError::invalid("pmu_shape", "given", problem))?;
+    if shape.gp == 0 && shape.fixed == 0 {
+        return Ok(None);
+    }
+    match pmu::compat::refusal(&pmu::compat::check_shape(&shape, host)) {
+        Some(m) => {
+            let remedy = format!("{}: {}; {}", m.rule, m.message, m.remedy);
+            Err(WorkerError::invalid("pmu_shape", shape, remedy))
+        }
+        None => Ok(Some(shape)),
     }
 }
 

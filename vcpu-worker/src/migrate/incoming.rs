@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use pmu::RestorePolicy;
 use prost::Message as _;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -26,6 +27,7 @@ use crate::dataplane::{
 use crate::error::WorkerError;
 use crate::lazy::Faults;
 use crate::machine::Machine;
+use crate::machine::snapshot::PmuArrival;
 
 /// Where a destination is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +63,8 @@ pub struct Door {
     pub local: bool,
     /// How long a lost source may take to come back.
     pub recover: Duration,
+    /// What happens to PMU state that does not fit.
+    pub pmu: RestorePolicy,
 }
 
 /// One migration at its destination.
@@ -83,7 +87,7 @@ impl IncomingMigration {
         machine: Arc<Machine>,
         runtime: Handle,
     ) -> Result<(Arc<Self>, String), WorkerError> {
-        let Door { connections, tls, local, recover } = door;
+        let Door { connections, tls, local, recover, pmu } = door;
         // Opened here: the receiving thread opens no files.
         let faults = if local || machine.memory().is_hugetlb() { None } else { Faults::open().ok() };
         let newest = if faults.is_some() { *PROTOCOL_VERSIONS.end() } else { Kind::Want.since() - 1 };
@@ -103,9 +107,9 @@ impl IncomingMigration {
                 (id.to_owned(), cancel.clone(), Arc::clone(&bytes), state.clone());
             move || {
                 let mapped = if local { incoming.receive_memory(&cancel) } else { Ok(()) };
-                let received = mapped
-                    .map_err(|e| failed(&id, &e))
-                    .and_then(|()| receive(&id, (incoming, faults), cancel, &bytes, &machine, &runtime));
+                let received = mapped.map_err(|e| failed(&id, &e)).and_then(|()| {
+                    receive(&id, (incoming, faults), cancel, &bytes, (&machine, pmu), &runtime)
+                });
                 let mut arriving = None;
                 let end = match received {
                     Ok((ready, pages)) => {
@@ -178,12 +182,12 @@ fn receive(
     (incoming, faults): (Incoming, Option<Faults>),
     cancel: CancelFlag,
     bytes: &AtomicU64,
-    machine: &Arc<Machine>,
+    (machine, policy): (&Arc<Machine>, RestorePolicy),
     runtime: &Handle,
 ) -> Result<(IncomingProgress, Option<Following>), WorkerError> {
     let mut received = incoming.run(cancel, bytes).map_err(|e| failed(id, &e))?;
     let begin = Instant::now();
-    let (pmu, pages) = match set(id, &mut received, faults, machine, runtime) {
+    let (pmu, pages) = match set(id, &mut received, faults, (machine, policy), runtime) {
         Ok(set) => set,
         Err(error) => {
             received.reject(&error.to_string());
@@ -204,30 +208,32 @@ fn receive(
         bytes_received: received.bytes,
         ready: true,
         state_digest: received.digest.to_vec(),
-        pmu,
+        pmu: pmu.images,
         restore_us,
+        pmu_losses: pmu.losses,
+        pmu_losses_total: pmu.total,
     };
     Ok((progress, pages))
 }
 
-type Set = (Vec<vpmu_proto::worker::PmuImage>, Option<Following>);
+type Set = (PmuArrival, Option<Following>);
 
 fn set(
     id: &str,
     received: &mut Received,
     faults: Option<Faults>,
-    machine: &Arc<Machine>,
+    (machine, policy): (&Arc<Machine>, RestorePolicy),
     runtime: &Handle,
 ) -> Result<Set, WorkerError> {
     let mut state = VmState::decode(received.state.as_slice())
         .map_err(|e| WorkerError::BadState { field: "VmState", problem: e.to_string() })?;
     let missing = std::mem::take(&mut state.missing_pages);
     if missing.is_empty() {
-        return Ok((runtime.block_on(machine.restore(state))?, None));
+        return Ok((runtime.block_on(machine.restore_under(state, policy))?, None));
     }
     // Before the state: setting it may touch memory, which then has to come.
     let pages = Following::begin(id, received, &missing, faults, machine, runtime)?;
-    match runtime.block_on(machine.restore(state)) {
+    match runtime.block_on(machine.restore_under(state, policy)) {
         Ok(pmu) => Ok((pmu, Some(pages))),
         Err(error) => {
             pages.reject(&error.to_string(), runtime);

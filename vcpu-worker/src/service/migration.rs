@@ -281,6 +281,7 @@ pub(super) async fn prepare_incoming(
     }
     let (id, local, runtime) = (r.migration_id.clone(), r.local, Handle::current());
     let recover = recover(r.recover_ms);
+    let pmu = crate::pmu_glue::policy_from_proto(r.pmu_restore());
     let (mut tls, mut certificate_sha256) = (None, Vec::new());
     if let Some(peer) = fingerprint(&r.peer_certificate_sha256)? {
         let identity = new_identity(&id)?;
@@ -295,7 +296,7 @@ pub(super) async fn prepare_incoming(
             &id,
             session,
             &listen,
-            Door { connections, tls, local, recover },
+            Door { connections, tls, local, recover, pmu },
             machine,
             runtime,
         )

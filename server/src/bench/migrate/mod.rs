@@ -137,14 +137,14 @@ pub(super) async fn run(args: &MigrateArgs) -> Result<Table, BenchError> {
                     let (mut ours, mut beside) = (Vec::new(), Vec::new());
                     for run in 0..args.runs {
                         say(&format!("{}: run {} of {}", cell.name(), run + 1, args.runs));
-                        ours.push(ours::run(&site, isolation, &cell).await?);
+                        ours.push(Box::pin(ours::run(&site, isolation, &cell)).await?);
                         match way {
                             Way::Plain if !args.without_qemu => {
                                 beside.push(qemu::run(&site, &args.qemu, &cell).await?);
                             }
                             Way::Tls => {
                                 let plain = Cell { way: Way::Plain, ..cell };
-                                beside.push(ours::run(&site, isolation, &plain).await?);
+                                beside.push(Box::pin(ours::run(&site, isolation, &plain)).await?);
                             }
                             Way::Plain | Way::Local => {}
                         }

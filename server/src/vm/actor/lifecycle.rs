@@ -236,7 +236,16 @@ impl Actor {
         restore: Option<RestoreFrom>,
     ) -> Launch<'a> {
         let (vm_uid, vm_name) = (self.vm.uid.as_str(), self.name.vm());
-        Launch { vm_uid, vm_name, incarnation, spec, incoming: false, restore, beside: false }
+        Launch {
+            vm_uid,
+            vm_name,
+            incarnation,
+            spec,
+            incoming: false,
+            pmu_shape: None,
+            restore,
+            beside: false,
+        }
     }
 
     fn take_worker(&mut self, (worker, built): (WorkerLink, vpmu_proto::worker::CreateVmResponse)) {
@@ -245,6 +254,7 @@ impl Actor {
         }
         self.worker = Some(worker);
         self.shape = built.pmu_shape;
+        self.vm.pmu_restored = None;
         self.vm.cpuid_differences = built.cpuid_differences;
         self.console = std::sync::Arc::default();
         self.daemon.host.hypervisor.clone_into(&mut self.vm.hypervisor);
