@@ -184,7 +184,12 @@ async fn killed(source: bool, point: &str, stays: bool, options: &[&str]) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
-    // And what was killed can take part again.
+    // And what was killed can take part again, once the other side has heard how it ended.
+    let begin = Instant::now();
+    while other.list().await.iter().any(|vm| vm.observed_state() != State::Moved) {
+        assert!(begin.elapsed() < DEADLINE, "{point}: not over: {:?}", other.list().await);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     let (from, to) = if stays { (&a, &b) } else { (&b, &a) };
     assert_eq!(run(from, to).await.state(), migration::State::Succeeded, "{point}");
     verify(to, "vm").await;

@@ -436,6 +436,11 @@ async fn a_machine_that_is_given_back_goes_on_in_the_worker_that_was_kept() {
     a.migrations().await.create_migration(request).await.expect("accepted");
     a.kill_at_hold().await;
     b.kill().await;
+    // A complete copy would be told to go on; without its worker there is none.
+    for copy in workers[1].alive() {
+        kill_process(pid(copy.pid), Signal::KILL).expect("SIGKILL");
+        until_gone(&copy).await;
+    }
     b.restart().await;
     a.restart_with(&OPTIONS).await;
     let back = a.until("vm", "RUNNING", is(State::Running)).await;
