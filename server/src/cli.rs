@@ -195,6 +195,7 @@ pub fn main() -> ExitCode {
 fn serve(config: ServeConfig) -> ExitCode {
     init_tracing();
     let state_dir = config.state_dir.clone();
+    vcpu_worker::host::heap::grow_in_large_steps();
     if let Err(error) = vcpu_worker::host::schedule::answer_quickly() {
         tracing::debug!(%error, "calls are answered when the guests' slices have passed");
     }

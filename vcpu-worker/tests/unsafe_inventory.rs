@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 const FILES: &[&str] = &[
     "src/floor/bare.rs",
     "src/host/clock.rs",
+    "src/host/heap.rs",
     "src/host/schedule.rs",
     "src/host/tick.rs",
     "src/hypervisor/kvm/dirty.rs",
