@@ -66,7 +66,8 @@ pub(crate) async fn run(context: &Context, args: ConsoleArgs) -> Result<ExitCode
             typed = next_keys(&mut keys) => {
                 let (data, leave) = until_escape(&typed, terminal);
                 if write && !input.send(data).await {
-                    break Ok(());
+                    // The stream is over; why, its output says.
+                    keys = None;
                 }
                 if leave {
                     break Ok(());
