@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use crate::handover::force;
 use crate::migration::force::encode;
+use crate::output::Output;
 use crate::status::ApiError;
 use crate::store::Store;
 use crate::worker_process::{Found, Processes};
@@ -35,14 +36,6 @@ pub struct FenceArgs {
     /// How to print the token.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Output {
-    /// The token alone.
-    Text,
-    /// One JSON object.
-    Json,
 }
 
 /// What was done.

@@ -3,10 +3,10 @@
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
-use clap::ValueEnum;
 use pmu::host_check::{Level, Line, Mode, report};
 
 use crate::config::PmuMode;
+use crate::output::Output;
 
 /// Options of `vpmud host check`.
 #[derive(Debug, clap::Args)]
@@ -20,12 +20,6 @@ pub struct HostCheckArgs {
     /// Text for people, JSON for programs.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
-    Text,
-    Json,
 }
 
 /// Runs the check. Exit codes: 0 no error, 1 some line is an error, 2 wrong usage.

@@ -25,6 +25,7 @@ pub mod listen;
 pub mod migration;
 pub mod names;
 pub mod ops;
+mod output;
 pub mod parent;
 pub mod peer;
 pub mod placement;

@@ -33,12 +33,7 @@ async fn begin(
     a.create("vm", probe_spec(1, 16)).await;
     a.start_vm("vm").await;
     a.until_counting("vm").await;
-    let request = CreateMigrationRequest {
-        parent: name("vm"),
-        spec: Some(MigrationSpec { destination: b.peer(), ..MigrationSpec::default() }),
-        ..CreateMigrationRequest::default()
-    };
-    let operation = a.migrations().await.create_migration(request).await.expect("accepted").into_inner();
+    let operation = a.migrate("vm", b.arrival()).await;
     (Pair { _dir: dir, a, b }, operation)
 }
 
@@ -122,12 +117,7 @@ async fn destination_dies(plain: [&'static str; 2], point: &str) -> (u64, String
     assert_eq!(running([&a, &b]).await, 1, "{point}");
     assert!(b.list().await.is_empty(), "{point}: no copy stays");
     // And it can move yet.
-    let request = CreateMigrationRequest {
-        parent: name("vm"),
-        spec: Some(MigrationSpec { destination: b.peer(), ..MigrationSpec::default() }),
-        ..CreateMigrationRequest::default()
-    };
-    let again = a.migrations().await.create_migration(request).await.expect("accepted").into_inner();
+    let again = a.migrate("vm", b.arrival()).await;
     a.finish(again).await.expect("moved");
     assert_eq!(b.get("vm").await.epoch, vm.epoch + 1, "{point}");
     (vm.epoch, reason_of(&error))

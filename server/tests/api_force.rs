@@ -70,13 +70,14 @@ fn host_id(host: &Host) -> String {
     host.ready["host_id"].as_str().expect("a host id").to_owned()
 }
 
-async fn migrate(from: &Host, to: &Host) -> vpmu_proto::longrunning::Operation {
-    let request = CreateMigrationRequest {
-        parent: name("vm"),
-        spec: Some(MigrationSpec { destination: to.peer(), ..MigrationSpec::default() }),
-        ..CreateMigrationRequest::default()
-    };
-    from.migrations().await.create_migration(request).await.expect("accepted").into_inner()
+/// Two hosts, and a machine that has moved from the first to the second.
+async fn moved() -> Pair {
+    let pair = Pair::start(&THREAD, None, None).await;
+    pair.a.create("vm", spec()).await;
+    pair.a.start_vm("vm").await;
+    let operation = pair.a.migrate("vm", pair.b.arrival()).await;
+    pair.a.finish(operation).await.expect("moved");
+    pair
 }
 
 async fn force(host: &Host, evidence: impl Into<Option<Evidence>>) -> Result<VirtualMachine, tonic::Status> {
@@ -123,12 +124,8 @@ async fn superseded(host: &Host, owner: &str) {
 /// A machine moved to a host that dies; its first host takes it by the token of the other's directory.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fenced_directory_gives_the_machine_up_for_good() {
-    let mut pair = Pair::start(&THREAD, None, None).await;
+    let mut pair = moved().await;
     let Pair { a, b, _dir } = &mut pair;
-    a.create("vm", spec()).await;
-    a.start_vm("vm").await;
-    let moved = migrate(a, b).await;
-    a.finish(moved).await.expect("moved");
     let (id_a, id_b) = (host_id(a), host_id(b));
 
     // Evidence that is missing, unreadable, about another host, or contradicted.
@@ -177,12 +174,8 @@ async fn a_fenced_directory_gives_the_machine_up_for_good() {
 /// The same on an operator's word; the host that was declared dead finds out when it comes back.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_comes_back_asks_before_its_policy_acts() {
-    let mut pair = Pair::start(&THREAD, None, None).await;
+    let mut pair = moved().await;
     let Pair { a, b, _dir } = &mut pair;
-    a.create("vm", spec()).await;
-    a.start_vm("vm").await;
-    let moved = migrate(a, b).await;
-    a.finish(moved).await.expect("moved");
     let (id_a, id_b) = (host_id(a), host_id(b));
     b.kill().await;
     let vm = force(a, word(&id_b)).await.expect("forced");
@@ -202,12 +195,8 @@ async fn a_host_that_comes_back_asks_before_its_policy_acts() {
 /// A word that was false: the host was only cut off. It is told, asks, and ends what it has.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_was_only_cut_off_yields_once_it_is_told() {
-    let mut pair = Pair::start(&THREAD, None, None).await;
+    let mut pair = moved().await;
     let Pair { a, b, _dir } = &mut pair;
-    a.create("vm", spec()).await;
-    a.start_vm("vm").await;
-    let moved = migrate(a, b).await;
-    a.finish(moved).await.expect("moved");
     let (id_a, id_b) = (host_id(a), host_id(b));
     b.signal(Signal::STOP);
     b.until_held().await;
@@ -225,7 +214,7 @@ async fn the_copy_at_the_source_goes_on(hold: Option<&str>) {
     a.create("vm", probe_spec(1, 16)).await;
     a.start_vm("vm").await;
     let before = a.until_counting("vm").await;
-    migrate(a, b).await;
+    a.migrate("vm", b.arrival()).await;
     b.until_held().await;
     b.kill().await;
     assert!(fence(&b.dir, &[]).expect_err("its worker lives").contains("WORKER_ALIVE"));

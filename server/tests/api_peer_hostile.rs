@@ -93,15 +93,6 @@ async fn prepare(host: &Host, vm: &VirtualMachine, epoch: u64) -> Result<String,
     client.prepare(request).await.map(|_| migration_id)
 }
 
-async fn there(from: &Host, to: &Host) -> vpmu_proto::longrunning::Operation {
-    let request = CreateMigrationRequest {
-        parent: name("vm"),
-        spec: Some(MigrationSpec { destination: to.peer(), ..MigrationSpec::default() }),
-        ..CreateMigrationRequest::default()
-    };
-    from.migrations().await.create_migration(request).await.expect("accepted").into_inner()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_hostile_host_says_changes_nothing() {
     let dir = tempfile::tempdir().expect("tempdir");
@@ -109,7 +100,7 @@ async fn what_a_hostile_host_says_changes_nothing() {
     let b = Host::start(&dir.path().join("b"), &OPTIONS).await;
     a.create("vm", probe_spec(1, 16)).await;
     a.start_vm("vm").await;
-    let operation = there(&a, &b).await;
+    let operation = a.migrate("vm", b.arrival()).await;
     let moved: Migration = unpack(&a.finish(operation).await.expect("moved"));
     let id = moved.name.rsplit('/').next().expect("an id").to_owned();
     let vm = b.get("vm").await;
@@ -163,7 +154,7 @@ async fn what_a_hostile_host_says_changes_nothing() {
     // It runs where it was, and can move on.
     let now = b.get("vm").await;
     assert_eq!((now.observed_state(), now.epoch), (State::Running, 2), "{now:?}");
-    let operation = there(&b, &a).await;
+    let operation = b.migrate("vm", a.arrival()).await;
     b.finish(operation).await.expect("moved back");
     assert_eq!(a.get("vm").await.epoch, 3);
 }

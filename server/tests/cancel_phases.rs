@@ -35,10 +35,7 @@ async fn pair(hold: Option<&str>) -> Pair {
 }
 
 async fn begin(a: &Host, b: &Host, max_bandwidth: u64) -> Operation {
-    let spec = MigrationSpec { destination: b.peer(), max_bandwidth, ..MigrationSpec::default() };
-    let request =
-        CreateMigrationRequest { parent: name("vm"), spec: Some(spec), ..CreateMigrationRequest::default() };
-    a.migrations().await.create_migration(request).await.expect("accepted").into_inner()
+    a.migrate("vm", MigrationSpec { max_bandwidth, ..b.arrival() }).await
 }
 
 async fn migration(a: &Host) -> Migration {

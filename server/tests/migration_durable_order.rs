@@ -103,12 +103,7 @@ async fn a_decision_is_durable_before_anything_follows_from_it() {
     a.until_counting("vm").await;
     let traces =
         [("a", &a), ("b", &b)].map(|(name, host)| Trace::attach(host, &dir.path().join(name).join("trace")));
-    let request = CreateMigrationRequest {
-        parent: name("vm"),
-        spec: Some(MigrationSpec { destination: b.peer(), ..MigrationSpec::default() }),
-        ..CreateMigrationRequest::default()
-    };
-    let operation = a.migrations().await.create_migration(request).await.expect("accepted").into_inner();
+    let operation = a.migrate("vm", b.arrival()).await;
     a.finish(operation).await.expect("migrated");
     let [source, destination] = traces.map(Trace::lines);
 

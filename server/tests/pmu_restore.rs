@@ -37,13 +37,11 @@ async fn pair(a: &str, b: &str) -> Pair {
 }
 
 fn spec(to: &Host, policy: PmuRestore) -> MigrationSpec {
-    MigrationSpec { destination: to.peer(), pmu_restore: policy.into(), ..MigrationSpec::default() }
+    MigrationSpec { pmu_restore: policy.into(), ..to.arrival() }
 }
 
 async fn run(from: &Host, spec: MigrationSpec) -> Migration {
-    let request =
-        CreateMigrationRequest { parent: name("vm"), spec: Some(spec), ..CreateMigrationRequest::default() };
-    let started = from.migrations().await.create_migration(request).await.expect("accepted").into_inner();
+    let started = from.migrate("vm", spec).await;
     unpack(&from.finish(started).await.expect("migrated"))
 }
 

@@ -232,12 +232,7 @@ async fn a_worker_migrates_to_a_worker() {
     a.create("vm", probe_spec(1, 32)).await;
     let left = identity(&a.start_vm("vm").await);
     let before = a.until_counting("vm").await;
-    let request = CreateMigrationRequest {
-        parent: name("vm"),
-        spec: Some(MigrationSpec { destination, ..MigrationSpec::default() }),
-        ..CreateMigrationRequest::default()
-    };
-    let operation = a.migrations().await.create_migration(request).await.expect("accepted").into_inner();
+    let operation = a.migrate("vm", MigrationSpec { destination, ..MigrationSpec::default() }).await;
     let migration: Migration = unpack(&a.finish(operation).await.expect("migrated"));
     assert_eq!(migration.state(), migration::State::Succeeded);
     until_gone(&left).await;
@@ -381,12 +376,7 @@ async fn a_daemon_that_dies_in_a_migration_finds_its_worker() {
         let vm = a.start_vm("vm").await;
         let worker = identity(&vm);
         let before = a.until_counting("vm").await;
-        let request = CreateMigrationRequest {
-            parent: name("vm"),
-            spec: Some(MigrationSpec { destination: b.peer(), ..MigrationSpec::default() }),
-            ..CreateMigrationRequest::default()
-        };
-        a.migrations().await.create_migration(request).await.expect("accepted");
+        a.migrate("vm", b.arrival()).await;
         let victim = if source { &mut a } else { &mut b };
         victim.kill_at_hold().await;
         victim.restart_with(&OPTIONS).await;
@@ -428,12 +418,7 @@ async fn a_machine_that_is_given_back_goes_on_in_the_worker_that_was_kept() {
     let vm = a.start_vm("vm").await;
     let worker = identity(&vm);
     let before = a.until_counting("vm").await;
-    let request = CreateMigrationRequest {
-        parent: name("vm"),
-        spec: Some(MigrationSpec { destination: b.peer(), ..MigrationSpec::default() }),
-        ..CreateMigrationRequest::default()
-    };
-    a.migrations().await.create_migration(request).await.expect("accepted");
+    a.migrate("vm", b.arrival()).await;
     a.kill_at_hold().await;
     b.kill().await;
     // A complete copy would be told to go on; without its worker there is none.
@@ -466,10 +451,8 @@ async fn sigterm_in_a_migration_leaves_the_machine_running() {
     a.create("vm", VirtualMachineSpec { boot, ..probe_spec(1, 64) }).await;
     let worker = identity(&a.start_vm("vm").await);
     let before = a.until_counting("vm").await;
-    let spec = MigrationSpec { destination: b.peer(), max_bandwidth: 1 << 20, ..MigrationSpec::default() };
-    let request =
-        CreateMigrationRequest { parent: name("vm"), spec: Some(spec), ..CreateMigrationRequest::default() };
-    a.migrations().await.create_migration(request).await.expect("accepted");
+    let spec = MigrationSpec { max_bandwidth: 1 << 20, ..b.arrival() };
+    a.migrate("vm", spec).await;
     a.until("vm", "MIGRATING_OUT", is(State::MigratingOut)).await;
     assert_eq!(a.terminate().await, 0);
     assert!(lives(&worker), "it outlives the daemon");
@@ -490,10 +473,7 @@ async fn sigterm_in_a_migration_leaves_the_machine_running() {
         assert!(begin.elapsed() < DEADLINE, "what began to arrive there stays");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let spec = MigrationSpec { destination: b.peer(), ..MigrationSpec::default() };
-    let request =
-        CreateMigrationRequest { parent: name("vm"), spec: Some(spec), ..CreateMigrationRequest::default() };
-    let operation = a.migrations().await.create_migration(request).await.expect("accepted").into_inner();
+    let operation = a.migrate("vm", b.arrival()).await;
     a.finish(operation).await.expect("migrated");
     until_gone(&worker).await;
     b.delete("vm").await;

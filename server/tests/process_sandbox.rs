@@ -133,14 +133,7 @@ async fn a_forbidden_call_ends_only_that_worker_and_is_named() {
             _ => {
                 let there = tempfile::tempdir().expect("tempdir");
                 let destination = Host::start(there.path(), &["--isolation", "process"]).await;
-                let spec = MigrationSpec { destination: destination.peer(), ..MigrationSpec::default() };
-                let request = CreateMigrationRequest {
-                    parent: name("a"),
-                    spec: Some(spec),
-                    ..CreateMigrationRequest::default()
-                };
-                let operation =
-                    host.migrations().await.create_migration(request).await.expect("accepted").into_inner();
+                let operation = host.migrate("a", destination.arrival()).await;
                 host.finish(operation).await.expect_err("its worker ends");
             }
         }

@@ -98,17 +98,9 @@ async fn no_policy_acts_while_a_migration_is_open() {
     a.create("vm", spec).await;
     let vm = a.start_vm("vm").await;
     a.until_counting("vm").await;
-    let request = CreateMigrationRequest {
-        parent: name("vm"),
-        // Slow enough that it is open when the worker dies.
-        spec: Some(MigrationSpec {
-            destination: b.peer(),
-            max_bandwidth: 1 << 20,
-            ..MigrationSpec::default()
-        }),
-        ..CreateMigrationRequest::default()
-    };
-    let operation = a.migrations().await.create_migration(request).await.expect("accepted").into_inner();
+    // Slow enough that it is open when the worker dies.
+    let spec = MigrationSpec { max_bandwidth: 1 << 20, ..b.arrival() };
+    let operation = a.migrate("vm", spec).await;
     a.until("vm", "MIGRATING_OUT", is(State::MigratingOut)).await;
     kill_worker(&vm);
     let error = a.finish(operation).await.expect_err("its worker died");

@@ -19,10 +19,12 @@ mod site;
 
 use std::process::ExitCode;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 
 use error::BenchError;
 use figure::{Figure, Report};
+
+use crate::output::Output;
 
 /// What is measured.
 #[derive(Debug, Subcommand)]
@@ -67,14 +69,6 @@ pub struct ManyArgs {
     /// Calls that the client has under way at once.
     #[arg(long, default_value = "16", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
     at_once: u32,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Output {
-    /// A table for people.
-    Text,
-    /// One object on standard output.
-    Json,
 }
 
 /// Runs a measurement. Exit code 0 if it could be done, whether or not targets are met; they are printed beside.

@@ -22,6 +22,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 use workdir::WorkDir;
 
+use crate::output::Output;
+
 /// A demo that takes longer than this has gone wrong.
 const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -37,14 +39,6 @@ pub struct DemoArgs {
     /// Keep the hosts' directories, with their stores and logs, and say where they are.
     #[arg(long)]
     keep: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Output {
-    /// A story for people.
-    Text,
-    /// One object on standard output.
-    Json,
 }
 
 /// What runs the guest.

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use super::SOCKET;
 use super::wire::{Ask, Outcome, Say, Version};
 
+use crate::output::Output;
+
 /// How long the new daemon may take until it serves.
 const SERVES: Duration = Duration::from_secs(60);
 /// How often it is looked for.
@@ -37,14 +39,6 @@ pub struct VersionArgs {
     /// How.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Output {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
 }
 
 /// Runs `vpmud version`.

@@ -203,6 +203,21 @@ impl Host {
         self.finish(operation).await.expect("deleted");
     }
 
+    /// A migration to this host, with nothing else asked for.
+    pub fn arrival(&self) -> MigrationSpec {
+        MigrationSpec { destination: self.peer(), ..MigrationSpec::default() }
+    }
+
+    /// Begins a migration.
+    pub async fn migrate(&self, id: &str, spec: MigrationSpec) -> Operation {
+        let request = CreateMigrationRequest {
+            parent: name(id),
+            spec: Some(spec),
+            ..CreateMigrationRequest::default()
+        };
+        self.migrations().await.create_migration(request).await.expect("accepted").into_inner()
+    }
+
     pub async fn get(&self, id: &str) -> VirtualMachine {
         self.vms()
             .await

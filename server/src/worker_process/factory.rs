@@ -1,0 +1,271 @@
+//! How worker processes are made, found again and cleared away: one runtime directory each.
+//!
+//! Invariant: a directory is used for a new worker only after the process that its pid file names is proven dead.
+
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tonic::transport::Channel;
+use vcpu_worker::process::Identity;
+use vpmu_proto::worker::GuestEnd;
+
+use super::{READY, WorkerProcess, choose_socket, clear, socket_of};
+use crate::spare::{PREFIX, Spare, Spares};
+
+/// How worker processes are made on this host.
+#[derive(Debug)]
+pub struct Processes {
+    /// Runtime directories, one a machine's uid.
+    pub run_dir: PathBuf,
+    /// Host cores that vCPUs may use.
+    pub cores: Vec<u32>,
+    /// The host's PMU, or its model.
+    pub model_pmu: String,
+    /// "model", "msr" or "kvm".
+    pub pmu_mode: &'static str,
+    /// New workers are processes; those that exist are looked after in any case.
+    pub enabled: bool,
+    /// They end with the daemon.
+    pub stop_vms: bool,
+    /// What a forbidden system call leads to.
+    pub seccomp: vcpu_worker::sandbox::Mode,
+    /// For tests: threads of this kind make a forbidden call.
+    pub violate: Option<vcpu_worker::sandbox::Kind>,
+    /// Where workers get cgroups of their own.
+    pub cgroups: Arc<crate::cgroup::Cgroups>,
+    /// Binary of new workers, which are processes then in any case; none: this process's own.
+    pub image: Mutex<Option<PathBuf>>,
+    /// Workers that wait for a machine.
+    pub spares: Spares,
+}
+
+/// What a runtime directory of an earlier run shows.
+pub enum Found {
+    /// A process that lives.
+    Live(WorkerProcess),
+    /// It has died; how its guest had ended before, if it had.
+    Dead(Option<GuestEnd>),
+    /// Nothing that says anything: no worker had started there, or the machine was booted since.
+    Nothing,
+}
+
+impl Processes {
+    /// Those of a vpmud that does not run: to look at what it left, not to start any.
+    pub fn of_stopped(run_dir: PathBuf) -> Self {
+        Self {
+            run_dir,
+            cores: Vec::new(),
+            model_pmu: String::new(),
+            pmu_mode: "model",
+            enabled: false,
+            stop_vms: false,
+            seccomp: vcpu_worker::sandbox::Mode::Enforce,
+            violate: None,
+            cgroups: Arc::default(),
+            image: Mutex::default(),
+            spares: Spares::default(),
+        }
+    }
+
+    /// Sets the binary of new workers: an upgrade is under way.
+    pub fn set_image(&self, image: Option<PathBuf>) {
+        *self.image.lock().unwrap_or_else(PoisonError::into_inner) = image;
+    }
+
+    fn image(&self) -> Option<PathBuf> {
+        self.image.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether new workers are processes.
+    pub fn isolated(&self) -> bool {
+        self.enabled || self.image().is_some()
+    }
+
+    /// Runtime directories of one machine: `UID`, and `UID.INCARNATION` for a worker that was made beside another.
+    fn names_of(&self, uid: &str) -> io::Result<Vec<String>> {
+        let mut names = self.uids()?;
+        names.retain(|name| name.split('.').next() == Some(uid));
+        Ok(names)
+    }
+
+    /// Names of runtime directories: uids, and those of [`Self::start_beside`].
+    pub fn uids(&self) -> io::Result<Vec<String>> {
+        match std::fs::read_dir(&self.run_dir) {
+            Ok(entries) => entries.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Looks at a runtime directory. Must be called on a runtime.
+    pub fn find(&self, uid: &str) -> io::Result<Found> {
+        let dir = self.run_dir.join(uid);
+        let Some(identity) = Identity::read(&dir) else { return Ok(Found::Nothing) };
+        if Identity::of(std::process::id())?.boot_id != identity.boot_id {
+            return Ok(Found::Nothing);
+        }
+        let end = || Found::Dead(vcpu_worker::process::exit_record(&dir));
+        let Some(pid) = identity.pid.try_into().ok().and_then(Pid::from_raw) else { return Ok(end()) };
+        // Opened first: what is read afterwards is about the process that it holds, or that process is gone.
+        let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            Err(rustix::io::Errno::SRCH) => return Ok(end()),
+            Err(error) => return Err(error.into()),
+        };
+        if Identity::of(identity.pid).ok().as_ref() != Some(&identity) {
+            return Ok(end());
+        }
+        let socket = socket_of(&dir);
+        let process = WorkerProcess::new(identity.pid, pidfd, None, dir, socket)?;
+        Ok(Found::Live(process))
+    }
+
+    /// Removes what a dead worker left.
+    pub fn clear(&self, uid: &str) {
+        clear(&self.run_dir.join(uid));
+    }
+
+    /// Ends a worker that nobody holds, if there is one.
+    pub async fn end_unheld(&self, uid: &str) -> io::Result<()> {
+        for name in self.names_of(uid)? {
+            if let Found::Live(old) = self.find(&name)? {
+                tracing::warn!(uid, pid = old.pid, "a worker that nobody holds is ended");
+                old.end().await;
+            }
+            self.clear(&name);
+        }
+        Ok(())
+    }
+
+    /// Starts a worker for a machine that has none, or takes a spare one, and connects to it.
+    pub async fn start(self: &Arc<Self>, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
+        self.end_unheld(uid).await?;
+        let spare = if self.image().is_none() { self.spares.take() } else { None };
+        let started = match spare {
+            Some(spare) => spare.process.claim(&self.run_dir.join(uid), spare.lifeline),
+            None => self.start_in(uid, name),
+        };
+        self.refill();
+        started
+    }
+
+    /// A worker that waits for a machine. Blocks.
+    pub(crate) fn make_spare(&self) -> io::Result<Spare> {
+        let id = uuid::Uuid::new_v4().to_string();
+        let dir = format!("{PREFIX}{}", &id[PREFIX.len()..]);
+        let (broken, lifeline) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let (process, dir) = self.make(&dir, PREFIX, Some(broken))?;
+        // Before that file is there the directory must not be renamed.
+        let until = std::time::Instant::now() + READY;
+        while Identity::read(&dir).is_none() {
+            if std::time::Instant::now() > until || !process.is_running() {
+                let words = process.last_words();
+                drop(process);
+                clear(&dir);
+                return Err(io::Error::other(format!("a spare worker does not get ready; {words}")));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.cgroups.place(&dir.file_name().unwrap_or_default().to_string_lossy(), process.pid, &dir);
+        Ok(Spare { process, lifeline })
+    }
+
+    /// Starts a worker for a machine that has one already, in the runtime directory `UID.INCARNATION`.
+    pub async fn start_beside(
+        &self,
+        uid: &str,
+        incarnation: u64,
+        name: &str,
+    ) -> io::Result<(Channel, WorkerProcess)> {
+        let dir = format!("{uid}.{incarnation}");
+        if let Found::Live(old) = self.find(&dir)? {
+            old.end().await;
+        }
+        self.clear(&dir);
+        self.start_in(&dir, name)
+    }
+
+    fn start_in(&self, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
+        let (process, dir) = self.make(uid, name, None)?;
+        let placing = tokio::task::spawn_blocking({
+            let (cgroups, uid, pid) = (Arc::clone(&self.cgroups), uid.to_owned(), process.pid);
+            move || cgroups.place(&uid, pid, &dir)
+        });
+        *process.placing.lock().unwrap_or_else(PoisonError::into_inner) = Some(placing);
+        Ok((process.connect(), process))
+    }
+
+    /// A process and its runtime directory.
+    fn make(&self, uid: &str, name: &str, lifeline: Option<OwnedFd>) -> io::Result<(WorkerProcess, PathBuf)> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.run_dir)?;
+        let dir = self.run_dir.join(uid);
+        DirBuilder::new().mode(0o700).create(&dir)?;
+        let made = choose_socket(&dir).and_then(|socket| self.spawn(&dir, &socket, name, lifeline));
+        match made {
+            Ok(process) => Ok((process, dir)),
+            Err(error) => {
+                clear(&dir);
+                Err(error)
+            }
+        }
+    }
+
+    /// The worker gets its listener as standard input: what is sent to it waits there until it is ready, and nobody has
+    /// to look when that is. One that gets a lifeline, as standard output, is a spare.
+    fn spawn(
+        &self,
+        dir: &Path,
+        socket: &Path,
+        name: &str,
+        lifeline: Option<OwnedFd>,
+    ) -> io::Result<WorkerProcess> {
+        let listener = std::os::unix::net::UnixListener::bind(socket)?;
+        std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+        let log = File::create(dir.join("log"))?;
+        let sandbox = format!("seccomp={} cgroup={}", self.seccomp.as_str(), self.cgroups.describe());
+        std::fs::write(dir.join("sandbox"), sandbox)?;
+        let cores: Vec<_> = self.cores.iter().map(ToString::to_string).collect();
+        let violate = self.violate.and_then(|kind| clap::ValueEnum::to_possible_value(&kind));
+        // The running image itself, also when the file has been replaced by an upgrade.
+        let mut command = Command::new(self.image().unwrap_or_else(|| PathBuf::from("/proc/self/exe")));
+        command
+            .env_remove(crate::upgrade::CAME_FROM)
+            .arg0("vpmud")
+            .arg("worker")
+            .arg("--socket")
+            .arg(socket)
+            .arg("--listen-stdin")
+            .arg("--runtime-dir")
+            .arg(dir)
+            .arg(format!("--name={name}"))
+            .args(["--cores", &cores.join(","), "--model-pmu", &self.model_pmu])
+            .args(["--pmu-mode", self.pmu_mode])
+            .args(["--seccomp", self.seccomp.as_str()])
+            .args(violate.map(|kind| format!("--violate={}", kind.get_name())))
+            .args(lifeline.is_some().then_some("--spare"))
+            .stdin(Stdio::from(OwnedFd::from(listener)))
+            .stdout(lifeline.map_or_else(Stdio::null, Stdio::from))
+            .stderr(log);
+        let mut child = command.spawn()?;
+        let pidfd = child.id().try_into().ok().and_then(Pid::from_raw).ok_or(rustix::io::Errno::SRCH);
+        match pidfd.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())) {
+            Ok(pidfd) => {
+                WorkerProcess::new(child.id(), pidfd, Some(child), dir.to_owned(), socket.to_owned())
+            }
+            Err(error) => {
+                // A child that is not waited for keeps its number: this cannot hit another.
+                drop(child.kill());
+                drop(child.wait());
+                Err(error.into())
+            }
+        }
+    }
+}
