@@ -6,8 +6,7 @@ use handover_sim::{Action, Side, Sim};
 use proptest::prelude::*;
 
 /// Walks by the numbers; returns the world and the way to it.
-fn walk(choices: &[u16], faults: u8) -> (Sim, Vec<Action>) {
-    let mut sim = Sim::new(faults);
+fn walk(choices: &[u16], mut sim: Sim) -> (Sim, Vec<Action>) {
     let mut path = Vec::new();
     for &choice in choices {
         let actions = sim.actions();
@@ -26,22 +25,25 @@ proptest! {
 
     #[test]
     fn never_two_and_never_none(choices in prop::collection::vec(any::<u16>(), 0..70), faults in 0u8..6) {
-        let (sim, path) = walk(&choices, faults);
-        prop_assert_eq!(sim.wrong, None, "after {:?}\n{:#?}", path, sim);
-        prop_assert_eq!(sim.heal(300), None, "after {:?}\n{:#?}", path, sim);
+        for begin in [Sim::new(faults), Sim::following(faults)] {
+            let (sim, path) = walk(&choices, begin);
+            prop_assert_eq!(sim.wrong, None, "after {:?}\n{:#?}", path, sim);
+            prop_assert_eq!(sim.heal(300), None, "after {:?}\n{:#?}", path, sim);
+        }
     }
 }
 
 #[test]
 fn without_faults_it_moves() {
-    let mut sim = Sim::new(0);
-    sim = sim.next(Action::Begin);
-    for _ in 0..100 {
-        let Some(action) = sim.actions().into_iter().find(|a| !matches!(a, Action::Execute(_))) else {
-            break;
-        };
-        sim = sim.next(action);
-        assert_eq!(sim.wrong, None);
+    for mut sim in [Sim::new(0), Sim::following(0)] {
+        sim = sim.next(Action::Begin);
+        for _ in 0..100 {
+            let Some(action) = sim.actions().into_iter().find(|a| !matches!(a, Action::Execute(_))) else {
+                break;
+            };
+            sim = sim.next(action);
+            assert_eq!(sim.wrong, None);
+        }
+        assert!(sim.moved() && sim.running_on() == Some(Side::Dst), "{sim:#?}");
     }
-    assert!(sim.moved() && sim.running_on() == Some(Side::Dst), "{sim:#?}");
 }

@@ -181,10 +181,13 @@ impl Destination {
             (Phase::Incoming | Phase::Ready, Worker::Dead | Worker::Sealed { .. }) => {
                 (State::CopyLost, vec![Effect::AskSource])
             }
-            (
-                Phase::Incoming | Phase::Ready,
-                Worker::Receiving | Worker::Ended | Worker::Paused { epoch: 0 },
-            ) => end(machine.handover.epoch, false),
+            // Nor is there anything else to do if its guest ended before it ran, for want of memory that was to follow.
+            (Phase::Incoming | Phase::Ready, Worker::Ended) => {
+                (State::CopyLost, vec![Effect::EndWorker, Effect::AskSource])
+            }
+            (Phase::Incoming | Phase::Ready, Worker::Receiving | Worker::Paused { epoch: 0 }) => {
+                end(machine.handover.epoch, false)
+            }
             (Phase::Entered, Worker::Dead | Worker::Ended) => {
                 (State::Entered { dead: true }, vec![Effect::SendEntered { epoch }])
             }

@@ -10,6 +10,9 @@
 //! deletes the machine; and the restart policy, or a user, starts afresh what is Failed. A host that comes back asks, as
 //! the daemon does, whether it was forced out before anything is started there; that the host which forced it out
 //! answers then is assumed where the evidence was a word (with a token the own journal says it).
+//!
+//! In a world of post-copy the copy at the destination lacks pages until the source's sealed worker has served them:
+//! whatever ends that worker before, or keeps the two apart for too long, ends the destination's guest.
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
 use std::collections::{BTreeSet, VecDeque};
@@ -100,6 +103,10 @@ struct Vmm {
     term: u64,
     /// Version of the copy; `None` while incomplete.
     copy: Option<u8>,
+    /// Post-copy: pages of it are still at the source.
+    lacks: bool,
+    /// Post-copy: its guest has ended, because they cannot come any more.
+    ended: bool,
     inbox: VecDeque<(u64, Cmd)>,
 }
 
@@ -120,7 +127,10 @@ pub(crate) struct Sim {
     faults_left: u8,
     /// Somebody deleted it, or forced an owner without its copy: that copy may be destroyed.
     given_up: bool,
+    /// Migrations are post-copies.
+    postcopy: bool,
     /// What has been, for what must be possible.
+    pub(crate) starved: bool,
     pub(crate) forced: bool,
     pub(crate) gave_way: bool,
     pub(crate) afresh: bool,
@@ -139,6 +149,12 @@ pub(crate) enum Action {
     Data,
     /// The destination's worker sees the source's worker gone.
     DataEnds,
+    /// Post-copy: the last page is there.
+    Pages,
+    /// Post-copy: the source's worker says that it is not needed any more.
+    Drained,
+    /// Post-copy: pages cannot come, because nobody has them.
+    Starve,
     Execute(Side),
     Restart(Side),
     // Faults and people from here on.
@@ -146,6 +162,8 @@ pub(crate) enum Action {
     Crash(Side, /* the unsynced record survives */ bool),
     Kill(Side),
     Cut,
+    /// Post-copy: the workers are apart for longer than the destination waits.
+    Part,
     Cancel,
     TimeOut,
     LeaseExpires,
@@ -169,6 +187,7 @@ impl Action {
                 | A::Crash(..)
                 | A::Kill(_)
                 | A::Cut
+                | A::Part
                 | A::Cancel
                 | A::TimeOut
                 | A::LeaseExpires
@@ -235,6 +254,7 @@ impl Vmm {
     fn condition(&self, destination: bool) -> Worker {
         match self {
             _ if !self.alive => Worker::Dead,
+            _ if self.ended => Worker::Ended,
             _ if self.running => Worker::Running { epoch: self.granted },
             _ if self.sealed > self.granted || (self.sealed > 0 && self.sealed == self.granted) => {
                 Worker::Sealed { epoch: self.sealed }
@@ -255,6 +275,15 @@ impl Vmm {
 impl Sim {
     /// A machine that runs on the source; so many faults may happen.
     pub(crate) fn new(faults: u8) -> Self {
+        Self::with(faults, false)
+    }
+
+    /// The same, and it moves by post-copy.
+    pub(crate) fn following(faults: u8) -> Self {
+        Self::with(faults, true)
+    }
+
+    fn with(faults: u8, postcopy: bool) -> Self {
         let owned = OwnershipRecord {
             vm_uid: "v".to_owned(),
             epoch: EPOCH,
@@ -284,6 +313,8 @@ impl Sim {
             promised: false,
             faults_left: faults,
             given_up: false,
+            postcopy,
+            starved: false,
             forced: false,
             gave_way: false,
             afresh: false,
@@ -302,8 +333,26 @@ impl Sim {
     /// A worker still has the newest state.
     pub(crate) fn copy_is_left(&self) -> bool {
         let newest = |w: &Vmm| w.alive && w.copy == Some(self.newest);
-        let coming = newest(&self.dw) || self.data == Some(self.newest);
+        let whole = !self.dw.lacks || self.serves();
+        // In a post-copy the state alone is no copy.
+        let sent = self.data == Some(self.newest) && !self.postcopy;
+        let coming = newest(&self.dw) && whole || sent;
         (newest(&self.sw) && !self.entered()) || (coming && !self.aborted())
+    }
+
+    /// Post-copy: the source's worker is sealed and has what was not sent.
+    fn serves(&self) -> bool {
+        self.sw.alive && self.sw.copy.is_some() && self.sw.sealed >= self.sw.granted
+    }
+
+    /// Post-copy: it runs, or may, on the destination, with pages to come.
+    fn waits_for_pages(&self) -> bool {
+        self.dw.alive && self.dw.lacks && !self.dw.ended
+    }
+
+    /// Between Entered and the last page, without anybody who has the rest: there is nothing left but to say so.
+    pub(crate) fn is_torn(&self) -> bool {
+        self.entered() && self.waits_for_pages() && !self.sw.alive
     }
 
     /// From a durable abort on the destination's copy is stale by rule, whatever becomes of the source's.
@@ -350,6 +399,10 @@ impl Sim {
         add(self.data.is_some(), A::Data);
         let receiving = self.dd.machine.as_ref().is_some_and(|m| m.state() == d::State::Receiving);
         add(self.data.is_none() && !self.sw.alive && receiving, A::DataEnds);
+        add(self.waits_for_pages() && self.serves(), A::Pages);
+        add(self.waits_for_pages() && !self.serves(), A::Starve);
+        let followed = self.sd.machine.as_ref().is_some_and(Source::is_followed);
+        add(followed && self.sd.up && self.sw.alive && !self.waits_for_pages(), A::Drained);
         add(!self.to_sd.is_empty(), A::Deliver(Src));
         add(!self.to_dd.is_empty(), A::Deliver(Dst));
         add(self.sd.pending.is_some(), A::Sync(Src));
@@ -378,6 +431,7 @@ impl Sim {
             add(begun && self.sw.alive, A::Kill(Src));
             add(begun && self.dw.alive, A::Kill(Dst));
             add(begun && (!self.to_dd.is_empty() || !self.to_sd.is_empty()), A::Cut);
+            add(self.waits_for_pages() && self.serves(), A::Part);
             add(self.sd.machine.as_ref().is_some_and(|m| m.outcome().is_none()), A::Cancel);
             add(self.sd.machine.as_ref().is_some_and(Source::can_cancel), A::TimeOut);
             add(self.dd.machine.as_ref().is_some_and(|m| m.outcome().is_none()), A::LeaseExpires);
@@ -418,14 +472,18 @@ impl Sim {
             A::Command(side) => self.command(side),
             A::Data => {
                 let version = self.data.take();
-                if self.dw.alive && self.dw.copy.is_none() {
+                if self.dw.alive && self.dw.copy.is_none() && !self.dw.ended {
                     self.dw.copy = version;
+                    self.dw.lacks = self.postcopy;
                     if let Some(version) = version {
                         self.dst(d::Event::WorkerReady(digest_of(version)));
                     }
                 }
             }
             A::DataEnds => self.dst(d::Event::WorkerFailed),
+            A::Pages => self.dw.lacks = false,
+            A::Drained => self.src(s::Event::Drained),
+            A::Starve | A::Part => self.starve(),
             A::Execute(side) => {
                 let worker = if side == Src { &mut self.sw } else { &mut self.dw };
                 if worker.copy != Some(self.newest) {
@@ -674,6 +732,21 @@ impl Sim {
         }
     }
 
+    /// The destination's guest ends. Whoever owns it hears of it; before that it is found out where it would be run.
+    fn starve(&mut self) {
+        use d::State as S;
+        self.starved |= self.entered();
+        (self.dw.running, self.dw.ended, self.dw.copy) = (false, true, None);
+        let adopted = match self.dd.machine.as_ref().map(Destination::state) {
+            None => self.owned(Dst),
+            Some(S::Entered { .. } | S::Owning { .. } | S::Over(_)) => true,
+            Some(_) => false,
+        };
+        if self.dd.up && adopted {
+            self.worker_dies(Dst);
+        }
+    }
+
     fn sync(&mut self, side: Side) {
         let (durable, pending) = match side {
             Src => (&mut self.sd.durable, self.sd.pending.take()),
@@ -763,8 +836,9 @@ impl Sim {
         let given_up = self.given_up;
         let other_has = {
             let other = if side == Src { &self.dw } else { &self.sw };
-            other.alive && other.copy == Some(self.newest)
+            other.alive && other.copy == Some(self.newest) && !other.lacks
         };
+        let owed = side == Src && self.waits_for_pages() && self.entered();
         let (worker, up, term) = match side {
             Src => (&mut self.sw, self.sd.up, self.sd.term),
             Dst => (&mut self.dw, self.dd.up, self.dd.term),
@@ -781,6 +855,10 @@ impl Sim {
                 let Some(version) = worker.copy else { return };
                 self.data = Some(version);
                 if heard {
+                    let postcopy = self.postcopy;
+                    if let Some(machine) = &mut self.sd.machine {
+                        machine.postcopy = postcopy;
+                    }
                     self.src(s::Event::Sealed(digest_of(version)));
                 }
             }
@@ -790,7 +868,10 @@ impl Sim {
                     worker.granted = epoch;
                     worker.running = run;
                 }
+                let over = worker.ended;
                 match (heard, side) {
+                    // The driver asks why, and hears that its guest has ended.
+                    (true, _) if !good && over => self.worker_dies(side),
                     (true, Src) => self.src(if good { s::Event::Granted } else { s::Event::GrantFailed }),
                     (true, Dst) => self.dst(if good { d::Event::Granted } else { d::Event::GrantFailed }),
                     _ => {}
@@ -808,6 +889,9 @@ impl Sim {
             Cmd::Shutdown => {
                 if worker.copy == Some(self.newest) && !other_has && !stale && !given_up {
                     self.wrong = Some("the last current copy is destroyed");
+                }
+                if owed && !given_up {
+                    self.wrong = Some("who has the missing pages is ended");
                 }
                 self.worker_dies(side);
             }
@@ -832,7 +916,8 @@ impl Sim {
                     if self.sd.pending.as_ref().is_some_and(|p| *p != record) {
                         self.wrong = Some("two records at once");
                     }
-                    let promised = self.promised && self.dw.alive && self.dw.copy == Some(self.newest);
+                    let whole = self.dw.alive && self.dw.copy == Some(self.newest) && !self.dw.lacks;
+                    let promised = self.promised && whole;
                     let abort = record.phase() == Phase::Owned && record.epoch == EPOCH + 1;
                     // A decision that is already in doubt must be repeated, whatever has died since.
                     if abort && self.sd.pending.is_none() && !self.sw.alive && promised {
@@ -909,7 +994,16 @@ impl Sim {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
             let Some(machine) = self.dd.machine.as_mut().filter(|_| self.dd.up) else { return };
-            let effects = machine.apply(event);
+            let ready = matches!(machine.state(), d::State::Ready { .. });
+            let entering = ready && matches!(machine.step(event).0, d::State::Entering { .. });
+            let effects = if entering && self.dw.ended {
+                // The driver looks before it enters.
+                events.push_front(event);
+                self.dw.die();
+                machine.apply(d::Event::WorkerDied)
+            } else {
+                machine.apply(event)
+            };
             events.extend(self.do_destination(effects));
         }
     }
@@ -978,10 +1072,11 @@ impl Sim {
         match recovery::decide(record.as_ref(), worker, Records::Whole) {
             recovery::Action::ResumeSource => {
                 let recovered = record.and_then(|r| Source::recovered(handover(Src), &r, worker));
-                let Some((machine, effects)) = recovered else {
+                let Some((mut machine, effects)) = recovered else {
                     self.wrong = Some("no machine where the table says to go on");
                     return;
                 };
+                machine.postcopy = self.postcopy && self.sw.alive;
                 self.sd.machine = Some(machine);
                 for event in self.do_source(effects) {
                     self.src(event);
@@ -1033,7 +1128,7 @@ impl Sim {
     /// From here without faults: `None` if all is well within so many steps, else what is not.
     pub(crate) fn heal(&self, steps: usize) -> Option<&'static str> {
         use Action as A;
-        let mut sim = self.clone();
+        let (mut sim, torn) = (self.clone(), self.is_torn() && !self.given_up);
         for n in 0..steps {
             if sim.wrong.is_some() {
                 return sim.wrong;
@@ -1058,6 +1153,12 @@ impl Sim {
         }
         if sim.held(Src).is_some_and(|r| r.phase() == Phase::HandedOver) {
             return Some("a tombstone waits for ever");
+        }
+        if torn && (sim.running_on().is_some() || sim.dw.alive) {
+            return Some("it goes on without a part of its memory");
+        }
+        if sim.running_on().is_some() && sim.waits_for_pages() {
+            return Some("its memory never follows");
         }
         match (sim.running_on(), sim.copy_is_left()) {
             (Some(Src), _) if sim.dw.alive => Some("a copy is left over at the destination"),
