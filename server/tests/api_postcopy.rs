@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
+use support::wire::{cut, tcp};
 use support::*;
 use tonic::{Code, Streaming};
 use vcpu_worker::memory::GuestMemory;
@@ -64,35 +65,6 @@ async fn pair(more: &[&str]) -> Pair {
     let a = Host::start(&dir.path().join("a"), &options).await;
     let b = Host::start(&dir.path().join("b"), &options).await;
     Pair { _dir: dir, _leftovers: leftovers, a, b }
-}
-
-fn tcp(host: &Host) -> String {
-    let listening = host.ready["peer_listen"].as_array().expect("addresses").iter();
-    let mut tcp = listening.filter_map(|a| a.as_str()).filter(|a| a.starts_with("tcp:"));
-    tcp.next().expect("a TCP peer listener").to_owned()
-}
-
-/// Shuts every TCP connection of a process down, as if the network had cut them.
-fn cut(process: u32) -> usize {
-    let open = |path: &str| std::fs::read_to_string(path).expect("the kernel's list");
-    let list = open("/proc/net/tcp");
-    let known: Vec<&str> = list.lines().filter_map(|line| line.split_whitespace().nth(9)).collect();
-    let pidfd = rustix::process::pidfd_open(pid(process), rustix::process::PidfdFlags::empty());
-    let pidfd = pidfd.expect("a process of ours");
-    let entries = std::fs::read_dir(format!("/proc/{process}/fd")).expect("a process of ours").flatten();
-    let sockets = entries.filter(|entry| {
-        let name = std::fs::read_link(entry.path()).unwrap_or_default();
-        let name = name.to_string_lossy();
-        name.strip_prefix("socket:[").and_then(|n| n.strip_suffix(']')).is_some_and(|n| known.contains(&n))
-    });
-    let mut cut = 0;
-    for entry in sockets {
-        let number = entry.file_name().to_string_lossy().parse().expect("a number");
-        let flags = rustix::process::PidfdGetfdFlags::empty();
-        let socket = rustix::process::pidfd_getfd(&pidfd, number, flags).expect("its socket");
-        cut += usize::from(rustix::net::shutdown(&socket, rustix::net::Shutdown::Both).is_ok());
-    }
-    cut
 }
 
 fn probe() -> ProbeBoot {

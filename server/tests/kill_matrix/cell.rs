@@ -20,6 +20,9 @@ pub enum Scene {
     Cancel,
     /// One whose destination's worker has died after the commit: the machine comes back.
     Return,
+    /// A post-copy whose machine runs on the destination while its memory still follows: no process is held, the fault
+    /// comes then.
+    Follow,
 }
 
 /// The four processes; in thread isolation a worker is its daemon.
@@ -44,6 +47,10 @@ pub enum Fault {
     OneWay,
     /// The daemon's file system is full for a while.
     Disk(Who),
+    /// The data connection between the workers breaks, and may be opened anew.
+    CutData,
+    /// It breaks, and its source is away for longer than the destination waits.
+    Part,
 }
 
 /// Where the machine is in the end.
@@ -74,6 +81,8 @@ impl fmt::Display for Fault {
             Self::Cut => f.write_str("cut"),
             Self::OneWay => f.write_str("one-way"),
             Self::Disk(who) => write!(f, "disk-{who:?}"),
+            Self::CutData => f.write_str("cut-data"),
+            Self::Part => f.write_str("part"),
         }
     }
 }
@@ -85,6 +94,7 @@ impl fmt::Display for Cell {
             Scene::Move => "move",
             Scene::Cancel => "cancel",
             Scene::Return => "return",
+            Scene::Follow => return write!(f, "{isolation}/follow/{}", self.fault),
         };
         write!(f, "{isolation}/{scene}/{}/{}", self.point, self.fault)
     }
@@ -120,6 +130,26 @@ const RETURN: [Step; 4] = [
     Step::SourcePersistOwned,
     Step::SourceGrant,
 ];
+/// Faults while memory follows; the rest of the time a post-copy is like any other migration.
+const FOLLOW: [Fault; 15] = [
+    Fault::Kill(&[SD]),
+    Fault::Kill(&[SW]),
+    Fault::Kill(&[DD]),
+    Fault::Kill(&[DW]),
+    Fault::Kill(&[SD, SW]),
+    Fault::Kill(&[DD, DW]),
+    Fault::Kill(&[SD, DD]),
+    Fault::Stop(SD),
+    Fault::Stop(SW),
+    Fault::Stop(DD),
+    Fault::Stop(DW),
+    Fault::Cut,
+    Fault::OneWay,
+    Fault::CutData,
+    Fault::Part,
+];
+/// Where those are filed: after it has entered.
+const ENTERED: HoldPoint = HoldPoint { after: true, step: Step::DestinationSendEntered };
 /// Steps that no real process can be brought to from outside: they need a copy that differs from what was sealed, or
 /// follow from them; the model covers them. The destination's record stays Entered until it is changed here.
 pub const UNREACHED: [Step; 2] = [Step::DestinationSeal, Step::DestinationPersistOwned];
@@ -161,11 +191,18 @@ impl Cell {
         let mut cells = Vec::new();
         for isolation in [Isolation::Process, Isolation::Thread] {
             let faults: &[Fault] = if isolation == Isolation::Process { &PROCESS } else { &THREAD };
+            let follow = FOLLOW.iter().filter(|fault| {
+                isolation == Isolation::Process
+                    || faults.contains(fault) && !matches!(fault, Fault::CutData | Fault::Part)
+            });
+            let scene = Scene::Follow;
+            cells.extend(follow.map(|&fault| Self { isolation, scene, point: ENTERED, fault }));
             for scene in [Scene::Move, Scene::Cancel, Scene::Return] {
                 let steps: Vec<Step> = match scene {
                     Scene::Move => SOURCE.into_iter().chain(DESTINATION).collect(),
                     Scene::Cancel => CANCEL.to_vec(),
                     Scene::Return => RETURN.to_vec(),
+                    Scene::Follow => continue,
                 };
                 for step in steps {
                     for after in [false, true] {
@@ -199,6 +236,16 @@ impl Cell {
         (place, self.point.after)
     }
 
+    /// What is to be told of a machine that is lost; none where more than one is right.
+    pub fn reason(&self) -> Option<&'static str> {
+        let lost = match self.fault {
+            Fault::Kill(who) => who.contains(&SW) || self.isolation == Isolation::Thread && who == [SD],
+            Fault::Part => true,
+            _ => false,
+        };
+        (self.scene == Scene::Follow && lost).then_some("POSTCOPY_SOURCE_LOST")
+    }
+
     /// Whether that process is there at the point.
     fn exists(&self) -> bool {
         let dw = matches!(self.fault, Fault::Kill(who) if who.contains(&DW)) || self.fault == Fault::Stop(DW);
@@ -208,6 +255,7 @@ impl Cell {
             (Scene::Move, false) => self.at() < (2, true),
             // It ends as soon as the copy is given up.
             (Scene::Cancel | Scene::Return, _) => true,
+            (Scene::Follow, _) => false,
         };
         let released = if self.source_holds() { self.at() > (9, false) } else { self.at() == (6, true) };
         let no_sw = self.scene == Scene::Move && released;
@@ -225,7 +273,7 @@ impl Cell {
         const BACK: &[Got] = &[Got::Src, Got::Lost];
         let killed = match self.fault {
             Fault::Kill(who) => who,
-            Fault::Stop(_) | Fault::Cut | Fault::OneWay | Fault::Disk(_) => &[],
+            _ => &[],
         };
         let dead = |who: Who| {
             killed.contains(&who)
@@ -242,6 +290,11 @@ impl Cell {
                         }
                     })
         };
+        if self.scene == Scene::Follow {
+            // Nobody has a whole copy: either worker's death is the machine's, a daemon's is not, nor is silence.
+            let torn = dead(SW) || dead(DW) || self.fault == Fault::Part;
+            return if torn { LOST } else { DST };
+        }
         if self.scene != Scene::Move {
             return if dead(SW) { LOST } else { SRC };
         }

@@ -28,7 +28,7 @@ use cell::{Cell, Fault, Got};
 use run::{Extra, Played};
 
 /// What the default run plays: each fault, each process, both isolations, and the cells that found something.
-const SUBSET: [&str; 16] = [
+const SUBSET: [&str; 20] = [
     "process/move/before:source-persist-handed-over/kill-SD",
     "process/move/after:source-persist-handed-over/kill-SD",
     "process/move/before:destination-send-ready/kill-SW",
@@ -45,6 +45,10 @@ const SUBSET: [&str; 16] = [
     "thread/move/after:source-persist-handed-over/cut",
     "thread/move/before:destination-persist-entered/one-way",
     "thread/move/before:source-persist-handed-over/disk-DD",
+    "process/follow/kill-SD",
+    "process/follow/kill-SW",
+    "process/follow/kill-DD",
+    "process/follow/part",
 ];
 
 /// A cell takes seconds; one that takes this long has failed.

@@ -13,11 +13,15 @@ use vpmu_proto::api::*;
 
 use super::cell::{Cell, Fault, Got, Isolation, Scene, Who};
 use super::link::Link;
+use super::support::wire::{cut, tcp};
 use super::support::*;
 
 /// Guest memory, MiB, and what it fills once.
 const MEMORY: u64 = 16;
 const FILL: u64 = 4 << 20;
+/// Where memory is to follow: what the guest writes all the time, and bytes a second of the link.
+const WORKING_SET: u64 = 8 << 20;
+const LINK: u64 = 3 << 20;
 /// Time-outs where nothing is waited for but the fault itself, and where the fault is silence; the silence.
 const PATIENT: u64 = 4000;
 const HASTY: u64 = 1000;
@@ -97,7 +101,7 @@ pub async fn play(cell: Cell, extra: Extra, dir: &Path) -> Played {
     world.reach(cell).await;
     world.fault(cell, extra, sw.as_ref()).await;
     let (got, reason) = world.settle(cell, extra).await;
-    world.check(cell, extra, got, &before, left).await;
+    world.check((cell, extra), (got, &reason), &before, left).await;
     world.clean_up(cell, extra, got).await;
     Played { got, reason, ms: begin.elapsed().as_millis() }
 }
@@ -150,6 +154,9 @@ impl World {
         if cell.scene == Scene::Return {
             holds[0].push(&first);
         }
+        if cell.scene == Scene::Follow {
+            holds = [Vec::new(), Vec::new()];
+        }
         let mut hosts = Vec::new();
         for (side, holds) in ["a", "b"].into_iter().zip(holds) {
             let mut options = options(cell, extra);
@@ -168,11 +175,17 @@ impl World {
 
     /// Asks for the migration; the source may be stopped before it answers.
     async fn migrate(&self, cell: Cell) {
-        let goal = prost_types::Duration { seconds: 0, nanos: 1000 };
+        // Out of reach; more than the fixed cost where memory is to follow.
+        let nanos = if cell.scene == Scene::Follow { 100_000_000 } else { 1000 };
+        let goal = prost_types::Duration { seconds: 0, nanos };
+        let follow = cell.scene == Scene::Follow;
+        let over_tcp = matches!(cell.fault, Fault::CutData | Fault::Part);
         let spec = MigrationSpec {
-            destination: self.b.peer(),
+            destination: if over_tcp { tcp(&self.b) } else { self.b.peer() },
+            max_bandwidth: if follow { LINK } else { 0 },
+            mode: if follow { migration_spec::Mode::Postcopy.into() } else { 0 },
             // One that is to be cancelled must not be over before.
-            max_blackout: (cell.scene == Scene::Cancel).then_some(goal),
+            max_blackout: (follow || cell.scene == Scene::Cancel).then_some(goal),
             max_duration: Some(prost_types::Duration { seconds: 30, nanos: 0 }),
             ..MigrationSpec::default()
         };
@@ -219,7 +232,33 @@ impl World {
             self.a.signal(Signal::CONT);
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        if cell.scene == Scene::Follow {
+            return self.until_following().await;
+        }
         if cell.source_holds() { self.a.until_held().await } else { self.b.until_held().await }
+    }
+
+    /// Waits until it runs on the destination, and pages of it are still at the source.
+    async fn until_following(&self) {
+        let begin = Instant::now();
+        loop {
+            let now = list(&self.a).await.into_iter().next().unwrap_or_default();
+            let missing = now.progress.as_ref().map_or(0, |p| p.missing_pages);
+            let there = one(&self.b).await.is_some_and(|vm| vm.observed_state() == State::Running);
+            if now.state() == migration::State::Postcopy && missing > 0 && there {
+                return;
+            }
+            assert!(now.end_time.is_none(), "it is over before anything happened to it: {now:?}");
+            assert!(begin.elapsed() < DEADLINE, "its memory does not follow: {now:?}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Whether all of its memory has followed.
+    async fn is_whole(&self, host: &Host) -> bool {
+        let request = GetVirtualMachineStatsRequest { name: name("vm") };
+        let stats = host.vms().await.get_virtual_machine_stats(request).await;
+        stats.is_ok_and(|s| s.into_inner().arriving_memory.is_some_and(|m| m.missing_pages == 0))
     }
 
     async fn fault(&mut self, cell: Cell, extra: Extra, sw: Option<&Identity>) {
@@ -279,6 +318,19 @@ impl World {
                 tokio::time::sleep(silence()).await;
                 links.iter().for_each(Link::heal);
                 self.links = Some(links);
+            }
+            Fault::CutData | Fault::Part => {
+                let sw = pid(sw.expect("a worker").pid);
+                let away = cell.fault == Fault::Part;
+                // Before the cut, so that it cannot come back at once.
+                if away {
+                    kill_process(sw, Signal::STOP).expect("stopped");
+                }
+                assert_eq!(cut(sw.as_raw_nonzero().get().cast_unsigned()), 1, "the one data connection");
+                if away {
+                    tokio::time::sleep(silence()).await;
+                    kill_process(sw, Signal::CONT).expect("goes on");
+                }
             }
             Fault::Disk(who) => {
                 let full = self.host(who).dir.join("full");
@@ -341,6 +393,15 @@ impl World {
                 }
                 _ => None,
             };
+            // With pages to come it is not known yet whether they do.
+            let owner = match owner {
+                Some((Got::Dst, State::Running, _))
+                    if cell.scene == Scene::Follow && !self.is_whole(&self.b).await =>
+                {
+                    None
+                }
+                owner => owner,
+            };
             // Twice the same, a little apart: states in passing are no answer.
             let shown = (owner.as_ref().map(|(got, s, _)| (*got, *s)), sa, sb);
             let steady = last.replace(shown) == Some(shown);
@@ -374,8 +435,17 @@ impl World {
     }
 
     /// Exactly one copy runs, it is whole, and its counters tell of every event once.
-    async fn check(&mut self, cell: Cell, extra: Extra, got: Got, before: &Pmu, left: Copy) {
+    async fn check(
+        &mut self,
+        (cell, extra): (Cell, Extra),
+        (got, reason): (Got, &str),
+        before: &Pmu,
+        left: Copy,
+    ) {
         if got == Got::Lost {
+            if let Some(wanted) = cell.reason() {
+                assert_eq!(reason, wanted, "{cell}: why it is lost");
+            }
             // Nothing runs by itself; the user may start it afresh where it is.
             let here = if one(&self.a).await.is_some_and(|vm| vm.observed_state() != State::Moved) {
                 &self.a
@@ -514,24 +584,27 @@ fn silence() -> Duration {
 }
 
 fn options(cell: Cell, extra: Extra) -> Vec<String> {
-    let silent = matches!(cell.fault, Fault::Stop(_) | Fault::Cut | Fault::OneWay);
+    let silent = matches!(cell.fault, Fault::Stop(_) | Fault::Cut | Fault::OneWay | Fault::Part);
     let isolation = if cell.isolation == Isolation::Process { "process" } else { "thread" };
     let hypervisor = if extra.kvm { "kvm" } else { "simulated" };
     let timeout = if silent { hasty() } else { PATIENT }.to_string();
-    ["--isolation", isolation, "--hypervisor", hypervisor, "--handover-timeout", &timeout]
-        .map(str::to_owned)
-        .to_vec()
+    let mut options =
+        vec!["--isolation", isolation, "--hypervisor", hypervisor, "--handover-timeout", &timeout];
+    if matches!(cell.fault, Fault::CutData | Fault::Part) {
+        options.extend(["--peer-listen", "tcp:127.0.0.1:0"]);
+    }
+    options.into_iter().map(str::to_owned).collect()
 }
 
 fn spec(cell: Cell) -> VirtualMachineSpec {
-    let cancelled = cell.scene == Scene::Cancel;
-    let probe = ProbeBoot {
-        // As fast as it can where pre-copy must not converge.
-        dirty_pages_per_second: if cancelled { 0 } else { 200 },
-        working_set_bytes: if cancelled { 4 << 20 } else { 1 << 20 },
-        fill_bytes: FILL,
-        ..ProbeBoot::default()
+    // As fast as it can where pre-copy must not converge.
+    let (dirty_pages_per_second, working_set_bytes) = match cell.scene {
+        Scene::Cancel => (0, 4 << 20),
+        Scene::Follow => (0, WORKING_SET),
+        Scene::Move | Scene::Return => (200, 1 << 20),
     };
+    let probe =
+        ProbeBoot { dirty_pages_per_second, working_set_bytes, fill_bytes: FILL, ..ProbeBoot::default() };
     VirtualMachineSpec { boot: Some(virtual_machine_spec::Boot::Probe(probe)), ..probe_spec(1, MEMORY) }
 }
 

@@ -6,6 +6,7 @@ pub mod ca;
 pub mod guest;
 pub mod load;
 pub mod netns;
+pub mod wire;
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
