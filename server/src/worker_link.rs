@@ -537,6 +537,15 @@ impl WorkerLink {
         call(self.inner.command, self.client().wait_drained(request)).await
     }
 
+    /// Destination, post-copy: the source's worker has ended. A worker that has no such command finds out by time.
+    pub async fn forget_source(&self, migration_id: &str) -> Result<(), ApiError> {
+        let request = ForgetSourceRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
+        match call(self.inner.command, self.client().forget_source(request)).await {
+            Err(error) if error.code() == tonic::Code::Unimplemented => Ok(()),
+            answer => answer.map(drop),
+        }
+    }
+
     /// Source: stops, seals and sends the rest.
     pub async fn finish_migration(
         &self,

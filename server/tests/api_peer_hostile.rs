@@ -145,6 +145,7 @@ async fn what_a_hostile_host_says_changes_nothing() {
         store_id: host_id(&b),
         epoch: 1,
         forced_epoch: u64::MAX,
+        released: true,
     };
     let answer = peer(&b).await.resolve(question.clone()).await.expect("answers").into_inner();
     assert_eq!((answer.decision(), answer.epoch), (Decision::Committed, 2));

@@ -364,9 +364,13 @@ async fn a_cut_connection_is_opened_anew_and_the_rest_follows() {
     b.stop_vm("vm").await;
 }
 
+/// What a guest's end says where the source's host has told that its worker is gone; a destination that has to find that
+/// out for itself waits for twenty seconds, and says that.
+const TOLD: &str = "the source's worker has ended, as its host says";
+
 #[tokio::test]
 async fn a_source_that_dies_while_memory_follows_ends_the_guest_by_name() {
-    let Pair { _dir, _leftovers, a, b } = pair(&["--handover-timeout", "5000"]).await;
+    let Pair { _dir, _leftovers, a, b } = pair(&[]).await;
     busy(&a).await;
     let source = Identity::of(a.get("vm").await.worker_pid).expect("lives");
     let (operation, _, mut watch) = begin(&a, slow(b.peer())).await;
@@ -377,11 +381,33 @@ async fn a_source_that_dies_while_memory_follows_ends_the_guest_by_name() {
     assert_eq!(reason_of(&error), "POSTCOPY_SOURCE_LOST", "{error:?}");
     let lost = b.until("vm", "failed", is(State::Failed)).await;
     assert_eq!(lost.reason, "POSTCOPY_SOURCE_LOST", "{lost:?}");
+    assert!(lost.message.contains(TOLD), "{lost:?}");
     // What was here is not the machine any more; it may be started afresh where it belongs.
     assert_eq!(a.get("vm").await.observed_state(), State::Moved);
     let start = StartVirtualMachineRequest { name: name("vm"), request_id: String::new() };
     let refused = a.vms().await.start_virtual_machine(start).await;
     expect_error(refused, Code::FailedPrecondition, "ILLEGAL_TRANSITION");
+    b.start_vm("vm").await;
+    whole(&b).await;
+    b.stop_vm("vm").await;
+}
+
+#[tokio::test]
+async fn a_source_that_dies_with_its_daemon_is_told_of_by_the_next_one() {
+    let Pair { _dir, _leftovers, mut a, b } = pair(&[]).await;
+    busy(&a).await;
+    let source = Identity::of(a.get("vm").await.worker_pid).expect("lives");
+    let (_operation, _, mut watch) = begin(&a, slow(b.peer())).await;
+    until_following(&mut watch).await;
+    b.until("vm", "running", is(State::Running)).await;
+    a.kill().await;
+    kill_process(pid(source.pid), Signal::KILL).expect("killed");
+    until_gone(&source).await;
+    a.restart().await;
+    let lost = b.until("vm", "failed", is(State::Failed)).await;
+    assert_eq!(lost.reason, "POSTCOPY_SOURCE_LOST", "{lost:?}");
+    assert!(lost.message.contains(TOLD), "{lost:?}");
+    a.until("vm", "moved", is(State::Moved)).await;
     b.start_vm("vm").await;
     whole(&b).await;
     b.stop_vm("vm").await;

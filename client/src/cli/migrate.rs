@@ -23,7 +23,8 @@ Examples:
 
 --to names the destination's --peer-listen, not its --listen. Ctrl-C cancels as long as nothing is committed; the machine
 then runs on where it was. While memory follows (--allow-postcopy) nothing can be cancelled: a lost connection is opened
-anew for 20 s, in which the guest waits where it needs a page; after that it ends as POSTCOPY_SOURCE_LOST.";
+anew for 20 s, in which the guest waits where it needs a page; after that, or as soon as the source's host says that its
+worker has ended, it ends as POSTCOPY_SOURCE_LOST.";
 
 /// What the server assumes where no duration is given, plus time for its own clean-up.
 const PATIENCE: Duration = Duration::from_secs(660);

@@ -51,8 +51,17 @@ impl Drop for Voice {
 
 /// Asks the other host once. Whatever is no answer is `Unreachable` or `Unknown`.
 pub(super) async fn ask(handover: &Handover, peering: &Peering) -> PeerAnswer {
-    let Ok(address) = handover.peer_address.parse::<Address>() else { return PeerAnswer::Unreachable };
-    let Ok(peer) = Peer::connect(&address, peering).await else { return PeerAnswer::Unreachable };
+    ask_whole(handover, peering, false).await.map_or(PeerAnswer::Unreachable, |answer| decode(&answer))
+}
+
+/// The same, with all of the answer. `released`: this host was the source and has let its copy go.
+pub(super) async fn ask_whole(
+    handover: &Handover,
+    peering: &Peering,
+    released: bool,
+) -> Option<ResolveResponse> {
+    let address = handover.peer_address.parse::<Address>().ok()?;
+    let peer = Peer::connect(&address, peering).await.ok()?;
     let request = ResolveRequest {
         migration_id: handover.migration_id.clone(),
         vm_uid: handover.vm_uid.clone(),
@@ -60,11 +69,9 @@ pub(super) async fn ask(handover: &Handover, peering: &Peering) -> PeerAnswer {
         store_id: handover.peer_store.clone(),
         epoch: handover.epoch,
         forced_epoch: 0,
+        released,
     };
-    match peer.resolve(request).await {
-        Ok(answer) => decode(&answer),
-        Err(_) => PeerAnswer::Unreachable,
-    }
+    peer.resolve(request).await.ok()
 }
 
 fn decode(answer: &ResolveResponse) -> PeerAnswer {
@@ -108,6 +115,7 @@ mod tests {
                 epoch,
                 state_digest,
                 host_id: String::new(),
+                released: false,
             })
         };
         for answer in [

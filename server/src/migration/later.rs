@@ -128,6 +128,7 @@ async fn heard(daemon: &Daemon, held: &OwnershipRecord) -> bool {
         store_id: held.peer_store.clone(),
         epoch: 0,
         forced_epoch: held.epoch,
+        released: false,
     };
     let Ok(address) = held.peer_address.parse() else { return true };
     let Ok(peer) = Peer::connect(&address, &daemon.peering).await else { return false };

@@ -26,6 +26,7 @@ pub mod limits;
 pub mod outcome;
 mod record;
 pub mod recover;
+mod released;
 pub mod renew;
 pub mod resolve;
 mod resume;

@@ -292,8 +292,12 @@ async fn settle_source(
     copy: Option<WorkerLink>,
 ) {
     let (uid, committed) = (held.vm_uid.clone(), held.phase() == Phase::HandedOver);
+    let was_dead = copy.is_none();
     let Some(settled_as) = settle::source(Arc::clone(&daemon), held, copy).await else { return };
     let settle::Settled { outcome: decided, held, worker: copy, unserved } = settled_as;
+    if decided == Decided::Moved && (was_dead || unserved.is_some()) {
+        super::released::tell(&daemon, &held);
+    }
     if decided == Decided::Uncertain
         && let Some(copy) = &copy
     {

@@ -26,6 +26,8 @@ pub fn resolve(daemon: &Arc<Daemon>, request: &ResolveRequest) -> Result<Resolve
     }
     let held = daemon.store.ownership(&request.vm_uid);
     super::later::told(daemon, request, held.as_ref());
+    super::released::told(daemon, request, held.as_ref());
+    let released = held.as_ref().is_some_and(|h| super::released::is_so(h, &request.migration_id));
     let answer = daemon.migrations.answers.get(&request.migration_id).unwrap_or_else(|| {
         let seat = match daemon.store.get_migration(&request.vm_uid, &request.migration_id) {
             None => Seat::Destination,
@@ -41,5 +43,5 @@ pub fn resolve(daemon: &Arc<Daemon>, request: &ResolveRequest) -> Result<Resolve
     });
     let (decision, epoch, state_digest) = super::answer::encode(answer, held.map_or(0, |h| h.epoch));
     let host_id = daemon.host.host_id.clone();
-    Ok(ResolveResponse { decision: decision as i32, epoch, state_digest, host_id })
+    Ok(ResolveResponse { decision: decision as i32, epoch, state_digest, host_id, released })
 }

@@ -138,6 +138,9 @@ impl Source {
     /// Makes the end durable: the migration, the machine, the operation; in this order.
     pub(super) async fn end(self, ended: Ended) {
         let Ended { outcome, migration } = ended;
+        if let (Outcome::Moved { ownership, .. }, Err(_)) = (&outcome, &migration) {
+            super::released::tell(&self.daemon, ownership);
+        }
         let mut last = self.progress.borrow().clone();
         last.end_time = Some(crate::ops::now());
         let result = match migration {

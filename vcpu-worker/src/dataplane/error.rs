@@ -69,6 +69,9 @@ pub enum DataplaneError {
         /// The deadline.
         after: Duration,
     },
+    /// The source is gone, by the word of its own host.
+    #[error("the source's worker has ended, as its host says")]
+    Gone,
     /// The peer closed the connection.
     #[error("{what}: the peer closed connection {connection}")]
     Closed {
@@ -159,6 +162,7 @@ impl DataplaneError {
             Self::Usage(_) => "DATA_USAGE",
             Self::Io { .. } => "DATA_IO",
             Self::Timeout { .. } => "DATA_TIMEOUT",
+            Self::Gone => "DATA_SOURCE_GONE",
             Self::Closed { .. } => "DATA_PEER_CLOSED",
             Self::Cancelled => "DATA_CANCELLED",
             Self::Frame { source, .. } => source.reason(),

@@ -4,6 +4,7 @@
 //! more, the guest ends as POSTCOPY_SOURCE_LOST before a missing page could be read as zero.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use tokio::runtime::Handle;
 
@@ -22,13 +23,14 @@ pub(super) struct Following {
 }
 
 impl Following {
-    /// Takes over the connection. `missing` is the bitmap of the state. Blocks until it has begun on a thread of the
-    /// runtime: those that serve faults are confined from scratch, which this one's children could not be.
+    /// Takes over the connection. `missing` is the bitmap of the state; `gone`: see [`Pager::new`]. Blocks until it has begun
+    /// on a thread of the runtime: those that serve faults are confined from scratch, which this one's children could not be.
     pub(super) fn begin(
         id: &str,
         received: &mut Received,
         missing: &[u8],
         faults: Option<Faults>,
+        gone: &Arc<AtomicBool>,
         machine: &Arc<Machine>,
         runtime: &Handle,
     ) -> Result<Self, WorkerError> {
@@ -38,7 +40,7 @@ impl Following {
             problem: "pages are left for later, and this destination has offered no protocol that has that"
                 .to_owned(),
         })?;
-        let pager = Pager::new().map_err(|e| failed(id, &e))?;
+        let pager = Pager::new(Arc::clone(gone)).map_err(|e| failed(id, &e))?;
         let (conn, door, round) = received.take_pages().map_err(|e| failed(id, &e))?;
         let (id, machine, source) = (id.to_owned(), Arc::clone(machine), Arc::clone(&pager));
         let begun = runtime.spawn_blocking(move || {

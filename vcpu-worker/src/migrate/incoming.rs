@@ -9,7 +9,7 @@
 //! nothing runs and the worker is shut down.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pmu::RestorePolicy;
@@ -73,6 +73,8 @@ pub struct IncomingMigration {
     cancel: CancelFlag,
     bytes: Arc<AtomicU64>,
     state: watch::Sender<IncomingState>,
+    /// The source's worker has ended.
+    gone: Arc<AtomicBool>,
     thread: Thread,
 }
 
@@ -102,13 +104,14 @@ impl IncomingMigration {
         let cancel = CancelFlag::new();
         let bytes = Arc::new(AtomicU64::new(0));
         let state = watch::Sender::new(IncomingState::Receiving);
+        let gone = Arc::new(AtomicBool::new(false));
         let thread = Thread::spawn("vpmud-in", {
-            let (id, cancel, bytes, state) =
-                (id.to_owned(), cancel.clone(), Arc::clone(&bytes), state.clone());
+            let (id, cancel, bytes, state, gone) =
+                (id.to_owned(), cancel.clone(), Arc::clone(&bytes), state.clone(), Arc::clone(&gone));
             move || {
                 let mapped = if local { incoming.receive_memory(&cancel) } else { Ok(()) };
                 let received = mapped.map_err(|e| failed(&id, &e)).and_then(|()| {
-                    receive(&id, (incoming, faults), cancel, &bytes, (&machine, pmu), &runtime)
+                    receive(&id, (incoming, faults), cancel, (&bytes, &gone), (&machine, pmu), &runtime)
                 });
                 let mut arriving = None;
                 let end = match received {
@@ -127,7 +130,7 @@ impl IncomingMigration {
                 }
             }
         })?;
-        Ok((Arc::new(Self { id: id.to_owned(), cancel, bytes, state, thread }), address))
+        Ok((Arc::new(Self { id: id.to_owned(), cancel, bytes, state, gone, thread }), address))
     }
 
     /// Migration id.
@@ -171,6 +174,11 @@ impl IncomingMigration {
         self.cancel.cancel();
     }
 
+    /// The source's worker has ended: pages that it has not sent are lost, and are not waited for.
+    pub fn forget_source(&self) {
+        self.gone.store(true, Ordering::Release);
+    }
+
     /// Waits for its thread.
     pub async fn joined(&self) {
         self.thread.joined().await;
@@ -181,13 +189,13 @@ fn receive(
     id: &str,
     (incoming, faults): (Incoming, Option<Faults>),
     cancel: CancelFlag,
-    bytes: &AtomicU64,
+    (bytes, gone): (&AtomicU64, &Arc<AtomicBool>),
     (machine, policy): (&Arc<Machine>, RestorePolicy),
     runtime: &Handle,
 ) -> Result<(IncomingProgress, Option<Following>), WorkerError> {
     let mut received = incoming.run(cancel, bytes).map_err(|e| failed(id, &e))?;
     let begin = Instant::now();
-    let (pmu, pages) = match set(id, &mut received, faults, (machine, policy), runtime) {
+    let (pmu, pages) = match set(id, &mut received, (faults, gone), (machine, policy), runtime) {
         Ok(set) => set,
         Err(error) => {
             received.reject(&error.to_string());
@@ -221,7 +229,7 @@ type Set = (PmuArrival, Option<Following>);
 fn set(
     id: &str,
     received: &mut Received,
-    faults: Option<Faults>,
+    (faults, gone): (Option<Faults>, &Arc<AtomicBool>),
     (machine, policy): (&Arc<Machine>, RestorePolicy),
     runtime: &Handle,
 ) -> Result<Set, WorkerError> {
@@ -232,7 +240,7 @@ fn set(
         return Ok((runtime.block_on(machine.restore_under(state, policy))?, None));
     }
     // Before the state: setting it may touch memory, which then has to come.
-    let pages = Following::begin(id, received, &missing, faults, machine, runtime)?;
+    let pages = Following::begin(id, received, &missing, faults, gone, machine, runtime)?;
     match runtime.block_on(machine.restore_under(state, policy)) {
         Ok(pmu) => Ok((pmu, Some(pages))),
         Err(error) => {

@@ -308,12 +308,20 @@ pub(super) async fn prepare_incoming(
     Ok(PrepareIncomingResponse { data_address, certificate_sha256 })
 }
 
+fn incoming(inner: &Inner, migration_id: &str) -> Result<Arc<IncomingMigration>, WorkerError> {
+    match inner.held().incoming.clone() {
+        Some(incoming) if incoming.id() == migration_id => Ok(incoming),
+        other => Err(unknown(migration_id, other.as_ref().map(|m| m.id()))),
+    }
+}
+
+pub(super) fn forget_source(inner: &Inner, migration_id: &str) -> Result<(), WorkerError> {
+    incoming(inner, migration_id)?.forget_source();
+    Ok(())
+}
+
 pub(super) fn watch_incoming(inner: &Arc<Inner>, migration_id: &str) -> Result<InStream, WorkerError> {
-    let held = inner.held().incoming.clone();
-    let incoming = match held {
-        Some(incoming) if incoming.id() == migration_id => incoming,
-        other => return Err(unknown(migration_id, other.as_ref().map(|m| m.id()))),
-    };
+    let incoming = incoming(inner, migration_id)?;
     let mut states = incoming.watch();
     let shutdown = inner.shutdown.clone();
     let (send, stream) = mpsc::channel(AHEAD);

@@ -230,6 +230,16 @@ impl WorkerService for Worker {
         Ok(Response::new(migration::prepare_outgoing(&self.inner, &r.migration_id).await?))
     }
 
+    async fn forget_source(
+        &self,
+        request: Request<proto::ForgetSourceRequest>,
+    ) -> Answer<proto::ForgetSourceResponse> {
+        let r = request.into_inner();
+        self.inner.fence(r.fence.as_ref())?;
+        migration::forget_source(&self.inner, &r.migration_id)?;
+        Ok(Response::new(proto::ForgetSourceResponse {}))
+    }
+
     type WatchIncomingStream = migration::InStream;
 
     async fn watch_incoming(

@@ -4,7 +4,7 @@
 //! Serving ──every page there──▶ Drained sent ──echo──▶ end
 //!    │  ▲                            │
 //!    │  └── resumed ── Waiting ◀─────┴── connection lost
-//!    │                   └── recover is over ──▶ failed (or the end, if every page is there)
+//!    │                   └── recover is over, or the source is known to be gone ──▶ failed (or the end, if every page is there)
 //!    └── the peer lies, or the guest is given up here ──▶ failed, the source is told
 //! ```
 
@@ -37,6 +37,8 @@ pub(crate) struct Pager {
     /// The state could not be set, and why.
     refusal: Mutex<Option<String>>,
     bell: OwnedFd,
+    /// The source will not come back.
+    gone: Arc<AtomicBool>,
 }
 
 impl std::fmt::Debug for Pager {
@@ -60,11 +62,12 @@ impl PageSource for Pager {
 }
 
 impl Pager {
-    /// Nothing is asked yet.
+    /// Nothing is asked yet. `gone` becomes true once the source is known to have ended: what its connection still has
+    /// to give is taken, and then nothing is waited for.
     ///
     /// # Errors
     /// `Io` if the system gives no descriptor.
-    pub(crate) fn new() -> Result<Arc<Self>> {
+    pub(crate) fn new(gone: Arc<AtomicBool>) -> Result<Arc<Self>> {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| DataplaneError::Io { what: "eventfd", source: errno.into() })?;
         Ok(Arc::new(Self {
@@ -74,6 +77,7 @@ impl Pager {
             given_up: AtomicBool::new(false),
             refusal: Mutex::default(),
             bell,
+            gone,
         }))
     }
 
@@ -162,8 +166,11 @@ impl Pager {
             if let Some(error) = self.ended(door) {
                 return Err(error);
             }
+            if self.gone.load(Ordering::Acquire) {
+                return Err(DataplaneError::Gone);
+            }
             let left = until.saturating_duration_since(Instant::now());
-            match handshake::collect(door, 1, left.min(SLICE * 10)) {
+            match handshake::collect(door, 1, left.min(SLICE * 5)) {
                 Ok(conns) => {
                     let conn = conns.into_iter().next().ok_or(DataplaneError::Connections(0))?;
                     if conn.version() < Kind::Want.since() {

@@ -92,7 +92,7 @@ fn moved(
     out.finish(b"state").expect("finish");
     let mut received = receiving.join().expect("no panic").expect("received");
     let (conn, door, round) = received.take_pages().expect("a connection");
-    let pager = Pager::new().expect("a pager");
+    let pager = Pager::new(Arc::default()).expect("a pager");
     let end = Arc::new(parking_lot::Mutex::new(None));
     let on_end = {
         let (pager, end) = (Arc::clone(&pager), Arc::clone(&end));
@@ -375,7 +375,7 @@ fn what_version_3_recorded_is_read_to_the_last_page() {
     stream.write_all(&recorded).expect("written");
     let mut received = incoming.run(CancelFlag::new(), &AtomicU64::new(0)).expect("received");
     let (conn, door, round) = received.take_pages().expect("a connection");
-    let (pager, told) = (Pager::new().expect("a pager"), Arc::new(AtomicUsize::new(0)));
+    let (pager, told) = (Pager::new(Arc::default()).expect("a pager"), Arc::new(AtomicUsize::new(0)));
     let (asked, tells) = (Arc::clone(&pager), Arc::clone(&told));
     let on_end = Box::new(move |how: Result<LazyStats, LazyError>| {
         tells.store(how.expect("all of it").placed as usize, Ordering::SeqCst);
