@@ -51,7 +51,8 @@ async fn over_tls_and_back_without() {
     };
     let migration = run(&a, "vm", spec).await;
     let said: Vec<_> = migration.actions.iter().map(|action| action.code.as_str()).collect();
-    assert_eq!(said.last(), Some(&"CONVERGED"), "{:?}", migration.actions);
+    // Once it has converged it copies on until the order to finish comes; a round of that time may say otherwise again.
+    assert!(said.contains(&"CONVERGED"), "{:?}", migration.actions);
     let result = migration.result.expect("result");
     assert_eq!((result.transport.as_str(), result.compression.as_str()), ("tcp+tls", "zstd"));
     assert!(result.page_wire_bytes < result.page_bytes, "{result:?}");

@@ -1,4 +1,5 @@
-//! Cut, stalled, cancelled and damaged migrations: both sides end promptly with a typed error.
+//! Cut, stalled, cancelled and damaged migrations: both sides end with a typed error, which says what happened and not
+//! that a time-out (`PATIENT`) ran out; that is also how they are known to end at once.
 
 mod dataplane_support;
 
@@ -7,7 +8,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dataplane_support::*;
 use vcpu_worker::bitmap::PageBitmap;
@@ -17,8 +18,8 @@ use vcpu_worker::dataplane::{
 };
 use vcpu_worker::memory::GuestMemory;
 
-/// Long before any time-out of the data plane.
-const PROMPT: Duration = Duration::from_secs(12);
+/// For an answer that comes at once: the bound is for a test that hangs.
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Stands between source and destination and does something to the bytes from the source.
 struct Relay {
@@ -39,9 +40,12 @@ fn relay(target: &DataAddress, connections: u16, meddle: Arc<Meddle>) -> Relay {
         std::thread::scope(|scope| {
             for (near, far) in &pairs {
                 scope.spawn(|| {
-                    pump(near, far, |piece| {
+                    let whole = pump(near, far, |piece| {
                         meddle(passed.fetch_add(piece.len() as u64, Ordering::SeqCst), piece)
                     });
+                    if whole {
+                        return;
+                    }
                     for (near, far) in &pairs {
                         let _ = near.shutdown(Shutdown::Both);
                         let _ = far.shutdown(Shutdown::Both);
@@ -59,14 +63,19 @@ fn pair(listener: &TcpListener, target: SocketAddr) -> (TcpStream, TcpStream) {
     (near, TcpStream::connect(target).expect("connect"))
 }
 
-fn pump(mut from: &TcpStream, mut to: &TcpStream, mut allow: impl FnMut(&mut [u8]) -> bool) {
+/// Passes bytes on until their end; false if they were cut. Once nobody takes them they go nowhere: what the receiver
+/// has to say travels the other way, and the sender must live to hear it.
+fn pump(mut from: &TcpStream, mut to: &TcpStream, mut allow: impl FnMut(&mut [u8]) -> bool) -> bool {
     let mut buf = vec![0; 64 << 10];
+    let mut taken = true;
     while let Ok(n @ 1..) = from.read(&mut buf) {
-        if !allow(&mut buf[..n]) || to.write_all(&buf[..n]).is_err() {
-            return;
+        if !allow(&mut buf[..n]) {
+            return false;
         }
+        taken = taken && to.write_all(&buf[..n]).is_ok();
     }
     let _ = to.shutdown(Shutdown::Write);
+    true
 }
 
 fn filled() -> GuestMemory {
@@ -90,14 +99,12 @@ fn cut_mid_way(connections: u16, live: bool) {
     let destination = destination(&tcp(), connections, 64 * MIB);
     let relay = relay(&destination.address, connections, Arc::new(|passed, _| passed < 20 * MIB));
     let mut out = connect_to(&relay.address, connections, &source, &CancelFlag::new());
-    let begin = Instant::now();
     let error =
         out.send_round(1, &PageBitmap::full(source.pages()), live).and_then(|_| out.finish(b"s").map(drop));
     let error = error.expect_err("cut");
     assert!(matches!(error, DataplaneError::Closed { .. } | DataplaneError::Refused { .. }), "{error}");
     let other = destination.join().expect_err("cut");
     assert!(matches!(other, DataplaneError::Closed { .. } | DataplaneError::Io { .. }), "{other}");
-    assert!(begin.elapsed() < PROMPT, "took {:?}", begin.elapsed());
     let again = out.send_round(2, &PageBitmap::full(source.pages()), live).expect_err("failed already");
     assert_eq!(again.reason(), "DATA_USAGE");
     relay.threads.join().expect("relay");
@@ -128,7 +135,6 @@ fn damage_on_the_way_is_found_and_told() {
         };
         let relay = relay(&destination.address, connections, Arc::new(meddle));
         let mut out = connect_to(&relay.address, connections, &source, &CancelFlag::new());
-        let begin = Instant::now();
         let error = out.send_round(1, &PageBitmap::full(source.pages()), true).expect_err("damaged");
         let other = destination.join().expect_err("damaged");
         assert_eq!(other.reason(), "FRAME_CHECKSUM", "{other}");
@@ -136,7 +142,6 @@ fn damage_on_the_way_is_found_and_told() {
             matches!(error, DataplaneError::Refused { code: ErrorCode::Checksum, .. }),
             "the source is told why: {error:?}"
         );
-        assert!(begin.elapsed() < PROMPT, "took {:?}", begin.elapsed());
         drop(out);
         relay.threads.join().expect("relay");
     }
@@ -160,7 +165,6 @@ fn destination_cancels() {
         let source = filled();
         let destination = destination(&tcp(), connections, 64 * MIB);
         let mut out = destination.connect(connections, &source);
-        let begin = Instant::now();
         let error =
             rounds_until_failure(&mut out, &PageBitmap::full(source.pages()), || destination.cancel.cancel());
         assert!(
@@ -169,7 +173,6 @@ fn destination_cancels() {
         );
         let other = destination.join().expect_err("cancelled");
         assert_eq!(other.reason(), "DATA_CANCELLED");
-        assert!(begin.elapsed() < PROMPT, "took {:?}", begin.elapsed());
     }
 }
 
@@ -181,12 +184,10 @@ fn source_cancels() {
         let destination = destination(&unix(dir.path()), connections, 64 * MIB);
         let cancel = CancelFlag::new();
         let mut out = destination.try_connect(&session(), connections, &source, &cancel).expect("connect");
-        let begin = Instant::now();
         let error = rounds_until_failure(&mut out, &PageBitmap::full(source.pages()), || cancel.cancel());
         assert_eq!(error.reason(), "DATA_CANCELLED");
         let other = destination.join().expect_err("cancelled");
         assert!(matches!(other, DataplaneError::Closed { .. }), "{other}");
-        assert!(begin.elapsed() < PROMPT, "took {:?}", begin.elapsed());
     }
 }
 
@@ -209,10 +210,8 @@ fn cancel_ends_every_wait_of_the_destination() {
         let DataAddress::Tcp(address) = destination.address else { panic!("TCP") };
         let strangers: Vec<_> =
             (0..connected).map(|_| TcpStream::connect(address).expect("connect")).collect();
-        let begin = Instant::now();
         destination.cancel.cancel();
         assert_eq!(destination.join().expect_err("cancelled").reason(), "DATA_CANCELLED");
-        assert!(begin.elapsed() < PROMPT);
         drop(strangers);
     }
 }
@@ -243,13 +242,13 @@ fn silent_peers_time_out() {
     let incoming = bind();
     let address = incoming.local_address().expect("address");
     let thread = std::thread::spawn(move || incoming.run(CancelFlag::new(), &AtomicU64::new(0)));
-    let out = Outgoing::connect(&address, &session(), 1, memory.clone(), 0, CancelFlag::new(), PROMPT)
+    let out = Outgoing::connect(&address, &session(), 1, memory.clone(), 0, CancelFlag::new(), DEADLINE)
         .expect("connect");
     assert_eq!(thread.join().expect("no panic").expect_err("silent").reason(), "DATA_TIMEOUT");
     drop(out);
     // Nobody listens at all.
     let gone = bind().local_address().expect("address");
-    let error = Outgoing::connect(&gone, &session(), 1, memory.clone(), 0, CancelFlag::new(), PROMPT)
+    let error = Outgoing::connect(&gone, &session(), 1, memory.clone(), 0, CancelFlag::new(), DEADLINE)
         .expect_err("gone");
     assert_eq!(error.reason(), "DATA_CONNECT_FAILED");
 }
@@ -268,7 +267,7 @@ fn a_rejected_or_lost_state_is_seen_by_the_source() {
             assert_eq!(received.acknowledge().expect_err("answered").reason(), "DATA_USAGE");
         }
         drop(received);
-        match out.await_applied(PROMPT).expect_err("not applied") {
+        match out.await_applied(DEADLINE).expect_err("not applied") {
             DataplaneError::Refused { code: ErrorCode::NotApplied, message } => {
                 assert!(reject && message.contains("KVM_SET_XSAVE"), "{message}");
             }
@@ -292,7 +291,7 @@ fn misuse_is_refused_and_changes_nothing() {
     let mut out = destination.connect(1, &source);
     let none = PageBitmap::new(source.pages());
     assert_eq!(out.finish(b"s").expect_err("no round yet").reason(), "DATA_USAGE");
-    assert_eq!(out.await_applied(PROMPT).expect_err("no state yet").reason(), "DATA_USAGE");
+    assert_eq!(out.await_applied(DEADLINE).expect_err("no state yet").reason(), "DATA_USAGE");
     assert_eq!(out.send_round(2, &none, true).expect_err("hole").reason(), "DATA_USAGE");
     assert_eq!(out.send_round(1, &PageBitmap::new(1), true).expect_err("size").reason(), "DATA_USAGE");
     out.send_round(1, &none, true).expect("round");

@@ -392,6 +392,32 @@ fn strangers_are_told_and_the_rightful_source_gets_through() {
     drop((silent, half));
 }
 
+/// The window is full before the destination gives up: it must be told, and not be left probing.
+#[test]
+fn a_source_that_cannot_be_stopped_is_cut_off_and_can_read_why() {
+    let destination = destination(&tcp(), 2, MEMORY);
+    let mut flood = Raw::introduced(&destination.address, 2, 0);
+    // Nothing is read of it before the second connection has come.
+    let garbage = vec![0; 1 << 20];
+    flood.stream.set_nonblocking(true).expect("an option");
+    while flood.stream.write(&garbage).is_ok() {}
+    flood.stream.set_nonblocking(false).expect("an option");
+    flood.stream.set_write_timeout(Some(PATIENT.stall)).expect("an option");
+    let other = Raw::introduced(&destination.address, 2, 1);
+    let cut = loop {
+        if let Err(error) = flood.stream.write(&garbage) {
+            break error;
+        }
+    };
+    assert!(
+        matches!(cut.kind(), std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe),
+        "no time-out: {cut:?}"
+    );
+    assert_eq!(flood.refusal(), ErrorCode::Frame);
+    assert_eq!(destination.join().expect_err("garbage").reason(), "FRAME_MAGIC");
+    drop(other);
+}
+
 #[test]
 fn a_second_connection_with_a_taken_index_is_refused_and_the_first_stays() {
     let destination = destination(&tcp(), 2, MEMORY);

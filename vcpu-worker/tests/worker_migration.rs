@@ -3,6 +3,8 @@
 mod worker_common;
 
 use tonic::{Code, Status, Streaming};
+use vpmu_proto::api::VirtualMachineSpec;
+use vpmu_proto::api::virtual_machine_spec::Boot;
 use vpmu_proto::worker::worker_status::State;
 use vpmu_proto::worker::*;
 use worker_common::*;
@@ -28,19 +30,20 @@ async fn begin(
     listen: Option<&str>,
 ) -> Pair {
     let goals = MigrateOutRequest { max_blackout_us: 50_000, ..MigrateOutRequest::default() };
-    begin_with(source, destination, hypervisor, attempt, listen, goals).await
+    begin_with(source, destination, hypervisor, probe_spec(2, 64), attempt, listen, goals).await
 }
 
 async fn begin_with(
     mut source: Host,
     mut destination: Host,
     hypervisor: &str,
+    spec: VirtualMachineSpec,
     attempt: u32,
     listen: Option<&str>,
     goals: MigrateOutRequest,
 ) -> Pair {
     destination.attach().await;
-    destination.create(hypervisor, probe_spec(2, 64), true).await;
+    destination.create(hypervisor, spec, true).await;
     assert_eq!(destination.state().await, State::Paused);
     let dir = tempfile::tempdir().expect("tempdir");
     // "tls:" stands for TCP with TLS.
@@ -106,10 +109,14 @@ async fn ready(arriving: &mut Streaming<IncomingProgress>) -> Result<IncomingPro
 }
 
 async fn started(hypervisor: &str) -> Host {
+    started_with(hypervisor, probe_spec(2, 64)).await
+}
+
+async fn started_with(hypervisor: &str, spec: VirtualMachineSpec) -> Host {
     let cores = host_cores();
     let mut source = Host::new(&cores, "vm-m");
     source.attach().await;
-    source.create(hypervisor, probe_spec(2, 64), false).await;
+    source.create(hypervisor, spec, false).await;
     source.grant(1, 1, true).await.expect("grant");
     source
         .report_until("it counts", |r| {
@@ -145,16 +152,21 @@ async fn slowed_down_until_the_end(hypervisor: &str) {
     let goals = MigrateOutRequest {
         // Nothing but a clean memory would do.
         max_blackout_us: 2_001,
-        // The guest dirties twice as much.
         max_bandwidth: 8 << 20,
         allow_throttle: true,
         ..MigrateOutRequest::default()
     };
+    // The guest writes its whole working set many times while that is sent once, also with a small share of a core.
+    let mut spec = probe_spec(2, 64);
+    if let Some(Boot::Probe(probe)) = &mut spec.boot {
+        probe.dirty_pages_per_second = 200_000;
+    }
     // One end on each hypervisor: a copy at this rate takes a second or two.
     for cancel in [hypervisor == "simulated"] {
-        let source = started(hypervisor).await;
+        let source = started_with(hypervisor, spec.clone()).await;
         let destination = Host::new(&host_cores(), "vm-m");
-        let mut pair = begin_with(source, destination, hypervisor, 1, None, goals.clone()).await;
+        let mut pair =
+            begin_with(source, destination, hypervisor, spec.clone(), 1, None, goals.clone()).await;
         let slowest = loop {
             let progress = pair.out.message().await.expect("progress").expect("it cannot converge");
             if progress.throttle_percent >= 35 {

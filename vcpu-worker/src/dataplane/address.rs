@@ -364,6 +364,16 @@ impl DataStream {
         if self.has_buffered() { Ok(true) } else { wait_one(self.as_fd(), PollFlags::IN, wait) }
     }
 
+    /// Closing will reset the connection, so that a peer that still sends notices. Without it one that had filled the
+    /// window before we stopped reading goes on probing a socket that is gone, and is answered by the kernel, until its
+    /// own time-out. What it was sent it can still read. A Unix socket tells its peer in any case.
+    pub(crate) fn reset_on_close(&self) {
+        if let Some(stream) = self.tcp() {
+            // A socket that takes no options is dead already.
+            let _ = sockopt::set_socket_linger(stream, Some(Duration::ZERO));
+        }
+    }
+
     pub(crate) fn shutdown(&self, how: Shutdown) {
         // Fails only where the peer is gone already.
         let _ = match self {

@@ -295,8 +295,8 @@ pub(super) fn compare(connection: u16, sent: &RoundCounts, received: &RoundCount
     Ok(())
 }
 
-/// Reads on for a moment, to nowhere. Closing a TCP socket with unread bytes resets it, and a reset may overtake the
-/// reason that was just sent.
+/// Reads on for a moment, to nowhere: closing a TCP socket with unread bytes resets it, and a reset may overtake the
+/// reason that was just sent. After that it is reset on purpose.
 pub(super) fn linger(conns: &[Conn]) {
     let mut nowhere = vec![0; 64 << 10];
     let until = Instant::now() + LINGER;
@@ -306,6 +306,9 @@ pub(super) fn linger(conns: &[Conn]) {
             while Instant::now() < until && matches!(conn.stream().discard(&mut nowhere), Ok(1..)) {}
         }
         std::thread::sleep(LINGER / 20);
+    }
+    for conn in conns {
+        conn.stream().reset_on_close();
     }
 }
 

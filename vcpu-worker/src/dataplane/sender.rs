@@ -36,6 +36,10 @@ use crate::memory::GuestMemory;
 /// Below this many pages for each, a further thread costs more than it brings.
 const PAGES_A_THREAD: u64 = 256;
 
+/// How long a destination that closed one connection may take to say why. It ends with its answer or the end of the
+/// connection; only a destination that does neither, on a machine loaded that much, costs all of it.
+const REASON: Duration = Duration::from_secs(2);
+
 /// What one round did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RoundStats {
@@ -276,14 +280,17 @@ impl Outgoing {
             Err(error) => error,
         };
         self.failed = true;
-        let worth_asking = matches!(error, DataplaneError::Closed { .. } | DataplaneError::Io { .. });
-        let mut wait = Duration::from_millis(300);
+        let worth_asking = matches!(
+            error,
+            DataplaneError::Closed { .. } | DataplaneError::Io { .. } | DataplaneError::Timeout { .. }
+        );
+        let mut wait = REASON;
         for conn in &mut self.conns {
             if worth_asking && let Some(refusal) = conn.find_refusal(wait) {
                 return Err(refusal);
             }
             // The destination sends its reason on all connections at once.
-            wait = Duration::from_millis(20);
+            wait = REASON / 20;
         }
         for conn in &self.conns {
             conn.stream().shutdown(Shutdown::Both);

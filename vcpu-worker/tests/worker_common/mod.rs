@@ -25,7 +25,7 @@ use vpmu_proto::worker::*;
 pub const MODEL: &str = "intel:v5:8+4:48";
 
 /// Bound on every wait in tests.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Hypervisors to test on; without /dev/kvm it says so, or fails if KVM is required.
 pub fn hypervisors() -> Vec<&'static str> {
