@@ -17,7 +17,7 @@ pub use self::connect::ConnectOptions;
 use std::net::Shutdown;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -77,6 +77,8 @@ pub struct FinishStats {
 pub struct SendProgress {
     /// Bytes sent since the connections were opened.
     pub bytes: AtomicU64,
+    /// The present round, from 1; 0 before the first.
+    pub round: AtomicU32,
     /// Pages of the present round.
     pub round_pages: AtomicU64,
     /// Pages of the present round that were dealt with.
@@ -180,6 +182,7 @@ impl Outgoing {
         let count = pages.count();
         self.progress.round_pages.store(count, Ordering::Relaxed);
         self.progress.round_done.store(0, Ordering::Relaxed);
+        self.progress.round.store(self.round, Ordering::Relaxed);
         // Later rounds hold pages that were written, so they exist.
         let resident = if self.round == 1 && count > 0 { self.memory.resident_pages() } else { None };
         let threads = count.div_ceil(PAGES_A_THREAD).clamp(1, self.conns.len() as u64);

@@ -168,6 +168,7 @@ impl OutgoingMigration {
                 .round_pages
                 .load(Ordering::Relaxed)
                 .saturating_sub(sending.round_done.load(Ordering::Relaxed));
+            progress.round = progress.round.max(sending.round.load(Ordering::Relaxed));
             progress.bytes_sent = progress.bytes_sent.max(sending.bytes.load(Ordering::Relaxed));
             if left > 0 {
                 progress.bytes_remaining = left.saturating_mul(PAGE);
