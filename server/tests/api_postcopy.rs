@@ -344,6 +344,43 @@ async fn it_never_moves_first_unless_that_is_allowed() {
 }
 
 #[tokio::test]
+async fn a_destination_that_cannot_wait_for_pages_gets_all_of_them_first_or_none() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: to take userfaultfd from a daemon needs root");
+        return;
+    }
+    let isolated = ["--hypervisor", if have_kvm() { "kvm" } else { "simulated" }, "--isolation", "process"];
+    let dir = tempfile::tempdir().expect("tempdir");
+    let _leftovers = Leftovers(dir.path().to_owned());
+    let a = Host::start(&dir.path().join("a"), &isolated).await;
+    let b = Host::start_without_userfaultfd(&dir.path().join("b"), &isolated).await;
+    busy(&a).await;
+    let max_duration = Some(prost_types::Duration { seconds: 3, nanos: 0 });
+    for spec in [hard(b.peer()), MigrationSpec { max_bandwidth: LINK, ..slow(b.peer()) }] {
+        let (operation, migration, _watch) = begin(&a, MigrationSpec { max_duration, ..spec }).await;
+        let error = a.finish(operation).await.expect_err("it does not converge");
+        assert_eq!(reason_of(&error), "PRECOPY_MAX_DURATION", "{error:?}");
+        let request = GetMigrationRequest { name: migration };
+        let ended = a.migrations().await.get_migration(request).await.expect("kept").into_inner();
+        let said: Vec<_> = ended.actions.iter().map(|action| action.code.as_str()).collect();
+        assert!(said.contains(&"POSTCOPY_UNAVAILABLE") && !said.contains(&"POSTCOPY"), "{said:?}");
+        let why = ended.actions.iter().find(|action| action.code == "POSTCOPY_UNAVAILABLE");
+        assert!(why.is_some_and(|action| action.detail.contains("no userfaultfd")), "{why:?}");
+        assert_eq!(a.get("vm").await.observed_state(), State::Running);
+    }
+    // What needs no page later goes there as to anybody.
+    pause(&a).await;
+    let spec = MigrationSpec { max_bandwidth: 0, ..slow(b.peer()) };
+    let (operation, _, _watch) = begin(&a, spec).await;
+    let moved: Migration = unpack(&a.finish(operation).await.expect("migrated"));
+    assert!(moved.actions.iter().any(|action| action.code == "POSTCOPY_UNAVAILABLE"), "{:?}", moved.actions);
+    assert_eq!(moved.result.expect("a result").mode, "precopy");
+    resume(&b).await;
+    whole(&b).await;
+    b.stop_vm("vm").await;
+}
+
+#[tokio::test]
 async fn a_cut_connection_is_opened_anew_and_the_rest_follows() {
     let Pair { _dir, _leftovers, a, b } = pair(&["--peer-listen", "tcp:127.0.0.1:0"]).await;
     busy(&a).await;

@@ -63,6 +63,19 @@ impl Host {
         Self { dir: dir.to_owned(), child, ready, options, netns: netns.to_owned() }
     }
 
+    /// Where userfaultfd is refused, as without privileges; not to be restarted.
+    pub async fn start_without_userfaultfd(dir: &Path, options: &[&str]) -> Self {
+        let options: Vec<String> = options.iter().map(ToString::to_string).collect();
+        std::fs::create_dir_all(dir).expect("state directory's parent");
+        let mut under = vec!["setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace"];
+        if Path::new("/dev/userfaultfd").exists() {
+            let hide = "mount --bind /dev/null /dev/userfaultfd && exec \"$@\"";
+            under.splice(0..0, ["unshare", "--mount", "sh", "-c", hide, "sh"]);
+        }
+        let (child, ready) = spawn_under(dir, &under, &options).await.expect("vpmud is ready");
+        Self { dir: dir.to_owned(), child, ready, options, netns: String::new() }
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.dir.join("api.sock")
     }
@@ -293,15 +306,26 @@ pub async fn spawn_in(
     netns: &str,
     options: &[String],
 ) -> Result<(Child, serde_json::Value), (Option<i32>, String)> {
+    let enter = format!("--net=/run/netns/{netns}");
+    let under = ["nsenter", &enter];
+    spawn_under(dir, if netns.is_empty() { &[] } else { &under }, options).await
+}
+
+/// The same by a command that becomes vpmud, so that the child is vpmud itself.
+async fn spawn_under(
+    dir: &Path,
+    under: &[&str],
+    options: &[String],
+) -> Result<(Child, serde_json::Value), (Option<i32>, String)> {
     // Another build of the same, e.g. an optimised one, may be tested in place of cargo's.
     let vpmud = std::env::var_os("VPMU_TEST_VPMUD").unwrap_or_else(|| env!("CARGO_BIN_EXE_vpmud").into());
-    let mut command = if netns.is_empty() {
-        Command::new(vpmud)
-    } else {
-        // It becomes vpmud, so that the child is vpmud itself.
-        let mut enter = Command::new("nsenter");
-        enter.arg(format!("--net=/run/netns/{netns}")).arg(vpmud);
-        enter
+    let mut command = match under.split_first() {
+        None => Command::new(vpmud),
+        Some((first, rest)) => {
+            let mut command = Command::new(first);
+            command.args(rest).arg(vpmud);
+            command
+        }
     };
     command
         .arg("serve")
