@@ -4,6 +4,7 @@
 //! ```text
 //! VPMU_INTEGRITY=200      migrations whose memory is compared; default 3
 //! VPMU_INTEGRITY_HOPS=20  hops from host to host and back; default 6
+//! VPMU_INTEGRITY_PMIS=100 hops that stop with a counter overflow whose interrupt the guest has not taken; default 6
 //! ```
 
 mod support;
@@ -171,4 +172,58 @@ async fn counters_go_on_over_hops_from_host_to_host_and_back() {
         assert!(vcpu.pmis >= last[vcpu.vcpu as usize][last[0].len() - 1], "{vcpu:?}");
     }
     println!("{hops} hops, every digest at the stop equal to the one at the resume");
+}
+
+/// A counter that overflows every 10,000 events, so that most stops come between an overflow and its interrupt. The guest
+/// arms it anew in its handler and only there: of n interrupts taken, n+1 periods were armed. An interrupt that is lost
+/// on the way ends them, which the guest calls a fault; one that comes twice finds no overflow, which is another.
+#[tokio::test]
+async fn an_overflow_that_waits_at_the_stop_interrupts_once_on_the_other_side() {
+    let wanted = times("VPMU_INTEGRITY_PMIS", 6);
+    let dir = tempfile::tempdir().expect("tempdir");
+    let _leftovers = Leftovers(dir.path().to_owned());
+    let options = ["--isolation", "process", "--hypervisor", if have_kvm() { "kvm" } else { "simulated" }];
+    let mut here = Host::start(&dir.path().join("a"), &options).await;
+    let mut there = Host::start(&dir.path().join("b"), &options).await;
+    let probe = ProbeBoot { overflow_period: 10_000, dirty_pages_per_second: 200, ..ProbeBoot::default() };
+    let boot = Some(virtual_machine_spec::Boot::Probe(probe));
+    here.create("vm", VirtualMachineSpec { boot, ..probe_spec(1, MEMORY) }).await;
+    here.start_vm("vm").await;
+    let taken = |copy: &GuestMemory| vcpu_worker::probe::report(copy, 0).expect("a report").pmis;
+    let (mut hops, mut waiting, mut owed, mut last) = (0, 0, 0, None);
+    while waiting < wanted {
+        assert!(hops < wanted * 20, "{waiting} of {hops} stops came with an overflow that waited");
+        // Interrupts go on: what waited at the last stop has come, and so have those after it.
+        let copy = memory(here.get("vm").await.worker_pid);
+        let begin = std::time::Instant::now();
+        while last.is_some_and(|last| taken(&copy) < last + 2) || taken(&copy) == 0 {
+            assert!(begin.elapsed() < DEADLINE, "hop {hops}: no interrupt after {last:?}");
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+        let operation = here.migrations().await.create_migration(to(&there)).await.expect("accepted");
+        let moved: Migration = unpack(&here.finish(operation.into_inner()).await.expect("moved"));
+        let result = moved.result.expect("a result");
+        let (stop, resume) = (&result.pmu_at_stop[0], &result.pmu_at_resume[0]);
+        assert_eq!((stop.pmis, stop.pmi_pending), (resume.pmis, resume.pmi_pending), "hop {hops}");
+        assert_eq!(stop.digest, resume.digest, "hop {hops}");
+        // The copy that was left, as it stood at the stop: raised is what was given to the virtual interrupt controller
+        // and what is to be given to it.
+        let (raised, taken) = (stop.pmis + u64::from(stop.pmi_pending), taken(&copy));
+        let waits = raised.checked_sub(taken).expect("none is taken that was not raised");
+        assert!(waits <= 1, "hop {hops}: {raised} raised, {taken} taken: one was lost");
+        let counter = stop.counters.iter().find(|c| c.pmi_enabled).expect("the one that overflows");
+        assert!(waits == 0 || counter.overflow, "hop {hops}: {stop:?}");
+        waiting += u32::try_from(waits).expect("one or none");
+        owed += u32::from(stop.pmi_pending);
+        (hops, last) = (hops + 1, Some(taken));
+        std::mem::swap(&mut here, &mut there);
+    }
+    let end = here.until_counting("vm").await;
+    let report = &end.probe.as_ref().expect("a report").vcpus[0];
+    assert_eq!(report.faults, 0, "{report:?}");
+    println!(
+        "{hops} hops, {waiting} with an overflow that waited ({owed} of them not yet raised), {} interrupts taken",
+        report.pmis
+    );
+    here.stop_vm("vm").await;
 }
