@@ -114,14 +114,14 @@ pub fn spec(
             if !kernel.initrd_path.is_empty() {
                 path(&format!("{SPEC}.kernel.initrd_path"), &kernel.initrd_path)?;
             }
-            if kernel.cmdline.len() > MAX_CMDLINE || kernel.cmdline.contains('\0') {
-                return Err(ApiError::invalid(
-                    &format!("{SPEC}.kernel.cmdline"),
-                    &kernel.cmdline,
-                    "BAD_CMDLINE",
-                    "is longer than 2047 bytes or holds a zero byte",
-                    "shorten it",
-                ));
+            let field = format!("{SPEC}.kernel.cmdline");
+            if kernel.cmdline.len() > MAX_CMDLINE {
+                let (problem, remedy) = ("is longer than 2047 bytes", "shorten it");
+                return Err(ApiError::invalid(&field, &kernel.cmdline, "CMDLINE_TOO_LONG", problem, remedy));
+            }
+            if kernel.cmdline.contains('\0') {
+                let (problem, remedy) = ("holds a zero byte", "leave it out");
+                return Err(ApiError::invalid(&field, &kernel.cmdline, "CMDLINE_ZERO_BYTE", problem, remedy));
             }
         }
     }

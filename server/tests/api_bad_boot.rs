@@ -167,10 +167,15 @@ async fn what_cannot_be_booted_is_named_and_leaves_nothing() {
     // What the request alone shows is refused before there is a machine.
     let long =
         host.vms().await.create_virtual_machine(create("bad", kernel(payload, "", &"x".repeat(2048)))).await;
-    let long = expect_error(long, Code::InvalidArgument, "BAD_CMDLINE");
-    let details = long.get_error_details();
-    let field = &details.bad_request().expect("BadRequest").field_violations[0].field;
-    assert_eq!(field, "virtual_machine.spec.kernel.cmdline");
+    let zero = host.vms().await.create_virtual_machine(create("bad", kernel(payload, "", "a\0b"))).await;
+    for refused in [
+        expect_error(long, Code::InvalidArgument, "CMDLINE_TOO_LONG"),
+        expect_error(zero, Code::InvalidArgument, "CMDLINE_ZERO_BYTE"),
+    ] {
+        let details = refused.get_error_details();
+        let field = &details.bad_request().expect("BadRequest").field_violations[0].field;
+        assert_eq!(field, "virtual_machine.spec.kernel.cmdline");
+    }
     let core = host.ready["pid"].as_u64().map(|_| vcpu_worker::host::allowed_cores()[0]).expect("a host");
     let overlap = VirtualMachineSpec {
         vcpus: 2,

@@ -26,7 +26,7 @@ async fn statistics(hypervisor: &str, isolation: &str) {
     host.create("a", probe_spec(2, 16)).await;
     let request = GetVirtualMachineStatsRequest { name: name("a") };
     let none = host.vms().await.get_virtual_machine_stats(request).await;
-    expect_error(none, Code::FailedPrecondition, "NO_WORKER");
+    expect_error(none, Code::FailedPrecondition, "VM_HAS_NO_WORKER");
     let vm = host.start_vm("a").await;
     host.until_counting("a").await;
 

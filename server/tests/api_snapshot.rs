@@ -143,6 +143,12 @@ async fn bad_files_leave_no_machine_and_cancelled_ones_no_file() {
     for bad in ["", "../x", "/etc/passwd", ".x.part"] {
         is_refused(snapshot(&host, "a", bad).await, Code::InvalidArgument, "BAD_SNAPSHOT_FILE");
         is_refused(restore(&host, "b", bad, false, false).await, Code::InvalidArgument, "BAD_SNAPSHOT_FILE");
+        let request =
+            SnapshotVirtualMachineRequest { name: name("a"), file: bad.to_owned(), ..Default::default() };
+        let refused = host.vms().await.snapshot_virtual_machine(request).await.expect_err(bad);
+        let details = refused.get_error_details();
+        let violations = &details.bad_request().expect("a field").field_violations;
+        assert_eq!(violations.iter().map(|v| v.field.as_str()).collect::<Vec<_>>(), ["file"], "{bad:?}");
     }
     snapshot(&host, "a", "good").await.expect("taken");
     let files = dir.path().join("state/snapshots");

@@ -99,6 +99,15 @@ async fn the_store_takes_writes_again_once_there_is_room() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     host.until_counting("b").await;
+    // A pause that cannot be stored is one all the same; its PMU images wait for room.
+    let pause = PauseVirtualMachineRequest { name: name("b") };
+    let refused = host.vms().await.pause_virtual_machine(pause).await.expect_err("not stored");
+    assert_eq!(reason(&refused), "STORE_READ_ONLY", "{refused:?}");
+    assert_eq!(host.get("b").await.observed_state(), State::Paused);
+    let live = host.pmu().await.get_pmu(GetPmuRequest { name: format!("{}/pmu", name("b")) }).await;
+    let live = live.expect("it has its worker").into_inner();
+    let kept = |state: &PmuState| state.cause == "pause" && state.vcpus == live.vcpus;
+    assert!(!host.stored_pmu("b").await.is_ok_and(|state| kept(&state)), "there was no room");
 
     disk.free();
     let begin = Instant::now();
@@ -108,6 +117,11 @@ async fn the_store_takes_writes_again_once_there_is_room() {
     }
     let log = std::fs::read_to_string(dir.path().join("log")).expect("log");
     assert!(log.contains("the store takes writes again"), "{log}");
+    let begin = Instant::now();
+    while !host.stored_pmu("b").await.is_ok_and(|state| kept(&state)) {
+        assert!(begin.elapsed() < DEADLINE, "the images of the pause are not stored: {live:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     pause_and_resume(&host).await.expect("as before");
     host.create("c", probe_spec(1, 16)).await;
     host.start_vm("c").await;

@@ -136,7 +136,7 @@ impl VirtualMachinesService for Vms {
         let view = self.daemon.registry.get(&name)?.view();
         let worker = view.worker.clone().ok_or_else(|| {
             ApiError::precondition(
-                "NO_WORKER",
+                "VM_HAS_NO_WORKER",
                 &name.to_string(),
                 format!("{name} has figures while it runs or is paused; start it"),
             )

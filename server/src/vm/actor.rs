@@ -65,6 +65,8 @@ pub(crate) struct Actor {
     deferred: VecDeque<Command>,
     /// A record that follows the answer that was just given.
     after: Option<Batch>,
+    /// PMU images, the newest, that the store took no writes for.
+    unstored: Option<Batch>,
     mailbox: mpsc::Receiver<Command>,
     to_self: mpsc::WeakSender<Command>,
     publish: watch::Sender<Arc<VmView>>,
@@ -96,6 +98,7 @@ impl Actor {
             migration: None,
             deferred: VecDeque::new(),
             after: None,
+            unstored: None,
             mailbox,
             to_self,
             publish,
@@ -312,16 +315,36 @@ impl Actor {
     }
 
     /// Stores PMU images.
-    async fn store_pmu(&self, images: Vec<PmuImage>, cores: &[u32], cause: &str) -> Result<(), ApiError> {
-        Ok(self.daemon.store.commit(self.with_pmu(Batch::new(), images, cores, cause)?).await?)
+    async fn store_pmu(&mut self, images: Vec<PmuImage>, cores: &[u32], cause: &str) -> Result<(), ApiError> {
+        if images.is_empty() {
+            return Ok(());
+        }
+        let batch = self.with_pmu(Batch::new(), images, cores, cause)?;
+        self.commit_pmu(batch).await
+    }
+
+    /// Commits a batch with PMU images. What a full disk refuses is kept, until it takes writes again or newer ones come.
+    async fn commit_pmu(&mut self, batch: Batch) -> Result<(), ApiError> {
+        let stored = self.daemon.store.commit(batch.clone()).await;
+        match &stored {
+            Ok(()) => self.unstored = None,
+            Err(error) if crate::ops::is_failing(error) => self.unstored = Some(batch),
+            Err(_) => {}
+        }
+        stored?;
+        Ok(())
     }
 
     /// What changed while the store took no writes is in memory only. The end of an open migration is stored at its time.
-    async fn store_again(&self) -> Result<(), ApiError> {
+    async fn store_again(&mut self) -> Result<(), ApiError> {
         if !self.born || self.migration.is_some() || self.before_incoming.is_some() {
             return Ok(());
         }
-        Ok(self.daemon.store.put_vm(&self.record()).await?)
+        // The record comes last: the one that was refused with the images may be older.
+        let batch = self.unstored.clone().unwrap_or_default().put_vm(&self.record())?;
+        self.daemon.store.commit(batch).await?;
+        self.unstored = None;
+        Ok(())
     }
 
     /// Adds PMU images to a batch.

@@ -442,7 +442,7 @@ impl Actor {
     /// Stores what a live worker knows better: at once if asked, else once the caller has its answer.
     async fn store_state(&mut self, batch: Batch, wait: bool) -> Result<(), ApiError> {
         if wait {
-            return Ok(self.daemon.store.commit(batch).await?);
+            return self.commit_pmu(batch).await;
         }
         if let crate::store::Health::ReadOnly { cause } = self.daemon.store.health() {
             return Err(crate::store::StoreError::ReadOnly { cause }.into());
