@@ -11,6 +11,23 @@ const STEP: libc::c_int = 64 << 20;
 /// Free bytes at the end of a heap that are given back.
 const TRIM: libc::c_int = 1 << 30;
 
+/// Heaps of a confined process: what glibc has at once on a small host.
+const ARENAS: libc::c_int = 8;
+
+/// To be called once, before other threads allocate. glibc otherwise reads a file to know how many heaps there may be, in
+/// whichever thread needs the ninth: one that may not open files (`sandbox`) would end the process by that. Has no effect
+/// with another allocator.
+pub(crate) fn bound_arenas() {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: mallopt takes two numbers; it locks the arena that it changes.
+        let taken = unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
+        if taken != 1 {
+            tracing::warn!("the number of heaps is not bounded");
+        }
+    }
+}
+
 /// To be called once, before other threads allocate. Has no effect with another allocator than glibc's.
 pub fn grow_in_large_steps() {
     #[cfg(target_env = "gnu")]
