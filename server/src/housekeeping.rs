@@ -62,10 +62,12 @@ async fn tell_workers(daemon: &Daemon, now: &[u32], told: &mut BTreeMap<u32, Vec
         return;
     }
     let views: Vec<_> = daemon.registry.list(None).iter().map(crate::vm::registry::VmHandle::view).collect();
-    let workers: Vec<_> =
-        views.iter().filter_map(|view| view.worker.clone()).filter(|w| w.pid() != 0).collect();
-    told.retain(|pid, _| workers.iter().any(|worker| worker.pid() == *pid));
-    let untold = workers.iter().filter(|w| told.get(&w.pid()).map(Vec::as_slice) != Some(now));
+    let arriving: Vec<_> = daemon.migrations.arriving().values().cloned().collect();
+    let here = views.iter().filter_map(|view| view.worker.clone()).chain(arriving);
+    // One that has just arrived may be there twice.
+    let workers: BTreeMap<u32, _> = here.filter(|w| w.pid() != 0).map(|w| (w.pid(), w)).collect();
+    told.retain(|pid, _| workers.contains_key(pid));
+    let untold = workers.values().filter(|w| told.get(&w.pid()).map(Vec::as_slice) != Some(now));
     let tell = untold.map(|worker| async { (worker.pid(), worker.set_housekeeping(now.to_vec()).await) });
     for (pid, answer) in futures_util::future::join_all(tell).await {
         match answer {

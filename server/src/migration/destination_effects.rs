@@ -120,6 +120,9 @@ impl Incoming {
     async fn start_worker(&mut self) {
         match self.build().await {
             Ok(response) => {
+                if let Some(worker) = self.worker.clone() {
+                    self.daemon.migrations.arriving().insert(self.id, worker);
+                }
                 let (door, streams) = mpsc::channel(1);
                 self.daemon.migrations.incoming().insert(self.id, door);
                 self.work.streams = Some(streams);

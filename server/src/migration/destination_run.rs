@@ -146,6 +146,7 @@ impl Incoming {
                 self.retry(Event::PersistFailed).await;
             }
         }
+        self.daemon.migrations.arriving().remove(&self.id);
         // If it is not over, the journal says where it stands and the next daemon asks the source.
         if let Some(worker) = self.worker.take().filter(|_| !self.work.adopted) {
             let upgrading = self.daemon.upgrading.load(std::sync::atomic::Ordering::SeqCst);

@@ -48,12 +48,15 @@ use vpmu_proto::api::Migration;
 use crate::daemon::Daemon;
 use crate::names::MigrationName;
 use crate::status::ApiError;
+use crate::worker_link::WorkerLink;
 
 /// Migrations that are under way.
 #[derive(Default)]
 pub struct Migrations {
     outgoing: Mutex<HashMap<Uuid, watch::Receiver<Migration>>>,
     incoming: Mutex<HashMap<Uuid, destination::Door>>,
+    /// Workers of machines that have not arrived yet: no machine of this host shows them.
+    arriving: Mutex<HashMap<Uuid, WorkerLink>>,
     /// What living machines answer to Resolve.
     answers: answer::Answers,
     /// Arrivals of an earlier run of this daemon that the source has not decided yet, by uid: until they are over.
@@ -71,6 +74,11 @@ impl Migrations {
 
     pub(crate) fn incoming(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, destination::Door>> {
         self.incoming.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Workers of machines that have not arrived yet.
+    pub(crate) fn arriving(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, WorkerLink>> {
+        self.arriving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn forcible(&self) -> std::sync::MutexGuard<'_, HashMap<String, mpsc::Sender<force::Order>>> {

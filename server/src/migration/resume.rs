@@ -57,6 +57,7 @@ impl Resumed {
         let voice = daemon.migrations.answers.voice(&held.migration_id, machine.answer());
         let (door, streams) = mpsc::channel(1);
         daemon.migrations.incoming().insert(id, door);
+        daemon.migrations.arriving().insert(id, worker.clone());
         tracing::info!(vm = %name, pid = worker.pid(), "a complete copy outlived vpmud; asking its source");
         let arrival = Incoming {
             daemon: Arc::clone(daemon),

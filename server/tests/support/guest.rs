@@ -20,10 +20,15 @@ pub struct Workers(pub Vec<PathBuf>);
 
 impl Workers {
     pub fn alive(&self) -> Vec<Identity> {
-        let entries = self.0.iter().filter_map(|dir| std::fs::read_dir(dir).ok()).flatten().flatten();
-        let identities = entries.filter_map(|e| Identity::read(&e.path()));
-        identities.filter(|i| Identity::of(i.pid).is_ok_and(|now| now == *i)).collect()
+        alive(&self.0)
     }
+}
+
+/// Worker processes that live, by their runtime directories' parents.
+pub fn alive(dirs: &[PathBuf]) -> Vec<Identity> {
+    let entries = dirs.iter().filter_map(|dir| std::fs::read_dir(dir).ok()).flatten().flatten();
+    let identities = entries.filter_map(|e| Identity::read(&e.path()));
+    identities.filter(|i| Identity::of(i.pid).is_ok_and(|now| now == *i)).collect()
 }
 
 impl Drop for Workers {
