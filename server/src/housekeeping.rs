@@ -23,17 +23,21 @@ pub async fn keep(daemon: Arc<Daemon>, own: Vec<u32>) {
     let mut told: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut due = true;
     loop {
         let wanted = daemon.capacity.housekeeping();
         if wanted != now {
             move_own(&wanted).await;
-            now = wanted;
+            (now, due) = (wanted, true);
         }
-        tell_workers(&daemon, &now, &mut told).await;
+        // A new worker begins on the right cores: most changes of what is granted are nothing to the others.
+        if std::mem::take(&mut due) {
+            tell_workers(&daemon, &now, &mut told).await;
+        }
         tokio::select! {
             () = daemon.shutdown.cancelled() => return,
             changed = changes.changed() => if changed.is_err() { return },
-            _ = look.tick() => {}
+            _ = look.tick() => due = true,
         }
     }
 }

@@ -58,10 +58,12 @@ impl Site {
         Ok(Host::start_with(name, self.dir.path(), "kvm", peer, &options).await?)
     }
 
-    /// The same with a peer listener on TCP, without TLS.
+    /// The same with a peer listener on TCP, without TLS. A process is made ahead, as the systemd unit has it, and as
+    /// another tool's destination is there before its migration begins.
     pub(super) async fn tcp_host(&self, name: &'static str, isolation: &str) -> Result<Host, BenchError> {
         let peer: Endpoint = format!("tcp:127.0.0.1:{}", free_port()?).parse()?;
-        let options = ["--isolation", isolation, "--stop-vms"];
+        let spares = if isolation == "process" { "1" } else { "0" };
+        let options = ["--isolation", isolation, "--spare-workers", spares, "--stop-vms"];
         Ok(Host::start_with(name, self.dir.path(), "kvm", peer, &options).await?)
     }
 

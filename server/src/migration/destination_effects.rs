@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt as _;
 use tokio::sync::mpsc;
 use vpmu_proto::api::virtual_machine_spec::Boot;
 use vpmu_proto::peer::destination_message::{
@@ -38,6 +39,7 @@ impl Incoming {
                 let ready = self.work.ready.clone().unwrap_or_default();
                 let ready = Ready { state_digest: digest.to_vec(), ..ready };
                 self.send(epoch, FromDestination::Ready(ready)).await;
+                self.ask_worker();
             }
             Effect::SendEntered { epoch } => self.send_entered(epoch).await,
             Effect::SendReturned { epoch } => {
@@ -110,7 +112,8 @@ impl Incoming {
     /// A worker that died while Entered was being written was never granted: the machine hears that first.
     async fn notice_death(&mut self) {
         let Some(worker) = self.worker.clone() else { return };
-        if !self.work.death_heard && tokio::time::timeout(Duration::ZERO, worker.died()).await.is_ok() {
+        // Not a time-out of zero: tokio's clock ticks in milliseconds, and this is the blackout.
+        if !self.work.death_heard && worker.died().now_or_never().is_some() {
             self.work.death_heard = true;
             let why = worker.obituary().await;
             self.fail(Event::WorkerDied, why);

@@ -2,17 +2,18 @@
 //! (`destination_effects`). Invariants as in `source`: one task, short effects at once.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, Streaming};
 use vpmu_proto::peer::destination_message::{Entered, Message as FromDestination, Ready};
 use vpmu_proto::peer::source_message::{Go, Message as FromSource};
 use vpmu_proto::peer::{DestinationMessage, PrepareResponse, SourceMessage};
-use vpmu_proto::worker::{IncomingProgress, worker_status};
+use vpmu_proto::worker::{IncomingProgress, WorkerStatus, worker_status};
 
 use super::answer::Voice;
 use super::destination::{Conversation, Incoming};
@@ -23,6 +24,9 @@ use crate::handover::destination::{Destination as Machine, Effect, Event, State}
 use crate::handover::{self, PeerAnswer};
 use crate::status::ApiError;
 use crate::worker_link::WorkerLink;
+
+/// How old what the worker said of itself may be when Entered is written.
+const FRESH: Duration = Duration::from_millis(200);
 
 /// What a driver has in its hands.
 pub(super) struct Work {
@@ -51,6 +55,8 @@ pub(super) struct Work {
     pub(super) failed_grants: u32,
     pub(super) ready: Option<Ready>,
     pub(super) go: Option<Go>,
+    /// The worker's answer to how it is, and since when that is asked.
+    asked: Option<(Instant, AbortOnDropHandle<Result<WorkerStatus, ApiError>>)>,
     pub(super) go_at: Instant,
     pub(super) persist_us: u64,
     /// Set by the grant; told by the first Entered.
@@ -90,6 +96,7 @@ impl Work {
             failed_grants: 0,
             ready: None,
             go: None,
+            asked: None,
             go_at: Instant::now(),
             persist_us: 0,
             entered: Entered::default(),
@@ -171,10 +178,25 @@ impl Incoming {
         self.work.machine.apply(event)
     }
 
+    /// Asks the worker how it is while the source decides, so that nobody waits for the answer in the blackout.
+    pub(super) fn ask_worker(&mut self) {
+        let Some(worker) = self.worker.clone() else { return };
+        let asked = tokio::spawn(async move { worker.status().await });
+        self.work.asked = Some((Instant::now(), AbortOnDropHandle::new(asked)));
+    }
+
     /// Whether the worker could run the copy; one that could not is ended, so that it never will.
     async fn well(&mut self) -> bool {
         let Some(worker) = self.worker.clone() else { return false };
-        let problem = match worker.status().await {
+        let asked = self.work.asked.take().filter(|(at, _)| at.elapsed() < FRESH);
+        let status = match asked {
+            Some((_, answer)) => match answer.await {
+                Ok(status) => status,
+                Err(_) => worker.status().await,
+            },
+            None => worker.status().await,
+        };
+        let problem = match status {
             Ok(status) if status.state() != worker_status::State::Ended => return true,
             Ok(_) => "its guest has ended".to_owned(),
             Err(error) => error.to_string(),

@@ -25,6 +25,7 @@ impl From<HoldPoint> for Hold {
 /// Holds if this is one of the points, the first time that it is reached. `SIGCONT` lets it go on.
 pub(super) fn at(holds: &[Hold], after: bool, step: Option<HandoverStep>) {
     let Some(point) = step.map(|step| HoldPoint { after, step }) else { return };
+    tracing::debug!(step = %point, "handover");
     let Some(hold) = holds.iter().find(|h| h.point == point) else { return };
     if hold.done.swap(true, Ordering::SeqCst) {
         return;

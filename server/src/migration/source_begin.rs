@@ -26,6 +26,7 @@ use crate::names::MigrationName;
 use crate::ops::Seed;
 use crate::peer::Peer;
 use crate::status::ApiError;
+use crate::store::Batch;
 use crate::vm::command::{Command, Outcome};
 use crate::vm::registry::VmHandle;
 
@@ -176,10 +177,7 @@ pub async fn begin(
         ..Migration::default()
     };
     let record = MigrationRecord { migration: Some(migration.clone()), vm_uid: handle.uid.clone() };
-    let begun = async {
-        daemon.store.put_migration(&record).await?;
-        seed(&migration).begin().await
-    };
+    let begun = async { seed(&migration).begin_with(Batch::new().put_migration(&record)?).await };
     let running = match begun.await {
         Ok(running) => running,
         Err(error) => {

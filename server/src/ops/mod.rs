@@ -244,6 +244,11 @@ impl Seed {
 
     /// Makes the operation durable.
     pub async fn begin(self) -> Result<Running, ApiError> {
+        self.begin_with(Batch::new()).await
+    }
+
+    /// Makes the operation durable, and with it, or not at all, what else belongs to its beginning.
+    pub async fn begin_with(self, batch: Batch) -> Result<Running, ApiError> {
         let id = Uuid::new_v4();
         let operation = Operation {
             name: format!("operations/{id}"),
@@ -257,7 +262,7 @@ impl Seed {
             request_digest: self.digest.clone(),
             create_time: Some(now()),
         };
-        self.ops.store.put_operation(&record).await?;
+        self.ops.store.commit(batch.put_operation(&record)?).await?;
         let (view, receiver) = watch::channel(operation);
         self.ops.live().running.insert(id, receiver);
         Ok(Running { ops: Arc::clone(&self.ops), record, id, view, finished: false })

@@ -285,7 +285,11 @@ impl Conn {
         let start = out.len();
         // At most MAX_DATA_BYTES a frame.
         out.resize(start + header.data_len as usize, 0);
-        let data = out.get_mut(start..).unwrap_or_default();
+        self.recv_exact(header, out.get_mut(start..).unwrap_or_default())
+    }
+
+    /// The bulk part, of just this size.
+    pub(super) fn recv_exact(&mut self, header: &Header, data: &mut [u8]) -> Result<()> {
         self.stream.read_exact(data).map_err(|error| self.io_error("receiving a frame", error))?;
         self.bytes_in += u64::from(header.data_len);
         check_sum("data", data, header.data_crc).map_err(|source| self.frame_error(source))

@@ -7,7 +7,9 @@
 //! A computing guest uses its slice up (3 ms by default) before EEVDF lets another thread onto its core, unless that one
 //! asks for shorter slices: then it runs at once (Linux 6.12, sched_setattr(2), `sched_runtime` of a fair thread; older
 //! kernels ignore it). A thread that answers a call needs tens of microseconds and its share of time stays the same. The
-//! slice is inherited by new threads and processes, so that a vCPU thread has to give it back.
+//! slice is inherited by new threads and processes, so that a vCPU thread has to give it back. A thread that has just had
+//! more than its share waits until the guest has caught up, however short its slice; a higher weight (nice -10) makes
+//! that wait short too. It takes CAP_SYS_NICE, and is left alone where the operator has chosen another priority.
 #![allow(unsafe_code)]
 
 use std::io::{Error, Result};
@@ -54,6 +56,9 @@ pub fn current() -> Result<Option<u8>> {
 /// Slice of a thread that answers calls: the least that the kernel takes.
 const SHORT_SLICE: Duration = Duration::from_micros(100);
 
+/// Priority of a thread that answers calls, where it may have one.
+const ANSWERING: i32 = -10;
+
 /// `struct sched_attr` of the first version (include/uapi/linux/sched/types.h).
 #[repr(C)]
 #[derive(Default)]
@@ -94,8 +99,25 @@ fn slice(wanted: Option<Duration>) -> Result<()> {
     }
     attributes.runtime = wanted.map_or(0, |slice| slice.as_nanos() as u64);
     (attributes.deadline, attributes.period) = (0, 0);
+    let usual = attributes.nice;
+    attributes.nice = match (wanted, usual) {
+        (Some(_), 0) => ANSWERING,
+        (None, ANSWERING) => 0,
+        (_, other) => other,
+    };
+    match set(&attributes) {
+        // Not allowed to: the slice alone.
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied && attributes.nice < usual => {
+            attributes.nice = usual;
+            set(&attributes)
+        }
+        done => done,
+    }
+}
+
+fn set(attributes: &Attributes) -> Result<()> {
     // SAFETY: thread 0 is the caller; the structure is read only and says its own size.
-    let ret = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+    let ret = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(attributes), 0) };
     if ret == 0 { Ok(()) } else { Err(Error::last_os_error()) }
 }
 
@@ -137,6 +159,26 @@ mod tests {
             });
             assert_eq!(child.join().expect("thread"), (100_000, usual));
             assert_eq!(read(), 100_000, "the parent's is its own");
+        })
+        .join()
+        .expect("thread");
+    }
+
+    #[test]
+    fn answering_goes_before_computing_unless_the_operator_chose_otherwise() {
+        std::thread::spawn(|| {
+            let nice = || attributes().expect("reads").nice;
+            let usual = nice();
+            answer_quickly().expect("shorter");
+            let answering = nice();
+            if usual != 0 {
+                assert_eq!(answering, usual, "chosen by who started this");
+                return;
+            }
+            // Without the privilege it stays as it is.
+            assert!(answering == ANSWERING || answering == usual, "{answering}");
+            compute().expect("longer");
+            assert_eq!(nice(), usual);
         })
         .join()
         .expect("thread");

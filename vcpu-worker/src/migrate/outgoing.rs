@@ -9,9 +9,9 @@
 //!
 //! Local mode has no rounds: the memory's descriptor is handed over, and it waits for Finish or Cancel at once.
 //!
-//! Invariants: the dirty log is on from before the first page is read, and off when the thread ends; a page that was
+//! Invariants: the dirty log is on from before the first page is read, and off when the thread fails; a page that was
 //! taken from the log is sent, or the migration fails, and the next one begins with a full copy again. Failure and
-//! cancel leave the machine as it is: running, if it was not sealed.
+//! cancel leave the machine as it is: running, if it was not sealed. After a finish the log stays on.
 
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -182,6 +182,11 @@ impl OutgoingMigration {
         matches!(&*self.state.borrow(), OutgoingState::Failed(_))
     }
 
+    /// Whether the destination has everything.
+    pub fn is_finished(&self) -> bool {
+        matches!(&*self.state.borrow(), OutgoingState::Finished)
+    }
+
     /// Waits until it is over, at most `within`; none if it is not. An error that came after the answer says that not
     /// all memory has followed.
     pub async fn over(&self, within: Duration) -> Option<Result<(), Arc<WorkerError>>> {
@@ -240,8 +245,15 @@ impl OutgoingMigration {
     }
 }
 
-/// Ends dirty tracking when the thread is done, however that happens.
+/// Ends dirty tracking when the thread is done, unless the machine has gone.
 struct Tracking<'a>(&'a dyn Vm);
+
+impl Tracking<'_> {
+    /// Leaves it on.
+    fn leave(self) {
+        std::mem::forget(self);
+    }
+}
 
 impl Drop for Tracking<'_> {
     fn drop(&mut self) {
@@ -375,9 +387,10 @@ impl Driver {
             Ok((response, left)) => (Ok(response), left),
             Err(error) => (Err(error), Left::new(PageBitmap::new(0))),
         };
-        let end = self.answer(order, result);
-        drop(tracking);
-        end?;
+        self.answer(order, result)?;
+        // The machine is sealed and as good as ended; ending the log would hold that up. If it is given back, its grant
+        // ends the log.
+        tracking.leave();
         self.follow(&mut out, left, &options)
     }
 

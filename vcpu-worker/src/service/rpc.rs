@@ -300,7 +300,25 @@ impl Worker {
         {
             crate::probe::mark_resumed(self.inner.machine()?.memory());
         }
+        if incoming.is_none() {
+            self.end_left_log().await?;
+        }
         if r.run { self.enter().await } else { Ok(0) }
+    }
+
+    /// A machine that is given back was finished with, and its dirty log is still on. The caller holds `control`.
+    async fn end_left_log(&self) -> Result<(), WorkerError> {
+        let finished = self.inner.held().outgoing.take_if(|outgoing| outgoing.is_finished());
+        let Some(finished) = finished else { return Ok(()) };
+        finished.joined().await;
+        let machine = self.inner.machine()?;
+        let ended = tokio::task::spawn_blocking(move || machine.vm().stop_dirty_tracking());
+        let ended = ended.await.map_err(|e| WorkerError::Memory(format!("ending the dirty log: {e}")))?;
+        if let Err(error) = ended {
+            // It costs time, nothing else.
+            tracing::warn!(%error, "the dirty log of a machine that came back is still on");
+        }
+        Ok(())
     }
 
     /// Lets the vCPUs in; the caller holds `control`.

@@ -82,6 +82,8 @@ struct Driver {
     throttle: Arc<Throttle>,
     throttle_seen: u64,
     fifo: Option<u8>,
+    /// Scheduled as a guest computes; until it first does, the thread is one that answers calls.
+    computes: bool,
 }
 
 impl Driver {
@@ -96,7 +98,6 @@ impl Driver {
             |problem: String| WorkerError::Thread { thread: super::thread_name(&vm_name, index), problem };
         pin_current_thread(slot.id())
             .map_err(|e| failed(format!("pinning it to core {}: {e}", slot.id())))?;
-        schedule::compute().map_err(|e| failed(format!("slices of the usual length: {e}")))?;
         if fifo.is_some() {
             schedule::set_current(fifo).map_err(|e| {
                 failed(format!("SCHED_FIFO: {e}; give vpmud CAP_SYS_NICE, or use no priority"))
@@ -124,6 +125,7 @@ impl Driver {
             throttle,
             throttle_seen: 0,
             fifo,
+            computes: false,
         };
         Ok((driver, kick))
     }
@@ -173,6 +175,9 @@ impl Driver {
     /// Runs the guest until the state is another.
     fn run(&mut self) -> Result<(), WorkerError> {
         self.cpu_seen = thread_cpu_ns();
+        if !std::mem::replace(&mut self.computes, true) {
+            self.compute()?;
+        }
         while self.state == State::Running {
             if !self.right.allows(boottime_ns) {
                 self.on_event(Event::RightLost, &Left::RightLost);
@@ -200,6 +205,14 @@ impl Driver {
         }
         self.disarm();
         Ok(())
+    }
+
+    /// From here on it takes turns with other guests as one of them.
+    fn compute(&self) -> Result<(), WorkerError> {
+        schedule::compute().map_err(|e| WorkerError::Thread {
+            thread: format!("vCPU {}", self.index),
+            problem: format!("slices of the usual length: {e}"),
+        })
     }
 
     /// Tells who asked for it that the guest is being entered.
@@ -515,6 +528,10 @@ impl Driver {
             return Err(error);
         }
         self.fifo = to.fifo;
+        if self.computes {
+            // Under SCHED_FIFO nothing was said about the ordinary scheduler.
+            self.compute()?;
+        }
         self.shared.set_place(core, to.fifo);
         pinned_core().ok_or_else(|| failed("the kernel lets it run on several cores".to_owned()))
     }

@@ -138,9 +138,10 @@ impl Conn {
         mut put: impl FnMut(u64, &[u8]) -> Result<()>,
     ) -> Result<()> {
         let mut data = std::mem::take(&mut self.bounce);
-        data.clear();
+        // At most MAX_DATA_BYTES; what it held stays where it will be overwritten, which saves clearing it.
+        data.resize(header.data_len as usize, 0);
         let mut unpacked = std::mem::take(&mut self.unpacked);
-        let result = self.recv_data(header, &mut data).and_then(|()| {
+        let result = self.recv_exact(header, &mut data).and_then(|()| {
             let mut rest = data.as_slice();
             if header.kind == Kind::Packed {
                 // At most MAX_DATA_BYTES: the header was checked.

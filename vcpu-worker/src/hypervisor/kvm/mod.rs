@@ -147,6 +147,9 @@ impl std::fmt::Debug for KvmVm {
     }
 }
 
+/// Held while a VM is created.
+static CREATING: Mutex<()> = Mutex::new(());
+
 impl KvmVm {
     /// Makes the VM: in-kernel interrupt controllers and timer, memory, PMU policy. vCPUs come later.
     pub fn new(memory: GuestMemory, options: KvmOptions) -> Result<Arc<Self>, HvError> {
@@ -157,7 +160,11 @@ impl KvmVm {
             });
         }
         let system = system()?;
-        let fd = uninterrupted(|| system.kvm.create_vm()).map_err(failed("KVM_CREATE_VM"))?;
+        let fd = {
+            // It takes every lock of this process's address space: whoever wants that at the same time only spins.
+            let _turn = CREATING.lock();
+            uninterrupted(|| system.kvm.create_vm()).map_err(failed("KVM_CREATE_VM"))?
+        };
         // Both before any vCPU; processors that run real mode natively ignore them.
         fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
