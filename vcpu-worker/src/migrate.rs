@@ -90,9 +90,9 @@ impl Thread {
             .name(name.to_owned())
             .spawn(move || {
                 let _mark = mark;
-                // It computes as a guest does: whoever answers calls goes first.
-                if let Err(error) = crate::host::schedule::compute() {
-                    tracing::debug!(%error, "a migration thread keeps its short slices");
+                // It works as much as a guest does: whoever answers calls goes first.
+                if let Err(error) = crate::host::schedule::carry() {
+                    tracing::debug!(%error, "a migration thread keeps the priority of one that answers calls");
                 }
                 if let Err(error) = crate::sandbox::enter(crate::sandbox::Kind::Data) {
                     tracing::error!(%error, "a migration thread cannot be confined and does nothing");

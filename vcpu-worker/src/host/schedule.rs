@@ -81,7 +81,16 @@ const _: () = assert!(size_of::<Attributes>() == 48);
 /// # Errors
 /// If the kernel refuses.
 pub fn answer_quickly() -> Result<()> {
-    slice(Some(SHORT_SLICE))
+    slice(Some(SHORT_SLICE), |nice| if nice == 0 { ANSWERING } else { nice })
+}
+
+/// Gives the calling thread the weight of a guest and leaves its slices short: it carries much, in turns with a thread that
+/// waits for it.
+///
+/// # Errors
+/// If the kernel refuses.
+pub(crate) fn carry() -> Result<()> {
+    slice(Some(SHORT_SLICE), usual)
 }
 
 /// Gives the calling thread slices of the usual length.
@@ -89,26 +98,27 @@ pub fn answer_quickly() -> Result<()> {
 /// # Errors
 /// If the kernel refuses.
 pub(crate) fn compute() -> Result<()> {
-    slice(None)
+    slice(None, usual)
 }
 
-fn slice(wanted: Option<Duration>) -> Result<()> {
+/// Nice value of a thread that need not answer.
+fn usual(nice: i32) -> i32 {
+    if nice == ANSWERING { 0 } else { nice }
+}
+
+fn slice(wanted: Option<Duration>, nice: impl Fn(i32) -> i32) -> Result<()> {
     let mut attributes = attributes()?;
     if attributes.policy != libc::SCHED_OTHER as u32 {
         return Ok(());
     }
     attributes.runtime = wanted.map_or(0, |slice| slice.as_nanos() as u64);
     (attributes.deadline, attributes.period) = (0, 0);
-    let usual = attributes.nice;
-    attributes.nice = match (wanted, usual) {
-        (Some(_), 0) => ANSWERING,
-        (None, ANSWERING) => 0,
-        (_, other) => other,
-    };
+    let before = attributes.nice;
+    attributes.nice = nice(before);
     match set(&attributes) {
         // Not allowed to: the slice alone.
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied && attributes.nice < usual => {
-            attributes.nice = usual;
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied && attributes.nice < before => {
+            attributes.nice = before;
             set(&attributes)
         }
         done => done,
