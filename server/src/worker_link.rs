@@ -87,6 +87,20 @@ pub struct WorkerLink {
 pub struct WeakWorker(std::sync::Weak<Inner>);
 
 impl WeakWorker {
+    /// Its events, asked for until it answers in some way. Whoever lets it go meanwhile ends this.
+    pub async fn watch_until_answered(&self) -> Result<Streaming<WorkerEvent>, ApiError> {
+        loop {
+            let Some(inner) = self.0.upgrade() else {
+                return Err(ApiError::internal("WORKER_GONE", "the worker was let go before it answered"));
+            };
+            // Each call waits for its deadline: there is no need to pause between them.
+            match (WorkerLink { inner }).watch_events().await {
+                Err(error) if error.reason() == SILENT => {}
+                answer => return answer,
+            }
+        }
+    }
+
     /// What to make of its event stream's end.
     pub async fn death(&self, detail: &str) -> WorkerEvent {
         match self.0.upgrade() {

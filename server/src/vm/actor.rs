@@ -39,7 +39,7 @@ use crate::daemon::Daemon;
 use crate::names::VmName;
 use crate::status::ApiError;
 use crate::store::Batch;
-use crate::worker_link::{ConsoleHistory, WorkerLink};
+use crate::worker_link::{ConsoleHistory, SILENT, WorkerLink};
 pub(crate) use restarting::wall_ms;
 
 /// How often a running machine's PMU state is stored.
@@ -372,23 +372,35 @@ impl Actor {
         }
     }
 
-    /// Forwards the worker's events to the mailbox.
+    /// Forwards the worker's events to the mailbox. One that does not answer may live, with the only copy: it is asked
+    /// until it answers, or says by its end that it does not.
     async fn follow_worker(&self, worker: &WorkerLink) -> Result<(), ApiError> {
-        let mut stream = worker.watch_events().await?;
+        let first = match worker.watch_events().await {
+            Err(error) if error.reason() == SILENT => None,
+            answer => Some(answer?),
+        };
         let worker = worker.downgrade();
         let to_self = self.to_self.clone();
         let incarnation = self.ownership.incarnation;
         let shutdown = self.daemon.shutdown.clone();
         self.daemon.tasks.spawn(async move {
+            let mut stream = first;
             loop {
+                let next = async {
+                    let stream = match &mut stream {
+                        Some(stream) => stream,
+                        None => stream.insert(worker.watch_until_answered().await?),
+                    };
+                    stream.message().await.map_err(|status| ApiError::from_status("worker", &status))
+                };
                 let event = tokio::select! {
                     () = shutdown.cancelled() => return,
-                    event = stream.message() => event,
+                    event = next => event,
                 };
                 let (event, last) = match event {
                     Ok(Some(event)) => (event, false),
                     Ok(None) => (worker.death("the worker closed its event stream").await, true),
-                    Err(status) => (worker.death(status.message()).await, true),
+                    Err(error) => (worker.death(error.message()).await, true),
                 };
                 let Some(sender) = to_self.upgrade() else { return };
                 if sender.send(Command::Worker { incarnation, event }).await.is_err() || last {

@@ -130,24 +130,9 @@ const RETURN: [Step; 4] = [
     Step::SourcePersistOwned,
     Step::SourceGrant,
 ];
-/// Faults while memory follows; the rest of the time a post-copy is like any other migration.
-const FOLLOW: [Fault; 15] = [
-    Fault::Kill(&[SD]),
-    Fault::Kill(&[SW]),
-    Fault::Kill(&[DD]),
-    Fault::Kill(&[DW]),
-    Fault::Kill(&[SD, SW]),
-    Fault::Kill(&[DD, DW]),
-    Fault::Kill(&[SD, DD]),
-    Fault::Stop(SD),
-    Fault::Stop(SW),
-    Fault::Stop(DD),
-    Fault::Stop(DW),
-    Fault::Cut,
-    Fault::OneWay,
-    Fault::CutData,
-    Fault::Part,
-];
+/// Faults while memory follows, in process isolation, besides all others but a full disk; the rest of the time a post-copy
+/// is like any other migration.
+const FOLLOW: [Fault; 2] = [Fault::CutData, Fault::Part];
 /// Where those are filed: after it has entered.
 const ENTERED: HoldPoint = HoldPoint { after: true, step: Step::DestinationSendEntered };
 /// Steps that no real process can be brought to from outside: they need a copy that differs from what was sealed, or
@@ -191,10 +176,8 @@ impl Cell {
         let mut cells = Vec::new();
         for isolation in [Isolation::Process, Isolation::Thread] {
             let faults: &[Fault] = if isolation == Isolation::Process { &PROCESS } else { &THREAD };
-            let follow = FOLLOW.iter().filter(|fault| {
-                isolation == Isolation::Process
-                    || faults.contains(fault) && !matches!(fault, Fault::CutData | Fault::Part)
-            });
+            let more: &[Fault] = if isolation == Isolation::Process { &FOLLOW } else { &[] };
+            let follow = faults.iter().filter(|fault| !matches!(fault, Fault::Disk(_))).chain(more);
             let scene = Scene::Follow;
             cells.extend(follow.map(|&fault| Self { isolation, scene, point: ENTERED, fault }));
             for scene in [Scene::Move, Scene::Cancel, Scene::Return] {
