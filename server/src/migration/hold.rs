@@ -1,5 +1,5 @@
 //! `--hold-at`: the process says that it has reached a step of a handover and stops itself, so that a test can kill it
-//! exactly there. Without the option it does nothing.
+//! exactly there. Without the option it says so in the log alone, for those who time a hand-over (RUST_LOG=debug).
 
 use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -313,7 +313,10 @@ impl Worker {
         finished.joined().await;
         let machine = self.inner.machine()?;
         let ended = tokio::task::spawn_blocking(move || machine.vm().stop_dirty_tracking());
-        let ended = ended.await.map_err(|e| WorkerError::Memory(format!("ending the dirty log: {e}")))?;
+        let ended = ended.await.map_err(|e| WorkerError::Thread {
+            thread: "end of the dirty log".to_owned(),
+            problem: e.to_string(),
+        })?;
         if let Err(error) = ended {
             // It costs time, nothing else.
             tracing::warn!(%error, "the dirty log of a machine that came back is still on");
