@@ -96,7 +96,9 @@ impl Processes {
                             break;
                         }
                         let spare = this.make_spare()?;
+                        let pid = spare.process.pid();
                         this.spares.ready().push_back(spare);
+                        tracing::info!("spare worker {pid} waits for a machine");
                     }
                     Ok::<_, std::io::Error>(())
                 }

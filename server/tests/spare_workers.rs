@@ -33,19 +33,27 @@ impl Run {
         self.alive().into_iter().filter(|(name, _)| name.starts_with("spare")).map(|(_, id)| id).collect()
     }
 
+    /// What the daemon that runs now has said.
+    fn log(&self) -> String {
+        let dir = self.0.ancestors().nth(2).expect("below the host's directory");
+        std::fs::read_to_string(dir.join("log")).expect("log")
+    }
+
     fn is_empty(&self) {
         let left: Vec<_> = std::fs::read_dir(&self.0).expect("there").flatten().map(|e| e.path()).collect();
         let inside = left.iter().flat_map(std::fs::read_dir).flatten().flatten().map(|e| e.path());
         assert!(left.is_empty(), "left: {left:?} with {:?}", inside.collect::<Vec<_>>());
     }
 
-    /// The spare that is ready, once there is exactly one that is not `old`.
+    /// The spare that is ready, once there is exactly one that is not `old`. It is ready when the daemon says so: its
+    /// own files are there before.
     async fn until_spare(&self, old: Option<&Identity>) -> Identity {
         let begin = Instant::now();
         loop {
             let spares = self.spares();
             if let [spare] = spares.as_slice()
                 && Some(spare) != old
+                && self.log().contains(&format!("spare worker {} waits", spare.pid))
             {
                 return spare.clone();
             }
