@@ -1,5 +1,5 @@
 //! A cgroup for each worker process, below the daemon's own: in the unified hierarchy (v2) and, where they are mounted
-//! as v1, in those of the memory and pids controllers.
+//! as v1, in those of the memory and pids controllers. [`controllers`] hands down those of the unified one.
 //!
 //! Invariants: a directory is written down in the worker's runtime directory before it is made, so that whoever clears
 //! that removes it, also after a crash; a host on which no hierarchy can be written runs workers without, and says so
@@ -8,14 +8,20 @@
 //! Moving a process costs the kernel a grace period (5 to 20 ms measured), so it is done beside the worker's start and
 //! nothing waits for it. What a worker allocated before is charged to the daemon's cgroup.
 
+pub mod controllers;
+
 use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
+
+use controllers::Controllers;
 
 /// Threads of one worker: 256 vCPUs, 64 blocking helpers, migration and runtime threads.
 const MAX_THREADS: u32 = 1024;
 /// File in a runtime directory that lists the cgroup directories.
 const FILE: &str = "cgroup";
+/// The unified hierarchy.
+const V2: &str = "v2";
 /// v1 controllers in which a worker gets a cgroup.
 const V1: [&str; 2] = ["memory", "pids"];
 
@@ -24,8 +30,17 @@ const V1: [&str; 2] = ["memory", "pids"];
 struct Hierarchy {
     /// "v2" or the v1 controller.
     label: String,
-    /// The daemon's own cgroup in it.
+    /// The cgroup that the workers' lie in: the daemon's own, or the one around the daemon's leaf.
     parent: PathBuf,
+    /// v2: what the workers' have.
+    controllers: Vec<String>,
+}
+
+impl Hierarchy {
+    /// Whether a cgroup in it can limit that.
+    fn limits(&self, controller: &str) -> bool {
+        self.label == controller || self.controllers.iter().any(|have| have == controller)
+    }
 }
 
 /// Where this host's workers get their cgroups.
@@ -38,12 +53,10 @@ pub struct Cgroups {
 impl Cgroups {
     /// Looks for what can be written, and removes what an earlier daemon of the same store left and no runtime directory
     /// lists any more. Says once if there is nothing.
-    pub fn discover(store_id: &str, run_dir: &Path) -> Self {
-        let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    pub fn discover(store_id: &str, run_dir: &Path, mode: Controllers) -> Self {
         let prefix = format!("vpmud-{}-", store_id.get(..8).unwrap_or(store_id));
         let mut refused = Vec::new();
-        let mut hierarchies = hierarchies(&own, &mounts);
+        let mut hierarchies = own_hierarchies();
         hierarchies.retain(|h| {
             let probe = h.parent.join(format!("{prefix}probe-{}", std::process::id()));
             match std::fs::create_dir(&probe).and_then(|()| std::fs::remove_dir(&probe)) {
@@ -60,17 +73,26 @@ impl Cgroups {
                 "workers get no cgroup of their own: none can be made here; under systemd set Delegate=yes"
             );
         }
+        let v1: Vec<_> = hierarchies.iter().map(|h| h.label.clone()).filter(|label| label != V2).collect();
+        let v1: Vec<_> = v1.iter().map(String::as_str).collect();
+        if let Some(unified) = hierarchies.iter_mut().find(|h| h.label == V2) {
+            unified.controllers = controllers::provide(&unified.parent, mode, &v1);
+        }
         let found = Self { prefix, hierarchies };
         found.sweep(&listed(run_dir));
         found
     }
 
-    /// For the machine's view: "v2,memory,pids" or "none".
+    /// For the machine's view: "v2+cpu+memory+pids", "v2,memory,pids" where the last two are v1's, or "none".
     pub fn describe(&self) -> String {
         if self.hierarchies.is_empty() {
             return "none".to_owned();
         }
-        self.hierarchies.iter().map(|h| h.label.as_str()).collect::<Vec<_>>().join(",")
+        let show = |h: &Hierarchy| {
+            let shown = h.controllers.iter().filter(|c| controllers::WANTED.contains(&c.as_str()));
+            std::iter::once(&h.label).chain(shown).cloned().collect::<Vec<_>>().join("+")
+        };
+        self.hierarchies.iter().map(show).collect::<Vec<_>>().join(",")
     }
 
     /// Puts a process into cgroups of its own. Blocks.
@@ -86,7 +108,7 @@ impl Cgroups {
             return;
         }
         for (hierarchy, dir) in dirs {
-            if let Err(error) = enter(&hierarchy.label, &dir, pid) {
+            if let Err(error) = enter(hierarchy, &dir, pid) {
                 tracing::warn!(uid, dir = %dir.display(), %error, "a worker stays in the daemon's cgroup");
             }
         }
@@ -108,12 +130,12 @@ impl Cgroups {
     }
 }
 
-fn enter(label: &str, dir: &Path, pid: u32) -> io::Result<()> {
+fn enter(hierarchy: &Hierarchy, dir: &Path, pid: u32) -> io::Result<()> {
     match std::fs::create_dir(dir) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
-    if label == "pids" {
+    if hierarchy.limits("pids") {
         std::fs::write(dir.join("pids.max"), MAX_THREADS.to_string())?;
     }
     match std::fs::write(dir.join("cgroup.procs"), pid.to_string()) {
@@ -152,6 +174,18 @@ fn remove_dir(dir: &Path) {
     tracing::warn!(dir = %dir.display(), "a cgroup stays: something is in it still; the next start removes it");
 }
 
+/// Those that this process is in.
+fn own_hierarchies() -> Vec<Hierarchy> {
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    hierarchies(&own, &mounts)
+}
+
+/// The cgroup of a process beside the daemon's leaf, in the unified hierarchy.
+fn own_unified() -> Option<PathBuf> {
+    own_hierarchies().into_iter().find(|h| h.label == V2).map(|h| h.parent)
+}
+
 /// From /proc/self/cgroup and /proc/self/mountinfo (cgroups(7), proc(5)).
 fn hierarchies(own: &str, mounts: &str) -> Vec<Hierarchy> {
     let mut found = Vec::new();
@@ -162,17 +196,18 @@ fn hierarchies(own: &str, mounts: &str) -> Vec<Hierarchy> {
         };
         let unified = id == "0" && controllers.is_empty();
         let labels: Vec<&str> = if unified {
-            vec!["v2"]
+            vec![V2]
         } else {
             V1.into_iter().filter(|c| controllers.split(',').any(|have| have == *c)).collect()
         };
         for label in labels {
             if let Some(parent) = mounts.lines().find_map(|mount| below(mount, unified, label, path)) {
-                found.push(Hierarchy { label: label.to_owned(), parent });
+                let parent = if unified { controllers::parent_of_workers(parent) } else { parent };
+                found.push(Hierarchy { label: label.to_owned(), parent, controllers: Vec::new() });
             }
         }
     }
-    found.sort_by_key(|h| h.label != "v2");
+    found.sort_by_key(|h| h.label != V2);
     found
 }
 

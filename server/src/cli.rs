@@ -48,6 +48,9 @@ enum StoreCommand {
 enum HostCommand {
     /// Says what this host can do for guests' performance counters, and what to change. Exits with 1 if something stops the mode.
     Check(crate::host_check::HostCheckArgs),
+    /// Takes the controllers of workers' cgroups back, so that a vpmud can be started in their parent again. For the unit's
+    /// ExecStopPost=.
+    ReleaseCgroup(crate::cgroup::controllers::ReleaseArgs),
 }
 
 /// Options of `vpmud serve`.
@@ -103,6 +106,10 @@ struct ServeArgs {
     /// (audit, or dmesg), or there is no filter; log and off are for diagnosis. Thread isolation has no sandbox.
     #[arg(long, value_enum, default_value = "enforce")]
     seccomp: vcpu_worker::sandbox::Mode,
+    /// When the cgroups of worker processes get controllers (cgroup v2): vpmud then moves into a cgroup `daemon` below its
+    /// own. Process isolation only.
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    cgroup_controllers: crate::cgroup::controllers::Controllers,
     /// Worker processes (3 MiB each) kept ready, so that a machine's start need not wait for one: 0 to 16. The systemd unit
     /// keeps 1. Process isolation only.
     #[arg(long, value_name = "N", default_value_t = 0,
@@ -153,6 +160,7 @@ impl From<ServeArgs> for ServeConfig {
             model_pmu: args.model_pmu,
             stop_vms: args.stop_vms,
             seccomp: args.seccomp,
+            cgroup_controllers: args.cgroup_controllers,
             spare_workers: args.spare_workers,
             worker_violates: args.worker_violates,
             local_migration: args.local_migration,
@@ -188,6 +196,7 @@ pub fn main() -> ExitCode {
             }
         },
         Command::Host(HostCommand::Check(args)) => crate::host_check::main(&args),
+        Command::Host(HostCommand::ReleaseCgroup(args)) => crate::cgroup::controllers::main(&args),
         Command::Store(StoreCommand::Fence(args)) => crate::fence::main(&args),
     }
 }

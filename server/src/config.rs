@@ -234,6 +234,8 @@ pub struct ServeConfig {
     pub stop_vms: bool,
     /// What a forbidden system call of a worker process leads to.
     pub seccomp: vcpu_worker::sandbox::Mode,
+    /// When workers' cgroups get controllers.
+    pub cgroup_controllers: crate::cgroup::controllers::Controllers,
     /// Worker processes kept ready for machines to come; process isolation only.
     pub spare_workers: u32,
     /// For tests: worker threads of this kind make a forbidden call.

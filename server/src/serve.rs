@@ -164,7 +164,7 @@ async fn serve(
     let run_dir =
         std::path::absolute(config.state_dir.join("run")).map_err(io("cannot find the state directory"))?;
     let cgroups = if isolated {
-        crate::cgroup::Cgroups::discover(store.store_id(), &run_dir)
+        crate::cgroup::Cgroups::discover(store.store_id(), &run_dir, config.cgroup_controllers)
     } else {
         crate::cgroup::Cgroups::default()
     };

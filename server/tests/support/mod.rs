@@ -36,8 +36,8 @@ pub struct Host {
     pub child: Child,
     pub ready: serde_json::Value,
     options: Vec<String>,
-    /// The network namespace that it lives in; empty: the test's own.
-    netns: String,
+    /// What it is started by; empty: the test itself.
+    under: Vec<String>,
 }
 
 /// Whether KVM tests run. Says so if not; VPMU_REQUIRE_KVM=1 makes that a failure.
@@ -57,23 +57,26 @@ impl Host {
 
     /// In a network namespace.
     pub async fn start_in(dir: &Path, netns: &str, options: &[&str]) -> Self {
+        Self::start_under(dir, &in_netns(netns), options).await
+    }
+
+    /// By a command that becomes vpmud.
+    pub async fn start_under(dir: &Path, under: &[String], options: &[&str]) -> Self {
         let options: Vec<String> = options.iter().map(ToString::to_string).collect();
         std::fs::create_dir_all(dir).expect("state directory's parent");
-        let (child, ready) = spawn_in(dir, netns, &options).await.expect("vpmud is ready");
-        Self { dir: dir.to_owned(), child, ready, options, netns: netns.to_owned() }
+        let (child, ready) = spawn_under(dir, under, &options).await.expect("vpmud is ready");
+        Self { dir: dir.to_owned(), child, ready, options, under: under.to_vec() }
     }
 
     /// Where userfaultfd is refused, as without privileges; not to be restarted.
     pub async fn start_without_userfaultfd(dir: &Path, options: &[&str]) -> Self {
-        let options: Vec<String> = options.iter().map(ToString::to_string).collect();
-        std::fs::create_dir_all(dir).expect("state directory's parent");
         let mut under = vec!["setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace"];
         if Path::new("/dev/userfaultfd").exists() {
             let hide = "mount --bind /dev/null /dev/userfaultfd && exec \"$@\"";
             under.splice(0..0, ["unshare", "--mount", "sh", "-c", hide, "sh"]);
         }
-        let (child, ready) = spawn_under(dir, &under, &options).await.expect("vpmud is ready");
-        Self { dir: dir.to_owned(), child, ready, options, netns: String::new() }
+        let under: Vec<String> = under.iter().map(ToString::to_string).collect();
+        Self::start_under(dir, &under, options).await
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -91,7 +94,7 @@ impl Host {
 
     pub async fn restart(&mut self) {
         let (child, ready) =
-            spawn_in(&self.dir, &self.netns, &self.options).await.expect("vpmud is ready again");
+            spawn_under(&self.dir, &self.under, &self.options).await.expect("vpmud is ready again");
         (self.child, self.ready) = (child, ready);
     }
 
@@ -306,15 +309,20 @@ pub async fn spawn_in(
     netns: &str,
     options: &[String],
 ) -> Result<(Child, serde_json::Value), (Option<i32>, String)> {
-    let enter = format!("--net=/run/netns/{netns}");
-    let under = ["nsenter", &enter];
-    spawn_under(dir, if netns.is_empty() { &[] } else { &under }, options).await
+    spawn_under(dir, &in_netns(netns), options).await
+}
+
+fn in_netns(netns: &str) -> Vec<String> {
+    if netns.is_empty() {
+        return Vec::new();
+    }
+    vec!["nsenter".to_owned(), format!("--net=/run/netns/{netns}")]
 }
 
 /// The same by a command that becomes vpmud, so that the child is vpmud itself.
-async fn spawn_under(
+pub async fn spawn_under(
     dir: &Path,
-    under: &[&str],
+    under: &[String],
     options: &[String],
 ) -> Result<(Child, serde_json::Value), (Option<i32>, String)> {
     // Another build of the same, e.g. an optimised one, may be tested in place of cargo's.

@@ -1,0 +1,273 @@
+//! Controllers (cpu, memory, pids, hugetlb) for the workers' cgroups in the unified hierarchy.
+//!
+//! A cgroup has the controllers that its parent hands down, and the kernel lets only a parent hand any down that has no
+//! process of its own. So the daemon moves into a leaf, [`LEAF`], and the workers' cgroups lie beside it.
+//!
+//! From then on nobody can be put into the parent as long as a worker lives: whoever starts the daemon again has to put
+//! it into the leaf, or to take the controllers back first ([`release`]). systemd does neither by itself: from 256 on it
+//! begins a service in the unit's own cgroup also where `DelegateSubgroup=` is set, which the kernel then refuses, and the
+//! machines that outlived the daemon would be without one. Hence [`Controllers::Auto`] leaves units alone, and the
+//! unit that asks for `on` has `ExecStopPost=vpmud host release-cgroup`.
+//!
+//! Invariant: what is not enabled is told with the reason, once, at the start; workers then run without it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Where the daemon goes.
+pub(super) const LEAF: &str = "daemon";
+/// systemd's name for commands of a unit that run beside its service.
+const CONTROL: &str = ".control";
+/// What workers are to have, if it can be had.
+pub(super) const WANTED: [&str; 4] = ["cpu", "memory", "pids", "hugetlb"];
+/// Kinds of systemd's units that have a cgroup.
+const UNITS: [&str; 3] = [".service", ".scope", ".slice"];
+
+/// When controllers are handed down to the workers' cgroups (v2).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Controllers {
+    /// Where that is not the cgroup of a systemd unit.
+    #[default]
+    Auto,
+    /// Also there: the unit has `ExecStopPost=vpmud host release-cgroup`, without which it cannot start again beside running machines.
+    On,
+    /// Never.
+    Off,
+}
+
+/// What is to be seen of the cgroup that the workers' lie in.
+#[derive(Debug, Default)]
+struct Seen {
+    /// It is the host's root.
+    root: bool,
+    /// It is a systemd unit's.
+    unit: bool,
+    /// What it could hand down.
+    available: Vec<String>,
+    /// What it does hand down.
+    enabled: Vec<String>,
+    /// This process is in it.
+    inside: bool,
+    /// So are these.
+    others: Vec<String>,
+}
+
+/// What to do.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Plan {
+    move_to_leaf: bool,
+    enable: Vec<&'static str>,
+    /// What workers go without, and why.
+    missing: Vec<(Vec<&'static str>, String)>,
+}
+
+/// `elsewhere`: what workers get in hierarchies of v1.
+fn plan(seen: &Seen, mode: Controllers, elsewhere: &[&str]) -> Plan {
+    let mut plan = Plan::default();
+    if mode == Controllers::Off {
+        return plan;
+    }
+    let wanted =
+        WANTED.into_iter().filter(|c| !elsewhere.contains(c) && !seen.enabled.iter().any(|e| e == c));
+    let (there, absent): (Vec<_>, Vec<_>) = wanted.partition(|c| seen.available.iter().any(|a| a == c));
+    if !absent.is_empty() {
+        let why = "cgroup.controllers does not list it; under systemd set Delegate=yes".to_owned();
+        plan.missing.push((absent, why));
+    }
+    if there.is_empty() {
+        return plan;
+    }
+    let refusal = if seen.root {
+        Some("the daemon is in the host's root cgroup; start it in one of its own".to_owned())
+    } else if seen.unit && mode == Controllers::Auto {
+        Some("it is a systemd unit's cgroup; give --cgroup-controllers on, with the ExecStopPost= of vpmud.service".to_owned())
+    } else if !seen.others.is_empty() {
+        Some(format!(
+            "other processes are in it ({}); start the daemon in a cgroup of its own",
+            seen.others.join(", ")
+        ))
+    } else {
+        None
+    };
+    if let Some(why) = refusal {
+        plan.missing.push((there, why));
+    } else {
+        plan.move_to_leaf = seen.inside;
+        plan.enable = there;
+    }
+    plan
+}
+
+/// Where the workers' cgroups lie, for a daemon in this one.
+pub(super) fn parent_of_workers(own: PathBuf) -> PathBuf {
+    match own.parent() {
+        Some(parent) if own.ends_with(LEAF) => parent.to_owned(),
+        _ => own,
+    }
+}
+
+/// Hands down to the workers' cgroups below `parent` what can be; returns what they then have.
+pub(super) fn provide(parent: &Path, mode: Controllers, elsewhere: &[&str]) -> Vec<String> {
+    let plan = plan(&look(parent), mode, elsewhere);
+    for (missing, why) in &plan.missing {
+        tracing::info!(cgroup = %parent.display(), ?missing, why, "workers go without these controllers");
+    }
+    if let Err(error) = if plan.move_to_leaf { enter_leaf(parent) } else { Ok(()) } {
+        tracing::warn!(cgroup = %parent.display(), missing = ?plan.enable, %error,
+            "workers go without these controllers: this process cannot move into a cgroup below its own");
+    } else {
+        for controller in &plan.enable {
+            // One by one: a kernel that refuses one refuses the whole write.
+            if let Err(error) =
+                std::fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"))
+            {
+                tracing::warn!(cgroup = %parent.display(), controller, %error, "workers go without a controller");
+            }
+        }
+    }
+    if mode == Controllers::Off { Vec::new() } else { words(parent, "cgroup.subtree_control") }
+}
+
+fn look(parent: &Path) -> Seen {
+    let name = parent.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let own = std::process::id().to_string();
+    let (ours, others): (Vec<_>, Vec<_>) =
+        words(parent, "cgroup.procs").into_iter().partition(|pid| *pid == own);
+    Seen {
+        // Only the root has no type (cgroup-v2.rst).
+        root: !parent.join("cgroup.type").exists(),
+        unit: UNITS.iter().any(|kind| name.ends_with(kind)),
+        available: words(parent, "cgroup.controllers"),
+        enabled: words(parent, "cgroup.subtree_control"),
+        inside: !ours.is_empty(),
+        others,
+    }
+}
+
+fn words(dir: &Path, file: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(dir.join(file)).unwrap_or_default();
+    text.split_whitespace().map(str::to_owned).collect()
+}
+
+fn enter_leaf(parent: &Path) -> io::Result<()> {
+    let leaf = parent.join(LEAF);
+    match std::fs::create_dir(&leaf) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    std::fs::write(leaf.join("cgroup.procs"), std::process::id().to_string())
+}
+
+/// Takes every controller back, so that a process can be put into `dir` again; the workers below stay. Returns what it
+/// handed down.
+///
+/// # Errors
+/// If the kernel refuses it.
+pub fn release(dir: &Path) -> io::Result<Vec<String>> {
+    let enabled = words(dir, "cgroup.subtree_control");
+    let off: Vec<_> = enabled.iter().map(|controller| format!("-{controller}")).collect();
+    if !off.is_empty() {
+        std::fs::write(dir.join("cgroup.subtree_control"), off.join(" "))?;
+    }
+    Ok(enabled)
+}
+
+/// Options of `vpmud host release-cgroup`.
+#[derive(Debug, clap::Args)]
+pub struct ReleaseArgs {
+    /// Directory of the cgroup; default: that of the systemd unit that runs this as its ExecStopPost=.
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+}
+
+/// Runs it. Exit codes: 0 done, 1 it cannot be done.
+pub fn main(args: &ReleaseArgs) -> std::process::ExitCode {
+    let unit = || super::own_unified().filter(|own| own.ends_with(CONTROL))?.parent().map(Path::to_owned);
+    let Some(dir) = args.cgroup.clone().or_else(unit) else {
+        eprintln!("vpmud: this is not an ExecStopPost= of a unit with Delegate=yes; give --cgroup DIR");
+        return std::process::ExitCode::FAILURE;
+    };
+    match release(&dir) {
+        Ok(released) => {
+            println!("{}: released {}", dir.display(), released.join(" "));
+            std::process::ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("vpmud: {}: {error}; is it a cgroup (v2) that this user may change?", dir.display());
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> Vec<String> {
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    /// A delegated cgroup with the daemon alone in it.
+    fn delegated() -> Seen {
+        Seen { available: words("cpuset cpu io memory pids"), inside: true, ..Seen::default() }
+    }
+
+    fn missing(plan: &Plan) -> Vec<&'static str> {
+        plan.missing.iter().flat_map(|(which, _)| which.clone()).collect()
+    }
+
+    #[test]
+    fn the_daemon_moves_into_a_leaf_and_enables_what_there_is() {
+        let all = plan(&delegated(), Controllers::Auto, &[]);
+        assert!(all.move_to_leaf);
+        assert_eq!((all.enable.clone(), missing(&all)), (vec!["cpu", "memory", "pids"], vec!["hugetlb"]));
+        // Again, after a restart in the leaf: the rest only, and no move.
+        let again = Seen { enabled: words("memory pids"), inside: false, ..delegated() };
+        let again = plan(&again, Controllers::Auto, &[]);
+        assert_eq!((again.move_to_leaf, again.enable), (false, vec!["cpu"]));
+        let whole = Seen { enabled: words("cpu memory pids"), inside: false, ..delegated() };
+        assert_eq!(plan(&whole, Controllers::Auto, &["hugetlb"]), Plan::default());
+    }
+
+    #[test]
+    fn a_units_cgroup_is_changed_only_if_the_unit_asks() {
+        let unit = || Seen { unit: true, ..delegated() };
+        let auto = plan(&unit(), Controllers::Auto, &[]);
+        assert_eq!((auto.move_to_leaf, auto.enable.len()), (false, 0));
+        assert_eq!(missing(&auto), ["hugetlb", "cpu", "memory", "pids"]);
+        assert!(auto.missing[1].1.contains("--cgroup-controllers on"), "{auto:?}");
+        let on = plan(&unit(), Controllers::On, &[]);
+        assert_eq!((on.move_to_leaf, on.enable), (true, vec!["cpu", "memory", "pids"]));
+    }
+
+    #[test]
+    fn what_is_not_the_daemons_is_left_alone() {
+        let others = Seen { others: words("17 42"), ..delegated() };
+        let root = Seen { root: true, ..delegated() };
+        for (seen, word) in [(others, "17, 42"), (root, "root cgroup")] {
+            for mode in [Controllers::Auto, Controllers::On] {
+                let plan = plan(&seen, mode, &[]);
+                assert!(!plan.move_to_leaf && plan.enable.is_empty(), "{plan:?}");
+                assert!(plan.missing.iter().any(|(_, why)| why.contains(word)), "{plan:?}");
+            }
+        }
+        assert_eq!(plan(&delegated(), Controllers::Off, &[]), Plan::default());
+    }
+
+    #[test]
+    fn v1_is_used_where_it_has_the_controller() {
+        let hybrid = Seen { inside: true, available: words("hugetlb"), ..Seen::default() };
+        let plan = plan(&hybrid, Controllers::Auto, &["memory", "pids"]);
+        assert_eq!((plan.enable.clone(), missing(&plan)), (vec!["hugetlb"], vec!["cpu"]));
+        // Nothing to enable: no move either.
+        let none = Seen { inside: true, ..Seen::default() };
+        assert!(!super::plan(&none, Controllers::Auto, &[]).move_to_leaf);
+    }
+
+    #[test]
+    fn workers_lie_beside_the_daemons_leaf() {
+        let at = |path: &str| parent_of_workers(PathBuf::from(path));
+        assert_eq!(at("/sys/fs/cgroup/a/vpmud.service"), Path::new("/sys/fs/cgroup/a/vpmud.service"));
+        assert_eq!(at("/sys/fs/cgroup/a/vpmud.service/daemon"), Path::new("/sys/fs/cgroup/a/vpmud.service"));
+    }
+}
