@@ -38,6 +38,11 @@ pub enum Survivor {
         /// What it says of itself.
         status: Box<WorkerStatus>,
     },
+    /// It was attached and has not answered since: it may hold the only copy.
+    Silent {
+        /// The way to it.
+        worker: WorkerLink,
+    },
     /// It died.
     Dead {
         /// How its guest had ended before, if it had.
@@ -45,6 +50,20 @@ pub enum Survivor {
     },
     /// It lives and cannot be used, or had to be ended: why.
     Refused(ApiError),
+}
+
+impl Survivor {
+    /// What a worker that was attached is now. Only its death makes it dead.
+    pub async fn ask(worker: WorkerLink) -> Self {
+        match worker.status().await {
+            Ok(status) => Self::Live { worker, status: Box::new(status) },
+            Err(_) if worker.is_dead().await => Self::Dead { end: None },
+            Err(error) => {
+                tracing::warn!(pid = worker.pid(), %error, "a worker does not say what it is");
+                Self::Silent { worker }
+            }
+        }
+    }
 }
 
 /// Looks for workers and settles what recovery must not meet.
@@ -330,7 +349,7 @@ async fn abort(
 pub async fn after_recovery(daemon: &Arc<Daemon>, survivors: Vec<(String, Survivor)>) {
     for (uid, survivor) in survivors {
         let Some(handle) = daemon.registry.by_uid(&uid) else {
-            if let Survivor::Live { worker, .. } = survivor {
+            if let Survivor::Live { worker, .. } | Survivor::Silent { worker } = survivor {
                 tracing::warn!(%uid, "a worker without a machine is ended");
                 worker.end().await;
             }

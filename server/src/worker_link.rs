@@ -285,6 +285,11 @@ impl WorkerLink {
         Ok((Self { inner: Arc::new(inner) }, status))
     }
 
+    /// Which start of its machine it is.
+    pub fn incarnation(&self) -> u64 {
+        self.inner.fence.incarnation
+    }
+
     /// Process id in process isolation, else 0.
     pub fn pid(&self) -> u32 {
         self.inner.process.as_ref().map_or(0, WorkerProcess::pid)

@@ -409,6 +409,16 @@ async fn a_daemon_that_dies_in_a_migration_finds_its_worker() {
 /// the copy that outlived the source's daemon goes on.
 #[tokio::test]
 async fn a_machine_that_is_given_back_goes_on_in_the_worker_that_was_kept() {
+    given_back(false).await;
+}
+
+/// The same while that worker does not answer: it holds the only copy, so it is asked until it does.
+#[tokio::test]
+async fn a_worker_that_is_silent_when_its_machine_is_given_back_is_waited_for() {
+    given_back(true).await;
+}
+
+async fn given_back(silent: bool) {
     let dir = tempfile::tempdir().expect("tempdir");
     let (here, there) = (dir.path().join("a"), dir.path().join("b"));
     let workers = [Workers::of(&here), Workers::of(&there)];
@@ -426,8 +436,21 @@ async fn a_machine_that_is_given_back_goes_on_in_the_worker_that_was_kept() {
         kill_process(pid(copy.pid), Signal::KILL).expect("SIGKILL");
         until_gone(&copy).await;
     }
-    b.restart().await;
-    a.restart_with(&OPTIONS).await;
+    if silent {
+        // The source cannot decide before it has its answer, so its worker has been attached and is not asked yet.
+        a.restart_with(&["--isolation", "process", "--handover-timeout", "500"]).await;
+        kill_process(pid(worker.pid), Signal::STOP).expect("SIGSTOP");
+        b.restart().await;
+        // Long enough for the destination to give it back, and then for several deadlines of commands.
+        tokio::time::sleep(Duration::from_millis(3000)).await;
+        let shown = a.get("vm").await;
+        assert_ne!(shown.observed_state(), State::Failed, "{shown:?}");
+        assert!(lives(&worker), "the only copy was ended");
+        kill_process(pid(worker.pid), Signal::CONT).expect("SIGCONT");
+    } else {
+        b.restart().await;
+        a.restart_with(&OPTIONS).await;
+    }
     let back = a.until("vm", "RUNNING", is(State::Running)).await;
     assert_eq!((back.worker_pid, back.epoch), (worker.pid, 3), "{back:?}");
     assert!(back.moved_to.is_empty() && back.migration.is_empty(), "{back:?}");

@@ -370,9 +370,9 @@ async fn taken_back(
         }
         daemon.store.put_migration(&record).await?;
     }
-    let status = Box::new(worker.status().await?);
+    // Its copy is the only one: whatever it answers, it is not let go here.
+    let survivor = Box::new(Survivor::ask(worker).await);
     let Some(handle) = daemon.registry.by_uid(&held.vm_uid) else { return Ok(()) };
-    let survivor = Box::new(Survivor::Live { worker, status });
     handle.ask(|reply| Command::Reattach { survivor, reply }).await
 }
 

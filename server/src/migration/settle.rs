@@ -24,7 +24,7 @@ use crate::handover::step::HandoverStep;
 use crate::handover::{Digest, Handover, PeerAnswer, destination, source};
 use crate::peer::Peer;
 use crate::status::ApiError;
-use crate::worker_link::WorkerLink;
+use crate::worker_link::{SILENT, WorkerLink};
 
 /// What both sides need.
 struct Settler {
@@ -151,28 +151,48 @@ impl Copy {
         }
     }
 
-    async fn seal(&mut self, epoch: u64) -> source::Event {
-        let Some(worker) = &self.worker else { return source::Event::WorkerDied };
-        match worker.seal(&self.id, epoch).await {
-            Ok(()) => source::Event::WorkerSealed,
+    async fn seal(&mut self, daemon: &Daemon, epoch: u64) -> Option<source::Event> {
+        let Some(worker) = &self.worker else { return Some(source::Event::WorkerDied) };
+        match until_answered(daemon, || worker.seal(&self.id, epoch)).await? {
+            Ok(()) => Some(source::Event::WorkerSealed),
             Err(error) => {
                 tracing::error!(migration = %self.id, %error, "a worker cannot be sealed and is ended");
-                self.end().await
+                Some(self.end().await)
             }
         }
     }
 
-    async fn grant(&mut self, epoch: u64, run: bool) -> source::Event {
-        let Some(worker) = &self.worker else { return source::Event::WorkerDied };
+    async fn grant(&mut self, daemon: &Daemon, epoch: u64, run: bool) -> Option<source::Event> {
+        let Some(worker) = &self.worker else { return Some(source::Event::WorkerDied) };
         if let Err(error) = worker.cancel_migration(&self.id).await {
             tracing::info!(migration = %self.id, %error, "the copy had ended already");
         }
-        match worker.grant(epoch, run).await {
-            Ok(_) => source::Event::Granted,
+        match until_answered(daemon, || worker.grant(epoch, run)).await? {
+            Ok(_) => Some(source::Event::Granted),
             Err(error) => {
                 tracing::error!(migration = %self.id, %error, "a worker does not run on and is ended");
-                self.end().await
+                Some(self.end().await)
             }
+        }
+    }
+}
+
+/// The answer of a worker that may hold the only copy: one that is silent is asked again, each time for a command's
+/// deadline, until it answers or is seen to have ended. None if the daemon ends first.
+async fn until_answered<T, F>(daemon: &Daemon, call: impl Fn() -> F) -> Option<Result<T, ApiError>>
+where
+    F: Future<Output = Result<T, ApiError>>,
+{
+    loop {
+        let answer = tokio::select! {
+            answer = call() => answer,
+            () = daemon.shutdown.cancelled() => return None,
+        };
+        match answer {
+            Err(error) if error.reason() == SILENT => {
+                tracing::warn!(%error, "a worker with a copy is asked again");
+            }
+            answer => return Some(answer),
         }
     }
 }
@@ -215,9 +235,11 @@ async fn settle_source(
                     events.push_back(go(&settler.daemon, &machine.handover, epoch, digest).await);
                 }
                 // What the last daemon had not stored of it died with that.
-                Effect::SealWorker { epoch } => events.push_back(copy.seal(epoch).await),
+                Effect::SealWorker { epoch } => events.push_back(copy.seal(&settler.daemon, epoch).await?),
                 Effect::EndWorker => events.push_back(copy.end().await),
-                Effect::Grant { epoch, run } => events.push_back(copy.grant(epoch, run).await),
+                Effect::Grant { epoch, run } => {
+                    events.push_back(copy.grant(&settler.daemon, epoch, run).await?)
+                }
                 Effect::PersistPmu => events.push_back(Event::PmuPersisted),
                 // Without a stream: a destination that waits asks. The others begin a migration, or answer a user
                 // who cannot reach this one.

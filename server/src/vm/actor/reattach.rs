@@ -1,6 +1,10 @@
 //! A worker that outlived the last daemon comes back to its machine: the rows "Owned" and "Entered" of handover.md
 //! section 3.
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tokio::sync::oneshot;
 use vpmu_proto::api::VirtualMachine;
 use vpmu_proto::api::virtual_machine::{DesiredState, State};
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
@@ -11,7 +15,8 @@ use super::restarting::note_end;
 use super::{Actor, ended_state, worker_died};
 use crate::adopt::Survivor;
 use crate::status::ApiError;
-use crate::worker_link::WorkerLink;
+use crate::vm::command::Command;
+use crate::worker_link::{SILENT, WorkerLink};
 
 /// What the table says about a live worker of a machine that is owned here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,8 +82,16 @@ impl Actor {
             Survivor::Dead { .. } if owned && had_run && unwanted => {
                 self.change(State::Stopped, "", "", Kind::Updated, |_| {}).await
             }
+            Survivor::Live { worker, .. } if self.replaced(&worker) => {
+                worker.end().await;
+                Ok(())
+            }
             Survivor::Live { worker, status } if owned => self.take_back(worker, *status).await,
-            Survivor::Live { worker, .. } => {
+            Survivor::Silent { worker } if owned && !self.replaced(&worker) => {
+                self.wait_for_answer(worker);
+                Ok(())
+            }
+            Survivor::Live { worker, .. } | Survivor::Silent { worker } => {
                 worker.end().await;
                 Ok(())
             }
@@ -107,6 +120,12 @@ impl Actor {
             Row::Adopt => status.state() == worker_status::State::Running,
             Row::Grant { run } => match worker.grant(epoch, run).await {
                 Ok(_) => run,
+                // It may run by now, or may yet: only its own word tells.
+                Err(error) if error.reason() == SILENT => {
+                    self.worker = None;
+                    self.wait_for_answer(worker);
+                    return Ok(());
+                }
                 Err(error) => return self.give_up(&error).await,
             },
             Row::Ended => {
@@ -146,6 +165,47 @@ impl Actor {
             Ok(()) => Ok(()),
             Err(error) => self.give_up(&error).await,
         }
+    }
+
+    /// The machine has had another worker since.
+    fn replaced(&self, worker: &WorkerLink) -> bool {
+        self.worker.is_some() || worker.incarnation() != self.ownership.incarnation
+    }
+
+    /// The machine is shown as it was left, and whoever starts, stops or deletes it ends the worker as before. Until
+    /// then the worker is asked, and what it answers is what the machine is.
+    fn wait_for_answer(&self, worker: WorkerLink) {
+        tracing::warn!(vm = %self.name, pid = worker.pid(), "a worker that outlived vpmud does not answer; it is asked until it does");
+        let to_self = self.to_self.clone();
+        let daemon = Arc::clone(&self.daemon);
+        self.daemon.tasks.spawn(async move {
+            let answered = async {
+                loop {
+                    // Each question waits for its deadline, or for the process to end: no pause is needed between them.
+                    match Survivor::ask(worker.clone()).await {
+                        Survivor::Silent { .. } => {}
+                        survivor => return survivor,
+                    }
+                }
+            };
+            let told = tokio::select! {
+                () = daemon.shutdown.cancelled() => false,
+                survivor = answered => match to_self.upgrade() {
+                    Some(sender) => {
+                        let (reply, _nobody) = oneshot::channel();
+                        sender.send(Command::Reattach { survivor: Box::new(survivor), reply }).await.is_ok()
+                    }
+                    None => false,
+                },
+            };
+            if told {
+                // The machine's task has it now.
+            } else if worker.outlives_daemon(daemon.upgrading.load(Ordering::SeqCst)) {
+                worker.keep();
+            } else {
+                worker.end().await;
+            }
+        });
     }
 
     pub(super) async fn give_up(&mut self, error: &ApiError) -> Result<(), ApiError> {
