@@ -22,6 +22,12 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Largest answer that is accepted, in bytes: a migration's result with the PMU of 256 vCPUs fits many times over.
 const MAX_ANSWER: usize = 16 << 20;
 
+/// What a host may send of one answer before it hears that some has been read: a whole page of a list, as far as that
+/// is usual. HTTP/2's own 64 KiB would cost a long list many round trips.
+const STREAM_WINDOW: u32 = 2 << 20;
+/// The same for all answers of a connection together.
+const CONNECTION_WINDOW: u32 = 8 << 20;
+
 /// A connection to one host. Cheap to clone; clones share the connection.
 #[derive(Clone, Debug)]
 pub struct Client {
@@ -44,6 +50,8 @@ impl Client {
                     tonic::transport::Endpoint::from_shared(format!("http://{address}"))
                         .map_err(|error| refused(deepest(&error)))?
                         .tcp_nodelay(true)
+                        .initial_stream_window_size(STREAM_WINDOW)
+                        .initial_connection_window_size(CONNECTION_WINDOW)
                         .connect()
                         .await
                         .map_err(|error| refused(deepest(&error)))
@@ -134,7 +142,11 @@ impl Client {
 
 /// Pings while calls are open, so that a stream from a host that hangs ends with an error and not never.
 fn alive(endpoint: tonic::transport::Endpoint) -> tonic::transport::Endpoint {
-    endpoint.http2_keep_alive_interval(KEEP_ALIVE).keep_alive_timeout(KEEP_ALIVE)
+    endpoint
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
 }
 
 /// A fresh id for idempotent requests.

@@ -9,7 +9,8 @@ use vpmu_proto::api::{
     GetVirtualMachineStatsRequest, ListVirtualMachinesRequest, PauseVirtualMachineRequest,
     RestoreVirtualMachineRequest, ResumeVirtualMachineRequest, SnapshotVirtualMachineRequest,
     StartVirtualMachineRequest, StopVirtualMachineRequest, UpdateVcpuPlacementRequest, VirtualMachine,
-    VirtualMachineSpec, VirtualMachineStats, WatchVirtualMachinesRequest, WatchVirtualMachinesResponse,
+    VirtualMachineSpec, VirtualMachineStats, VirtualMachineView, WatchVirtualMachinesRequest,
+    WatchVirtualMachinesResponse,
 };
 use vpmu_proto::longrunning::Operation;
 
@@ -35,6 +36,7 @@ impl Client {
                 parent: names::DEFAULT_PROJECT.to_owned(),
                 page_size: 0,
                 page_token,
+                view: VirtualMachineView::Basic as i32,
             });
             let page =
                 self.call("ListVirtualMachines", self.raw_vms().list_virtual_machines(request)).await?;

@@ -6,10 +6,12 @@
 //! of its own over a Unix socket; nothing here relies on which but what starts, adopts and ends it. Every call has a deadline, so that no worker can hang an actor.
 
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
@@ -33,6 +35,16 @@ const RESTORE: Duration = Duration::from_secs(900);
 const GONE: Duration = Duration::from_secs(2);
 /// Most console history that is kept of an ended machine, in bytes.
 const CONSOLE_KEPT: usize = 1 << 20;
+
+/// A call with one answer: of the service itself where that is in this process, else over the wire.
+macro_rules! unary {
+    ($link:expr, $deadline:expr, $method:ident, $request:expr) => {
+        match &$link.inner.direct {
+            Some(worker) => call($deadline, worker.$method(Request::new($request))).await,
+            None => call($deadline, $link.client().$method($request)).await,
+        }
+    };
+}
 
 /// What this host's workers are made of.
 #[derive(Clone)]
@@ -77,6 +89,9 @@ pub struct Launch<'a> {
     pub beside: bool,
 }
 
+/// A worker's events, until it ends.
+pub type Events = Pin<Box<dyn Stream<Item = Result<WorkerEvent, Status>> + Send>>;
+
 /// A worker; cloned freely, ended by [`WorkerLink::end`] or with its last clone.
 #[derive(Clone)]
 pub struct WorkerLink {
@@ -88,7 +103,7 @@ pub struct WeakWorker(std::sync::Weak<Inner>);
 
 impl WeakWorker {
     /// Its events, asked for until it answers in some way. Whoever lets it go meanwhile ends this.
-    pub async fn watch_until_answered(&self) -> Result<Streaming<WorkerEvent>, ApiError> {
+    pub async fn watch_until_answered(&self) -> Result<Events, ApiError> {
         loop {
             let Some(inner) = self.0.upgrade() else {
                 return Err(ApiError::internal("WORKER_GONE", "the worker was let go before it answered"));
@@ -179,17 +194,13 @@ impl WorkerLink {
             }),
         };
         let built = async {
-            let mut client = link.client();
             let attach = AttachRequest {
                 store_id: factory.store_id.clone(),
                 vm_uid: launch.vm_uid.to_owned(),
                 incarnation: launch.incarnation,
                 term: factory.term,
             };
-            match &link.inner.direct {
-                Some(worker) => call(factory.command, worker.attach(Request::new(attach))).await?,
-                None => call(factory.command, client.attach(attach)).await?,
-            };
+            unary!(link, factory.command, attach, attach)?;
             let request = CreateVmRequest {
                 fence: Some(fence),
                 vm_name: launch.vm_name.to_owned(),
@@ -208,10 +219,7 @@ impl WorkerLink {
                 pmu_shape: launch.pmu_shape,
             };
             let within = if request.restore.is_some() { RESTORE } else { BUILD };
-            match &link.inner.direct {
-                Some(worker) => call(within, worker.create_vm(Request::new(request))).await,
-                None => call(within, client.create_vm(request)).await,
-            }
+            unary!(link, within, create_vm, request)
         };
         match built.await {
             Ok(response) => {
@@ -385,7 +393,7 @@ impl WorkerLink {
         let cores = moving.cores.clone();
         let request =
             UpdatePlacementRequest { fence: self.fence(), vcpu_cores: cores.clone(), fifo_priority };
-        let error = match call(self.inner.command, self.client().update_placement(request)).await {
+        let error = match unary!(self, self.inner.command, update_placement, request) {
             Ok(answer) if answer.vcpu_cores == cores => {
                 moving.keep();
                 *self.inner.cores.lock().unwrap_or_else(PoisonError::into_inner) = cores.as_slice().into();
@@ -413,73 +421,56 @@ impl WorkerLink {
     pub async fn grant(&self, epoch: u64, run: bool) -> Result<u64, ApiError> {
         let seq = self.inner.seq.fetch_add(1, Ordering::Relaxed) + 1;
         let request = GrantRequest { fence: self.fence(), epoch, seq, deadline_boottime_ns: 0, run };
-        let granted = match &self.inner.direct {
-            Some(worker) => call(self.inner.command, worker.grant(Request::new(request))).await?,
-            None => call(self.inner.command, self.client().grant(request)).await?,
-        };
-        Ok(granted.running_monotonic_ns)
+        Ok(unary!(self, self.inner.command, grant, request)?.running_monotonic_ns)
     }
 
     /// Takes every right to run at `epoch` and below.
     pub async fn seal(&self, migration_id: &str, epoch: u64) -> Result<(), ApiError> {
         let request = SealRequest { fence: self.fence(), migration_id: migration_id.to_owned(), epoch };
-        call(self.inner.command, self.client().seal(request)).await.map(drop)
+        unary!(self, self.inner.command, seal, request).map(drop)
     }
 
     /// Lets a paused machine run on.
     pub async fn run(&self) -> Result<(), ApiError> {
         let request = RunRequest { fence: self.fence() };
-        match &self.inner.direct {
-            Some(worker) => call(self.inner.command, worker.run(Request::new(request))).await.map(drop),
-            None => call(self.inner.command, self.client().run(request)).await.map(drop),
-        }
+        unary!(self, self.inner.command, run, request).map(drop)
     }
 
     /// Gets every vCPU out and returns the PMU images.
     pub async fn pause(&self) -> Result<Vec<PmuImage>, ApiError> {
         let request = PauseRequest { fence: self.fence() };
-        let paused = match &self.inner.direct {
-            Some(worker) => call(self.inner.command, worker.pause(Request::new(request))).await?,
-            None => call(self.inner.command, self.client().pause(request)).await?,
-        };
-        Ok(paused.pmu)
+        Ok(unary!(self, self.inner.command, pause, request)?.pmu)
     }
 
     /// What the worker is.
     pub async fn status(&self) -> Result<WorkerStatus, ApiError> {
-        call(self.inner.command, self.client().get_status(GetStatusRequest { fence: self.fence() })).await
+        unary!(self, self.inner.command, get_status, GetStatusRequest { fence: self.fence() })
     }
 
     /// PMU images now.
     pub async fn pmu(&self) -> Result<Vec<PmuImage>, ApiError> {
-        Ok(call(self.inner.command, self.client().get_pmu(GetPmuRequest { fence: self.fence() })).await?.pmu)
+        Ok(unary!(self, self.inner.command, get_pmu, GetPmuRequest { fence: self.fence() })?.pmu)
     }
 
     /// Registers of its vCPUs' cores that somebody else wrote.
     pub async fn audit_pmu(&self) -> Result<Vec<CoreAudit>, ApiError> {
-        Ok(call(self.inner.command, self.client().audit_pmu(AuditPmuRequest { fence: self.fence() }))
-            .await?
-            .vcpus)
+        Ok(unary!(self, self.inner.command, audit_pmu, AuditPmuRequest { fence: self.fence() })?.vcpus)
     }
 
     /// Where its threads that run no vCPU may be.
     pub async fn set_housekeeping(&self, cores: Vec<u32>) -> Result<(), ApiError> {
         let request = SetHousekeepingRequest { fence: self.fence(), cores };
-        call(self.inner.command, self.client().set_housekeeping(request)).await.map(drop)
+        unary!(self, self.inner.command, set_housekeeping, request).map(drop)
     }
 
     /// Figures, read without stopping the guest.
     pub async fn stats(&self) -> Result<VirtualMachineStats, ApiError> {
-        call(self.inner.command, self.client().get_stats(GetStatsRequest { fence: self.fence() })).await
+        unary!(self, self.inner.command, get_stats, GetStatsRequest { fence: self.fence() })
     }
 
     /// The probe guest's report.
     pub async fn probe_report(&self) -> Result<ProbeReport, ApiError> {
-        call(
-            self.inner.command,
-            self.client().get_probe_report(GetProbeReportRequest { fence: self.fence() }),
-        )
-        .await
+        unary!(self, self.inner.command, get_probe_report, GetProbeReportRequest { fence: self.fence() })
     }
 
     /// Console output.
@@ -495,7 +486,7 @@ impl WorkerLink {
     /// Console input; returns how many bytes were taken.
     pub async fn write_console(&self, data: Vec<u8>) -> Result<u32, ApiError> {
         let request = WriteConsoleRequest { fence: self.fence(), data };
-        Ok(call(self.inner.command, self.client().write_console(request)).await?.accepted)
+        Ok(unary!(self, self.inner.command, write_console, request)?.accepted)
     }
 
     /// What there is of console output, bounded.
@@ -517,14 +508,20 @@ impl WorkerLink {
     }
 
     /// State changes that the guest or KVM caused.
-    pub async fn watch_events(&self) -> Result<Streaming<WorkerEvent>, ApiError> {
-        call(self.inner.command, self.client().watch_events(WatchEventsRequest { fence: self.fence() })).await
+    pub async fn watch_events(&self) -> Result<Events, ApiError> {
+        let request = WatchEventsRequest { fence: self.fence() };
+        Ok(match &self.inner.direct {
+            Some(worker) => {
+                Box::pin(call(self.inner.command, worker.watch_events(Request::new(request))).await?)
+            }
+            None => Box::pin(call(self.inner.command, self.client().watch_events(request)).await?),
+        })
     }
 
     /// Source: makes a certificate for a migration. Empty where the worker is of a version that cannot.
     pub async fn prepare_outgoing(&self, migration_id: &str) -> Result<Vec<u8>, ApiError> {
         let request = PrepareOutgoingRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
-        match call(self.inner.command, self.client().prepare_outgoing(request)).await {
+        match unary!(self, self.inner.command, prepare_outgoing, request) {
             Ok(answer) => Ok(answer.certificate_sha256),
             Err(error) if error.code() == tonic::Code::Unimplemented => Ok(Vec::new()),
             Err(error) => Err(error),
@@ -553,13 +550,13 @@ impl WorkerLink {
     /// Source, post-copy: how far it is with serving pages, after a moment or at the end.
     pub async fn wait_drained(&self, migration_id: &str) -> Result<WaitDrainedResponse, ApiError> {
         let request = WaitDrainedRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
-        call(self.inner.command, self.client().wait_drained(request)).await
+        unary!(self, self.inner.command, wait_drained, request)
     }
 
     /// Destination, post-copy: the source's worker has ended. A worker that has no such command finds out by time.
     pub async fn forget_source(&self, migration_id: &str) -> Result<(), ApiError> {
         let request = ForgetSourceRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
-        match call(self.inner.command, self.client().forget_source(request)).await {
+        match unary!(self, self.inner.command, forget_source, request) {
             Err(error) if error.code() == tonic::Code::Unimplemented => Ok(()),
             answer => answer.map(drop),
         }
@@ -574,13 +571,13 @@ impl WorkerLink {
     ) -> Result<FinishMigrationResponse, ApiError> {
         let request =
             FinishMigrationRequest { fence: self.fence(), migration_id: migration_id.to_owned(), epoch };
-        call(deadline, self.client().finish_migration(request)).await
+        unary!(self, deadline, finish_migration, request)
     }
 
     /// Source: gives up.
     pub async fn cancel_migration(&self, migration_id: &str) -> Result<(), ApiError> {
         let request = CancelMigrationRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
-        call(self.inner.command, self.client().cancel_migration(request)).await.map(drop)
+        unary!(self, self.inner.command, cancel_migration, request).map(drop)
     }
 
     /// Destination: opens the data listener; answers its real address and certificate.
@@ -589,7 +586,7 @@ impl WorkerLink {
         mut request: PrepareIncomingRequest,
     ) -> Result<PrepareIncomingResponse, ApiError> {
         request.fence = self.fence();
-        call(self.inner.command, self.client().prepare_incoming(request)).await
+        unary!(self, self.inner.command, prepare_incoming, request)
     }
 
     /// Destination: progress until ready.
@@ -600,8 +597,7 @@ impl WorkerLink {
 
     /// Ends the machine and returns its last PMU images; then ends the worker and gives its resources back.
     pub async fn shutdown(&self) -> Result<Vec<PmuImage>, ApiError> {
-        let answer =
-            call(self.inner.command, self.client().shutdown(ShutdownRequest { fence: self.fence() })).await;
+        let answer = unary!(self, self.inner.command, shutdown, ShutdownRequest { fence: self.fence() });
         self.end().await;
         Ok(answer?.pmu)
     }

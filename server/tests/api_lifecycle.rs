@@ -177,7 +177,8 @@ async fn lists_come_in_pages() {
     let mut names = Vec::new();
     let mut page_token = String::new();
     loop {
-        let request = ListVirtualMachinesRequest { parent: String::new(), page_size: 2, page_token };
+        let request =
+            ListVirtualMachinesRequest { page_size: 2, page_token, ..ListVirtualMachinesRequest::default() };
         let page = vms.list_virtual_machines(request).await.expect("lists").into_inner();
         names.extend(page.virtual_machines.into_iter().map(|vm| vm.name));
         page_token = page.next_page_token;
@@ -186,6 +187,32 @@ async fn lists_come_in_pages() {
         }
     }
     assert_eq!(names, [name("a"), name("b"), name("c")]);
+}
+
+/// A list leaves out what is long and alike; who wants it asks for it.
+#[tokio::test]
+async fn lists_are_basic_or_full() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let host = Host::start(dir.path(), &[]).await;
+    host.create("vm", probe_spec(1, 16)).await;
+    host.start_vm("vm").await;
+    let whole = host.get("vm").await;
+    // KVM adds features of its own; a simulated host stores what was asked.
+    assert_eq!(!whole.cpuid_differences.is_empty(), whole.hypervisor == "kvm", "{whole:?}");
+    let basic = VirtualMachine { cpuid_differences: Vec::new(), ..whole.clone() };
+    for (view, expected) in [
+        (VirtualMachineView::Unspecified, &basic),
+        (VirtualMachineView::Basic, &basic),
+        (VirtualMachineView::Full, &whole),
+    ] {
+        let request =
+            ListVirtualMachinesRequest { view: view.into(), ..ListVirtualMachinesRequest::default() };
+        let listed = host.vms().await.list_virtual_machines(request).await.expect("lists").into_inner();
+        assert_eq!(listed.virtual_machines, [expected.clone()], "{view:?}");
+    }
+    let request = ListVirtualMachinesRequest { view: 9, ..ListVirtualMachinesRequest::default() };
+    let refused = host.vms().await.list_virtual_machines(request).await;
+    expect_error(refused, Code::InvalidArgument, "UNKNOWN_VIEW");
 }
 
 #[tokio::test]

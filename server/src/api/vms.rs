@@ -99,11 +99,59 @@ impl Vms {
         if !request.page_token.is_empty() {
             VmName::parse("page_token", &request.page_token, "")?;
         }
-        let all: Vec<VirtualMachine> =
-            self.daemon.registry.list(Some(&project)).iter().map(|h| h.view().vm.clone()).collect();
-        let (virtual_machines, next_page_token) =
-            page(all, size, &request.page_token, |vm| vm.name.clone(), |key, token| key > token);
+        let full = match VirtualMachineView::try_from(request.view) {
+            Ok(VirtualMachineView::Full) => true,
+            Ok(VirtualMachineView::Unspecified | VirtualMachineView::Basic) => false,
+            Err(_) => {
+                return Err(ApiError::invalid(
+                    "view",
+                    request.view,
+                    "UNKNOWN_VIEW",
+                    "is no view",
+                    "use BASIC or FULL",
+                ));
+            }
+        };
+        let all = self.daemon.registry.list(Some(&project));
+        let (page, next_page_token) =
+            page(all, size, &request.page_token, |h| h.name.to_string(), |key, token| key > token);
+        let virtual_machines = page
+            .iter()
+            .map(|handle| handle.view())
+            .map(|view| if full { view.vm.clone() } else { basic(&view.vm) })
+            .collect();
         Ok(ListVirtualMachinesResponse { virtual_machines, next_page_token })
+    }
+}
+
+/// A copy without what [`VirtualMachineView::Basic`] leaves out, which is not copied first.
+fn basic(vm: &VirtualMachine) -> VirtualMachine {
+    VirtualMachine {
+        cpuid_differences: Vec::new(),
+        name: vm.name.clone(),
+        uid: vm.uid.clone(),
+        etag: vm.etag.clone(),
+        spec: vm.spec.clone(),
+        desired_state: vm.desired_state,
+        observed_state: vm.observed_state,
+        reason: vm.reason.clone(),
+        message: vm.message.clone(),
+        create_time: vm.create_time,
+        update_time: vm.update_time,
+        epoch: vm.epoch,
+        incarnation: vm.incarnation,
+        worker_pid: vm.worker_pid,
+        hypervisor: vm.hypervisor.clone(),
+        pmu_mode: vm.pmu_mode.clone(),
+        vcpu_cores: vm.vcpu_cores.clone(),
+        migration: vm.migration.clone(),
+        moved_to: vm.moved_to.clone(),
+        sandbox: vm.sandbox.clone(),
+        restart_count: vm.restart_count,
+        next_restart_time: vm.next_restart_time,
+        restart_row: vm.restart_row,
+        last_start_time: vm.last_start_time,
+        pmu_restored: vm.pmu_restored.clone(),
     }
 }
 

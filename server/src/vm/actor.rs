@@ -26,6 +26,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_stream::StreamExt as _;
 use vpmu_proto::api::virtual_machine::State;
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
 use vpmu_proto::api::{PmuShape, VirtualMachine};
@@ -47,6 +49,14 @@ const CHECKPOINT: Duration = Duration::from_secs(5);
 /// Commands that may wait for the end of a migration.
 const MAX_DEFERRED: usize = 8;
 
+/// Returns then; never if there is no such moment.
+async fn until(when: Option<Instant>) {
+    match when {
+        Some(when) => tokio::time::sleep_until(when).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// The actor of one machine.
 pub(crate) struct Actor {
     daemon: Arc<Daemon>,
@@ -63,8 +73,8 @@ pub(crate) struct Actor {
     migration: Option<ActiveMigration>,
     /// What waits for the end of a migration.
     deferred: VecDeque<Command>,
-    /// A record that follows the answer that was just given.
-    after: Option<Batch>,
+    /// When the record is to be stored that an answer was given before.
+    record_due: Option<Instant>,
     /// PMU images, the newest, that the store took no writes for.
     unstored: Option<Batch>,
     mailbox: mpsc::Receiver<Command>,
@@ -97,7 +107,7 @@ impl Actor {
             console: Arc::default(),
             migration: None,
             deferred: VecDeque::new(),
-            after: None,
+            record_due: None,
             unstored: None,
             mailbox,
             to_self,
@@ -111,26 +121,24 @@ impl Actor {
         checkpoint.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while !self.gone {
             let due = restarting::due(self.daemon.recovered.clone(), self.restart_in());
+            let record_due = self.record_due;
             tokio::select! {
                 command = self.mailbox.recv() => match command {
-                    Some(command) => self.handle(command).await,
+                    Some(command) => self.act(command).await,
                     None => break,
                 },
                 _ = checkpoint.tick() => self.checkpoint().await,
                 () = due => self.restart().await,
+                () = until(record_due) => self.store_behind().await,
             }
             while self.migration.is_none() && !self.gone {
                 match self.deferred.pop_front() {
-                    Some(command) => self.handle(command).await,
+                    Some(command) => self.act(command).await,
                     None => break,
                 }
             }
         }
-    }
-
-    async fn handle(&mut self, command: Command) {
-        self.act(command).await;
-        self.store_after().await;
+        self.store_behind().await;
     }
 
     async fn act(&mut self, command: Command) {
@@ -391,7 +399,7 @@ impl Actor {
                         Some(stream) => stream,
                         None => stream.insert(worker.watch_until_answered().await?),
                     };
-                    stream.message().await.map_err(|status| ApiError::from_status("worker", &status))
+                    stream.next().await.transpose().map_err(|status| ApiError::from_status("worker", &status))
                 };
                 let event = tokio::select! {
                     () = shutdown.cancelled() => return,

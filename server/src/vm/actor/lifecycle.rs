@@ -1,5 +1,8 @@
 //! What users ask of a machine: create, start, stop, pause, resume, delete.
 
+use std::time::Duration;
+
+use tokio::time::Instant;
 use uuid::Uuid;
 use vpmu_proto::api::virtual_machine::{DesiredState, State};
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
@@ -17,6 +20,9 @@ use crate::vm::command::Reply;
 use crate::vm::restart::Event;
 use crate::vm::transitions::Action;
 use crate::worker_link::{Launch, WorkerLink};
+
+/// How long the record of whether a machine is paused may be behind: one write then stands for several.
+const BEHIND: Duration = Duration::from_millis(20);
 
 impl Actor {
     /// Begins an operation and answers with its id; none if the caller was refused.
@@ -410,14 +416,17 @@ impl Actor {
         };
         let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Paused);
         self.edit(State::Paused, "", "", edit);
-        let counts = !images.is_empty();
-        let batch = match Batch::new().put_vm(&self.record()) {
-            Ok(batch) => self.with_pmu(batch, images, &worker.cores(), "pause"),
-            Err(error) => Err(error.into()),
-        };
-        let stored = match batch {
-            Ok(batch) => self.store_state(batch, counts).await,
-            Err(error) => Err(error),
+        let stored = if images.is_empty() {
+            self.store_soon()
+        } else {
+            let batch = match Batch::new().put_vm(&self.record()) {
+                Ok(batch) => self.with_pmu(batch, images, &worker.cores(), "pause"),
+                Err(error) => Err(error.into()),
+            };
+            match batch {
+                Ok(batch) => self.commit_pmu(batch).await,
+                Err(error) => Err(error),
+            }
         };
         self.announce(Kind::Updated);
         stored?;
@@ -430,31 +439,31 @@ impl Actor {
         worker.run().await?;
         let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Running);
         self.edit(State::Running, "", "", edit);
-        let stored = match Batch::new().put_vm(&self.record()) {
-            Ok(batch) => self.store_state(batch, false).await,
-            Err(error) => Err(error.into()),
-        };
+        let stored = self.store_soon();
         self.announce(Kind::Updated);
         stored?;
         Ok(self.vm.clone())
     }
 
-    /// Stores what a live worker knows better: at once if asked, else once the caller has its answer.
-    async fn store_state(&mut self, batch: Batch, wait: bool) -> Result<(), ApiError> {
-        if wait {
-            return self.commit_pmu(batch).await;
-        }
+    /// What a live worker knows better follows the answer, together with whatever else happens in between.
+    fn store_soon(&mut self) -> Result<(), ApiError> {
         if let crate::store::Health::ReadOnly { cause } = self.daemon.store.health() {
             return Err(crate::store::StoreError::ReadOnly { cause }.into());
         }
-        self.after = Some(batch);
+        self.record_due.get_or_insert_with(|| Instant::now() + BEHIND);
         Ok(())
     }
 
-    /// What follows an answer; in order with all other writes of this machine.
-    pub(super) async fn store_after(&mut self) {
-        let Some(batch) = self.after.take() else { return };
-        let queued = match self.daemon.store.enqueue(batch).await {
+    /// Stores the record as it is now, if it is behind; in order with all other writes of this machine.
+    pub(super) async fn store_behind(&mut self) {
+        if self.record_due.take().is_none() || self.gone {
+            return;
+        }
+        let stored = match Batch::new().put_vm(&self.record()) {
+            Ok(batch) => self.daemon.store.enqueue(batch).await,
+            Err(error) => Err(error),
+        };
+        let queued = match stored {
             Ok(queued) => queued,
             Err(error) => {
                 tracing::error!(vm = %self.name, %error, "whether it is paused could not be stored");
