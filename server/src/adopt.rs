@@ -26,7 +26,7 @@ use crate::capacity::Grant;
 use crate::daemon::Daemon;
 use crate::status::ApiError;
 use crate::vm::command::Command;
-use crate::worker_link::WorkerLink;
+use crate::worker_link::{ConsoleHistory, WorkerLink};
 use crate::worker_process::{Found, WorkerProcess};
 
 /// What became of a worker while no daemon looked.
@@ -47,6 +47,8 @@ pub enum Survivor {
     Dead {
         /// How its guest had ended before, if it had.
         end: Option<GuestEnd>,
+        /// What it had printed.
+        console: ConsoleHistory,
     },
     /// It lives and cannot be used, or had to be ended: why.
     Refused(ApiError),
@@ -57,7 +59,7 @@ impl Survivor {
     pub async fn ask(worker: WorkerLink) -> Self {
         match worker.status().await {
             Ok(status) => Self::Live { worker, status: Box::new(status) },
-            Err(_) if worker.is_dead().await => Self::Dead { end: None },
+            Err(_) if worker.is_dead().await => Self::Dead { end: None, console: worker.last_output().await },
             Err(error) => {
                 tracing::warn!(pid = worker.pid(), %error, "a worker does not say what it is");
                 Self::Silent { worker }
@@ -103,9 +105,10 @@ async fn sort_out(
         match processes.find(&name) {
             Ok(Found::Live(process)) => drop(live.insert(name, process)),
             Ok(Found::Dead(end)) => {
+                let console = processes.last_output(&name).map(ConsoleHistory::from).unwrap_or_default();
                 processes.clear(&name);
                 if name == own || name == uid {
-                    dead = Some(Survivor::Dead { end });
+                    dead = Some(Survivor::Dead { end, console });
                 }
             }
             Ok(Found::Nothing) => processes.clear(&name),

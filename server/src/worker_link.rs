@@ -149,6 +149,12 @@ pub struct ConsoleHistory {
     pub data: Vec<u8>,
 }
 
+impl From<ConsoleState> for ConsoleHistory {
+    fn from(state: ConsoleState) -> Self {
+        Self { offset: state.offset, data: state.data }
+    }
+}
+
 impl WorkerLink {
     /// Starts a worker, attaches to it and builds the machine, paused.
     pub async fn launch(
@@ -489,11 +495,27 @@ impl WorkerLink {
         Ok(unary!(self, self.inner.command, write_console, request)?.accepted)
     }
 
-    /// What there is of console output, bounded.
+    /// What its process left of console output; nothing in thread isolation.
+    pub async fn last_output(&self) -> ConsoleHistory {
+        let inner = Arc::clone(&self.inner);
+        let read = move || inner.process.as_ref().and_then(WorkerProcess::last_output);
+        let read = tokio::task::spawn_blocking(read).await;
+        read.ok().flatten().map(ConsoleHistory::from).unwrap_or_default()
+    }
+
+    /// What there is of console output, bounded; also of a process that has died.
     pub async fn console_history(&self) -> ConsoleHistory {
         let mut history = ConsoleHistory::default();
-        let Ok(mut stream) = self.read_console(0, false).await else { return history };
-        while let Ok(Ok(Some(piece))) = tokio::time::timeout(self.inner.command, stream.message()).await {
+        let Ok(mut stream) = self.read_console(0, false).await else { return self.last_output().await };
+        loop {
+            let piece = match tokio::time::timeout(self.inner.command, stream.message()).await {
+                Ok(Ok(Some(piece))) => piece,
+                Ok(Ok(None)) => break,
+                Ok(Err(_)) | Err(_) => {
+                    let last = self.last_output().await;
+                    return if last.data.is_empty() { history } else { last };
+                }
+            };
             if history.data.is_empty() {
                 history.offset = piece.offset;
             }

@@ -4,6 +4,7 @@
 //! kept ([`WorkerProcess::keep`]) nor ended is killed when the last holder drops it. It is waited for through its pidfd, so
 //! that an adopted worker, which is no child of this process, is watched in the same way.
 
+mod console_file;
 mod factory;
 
 use std::fs::DirBuilder;
@@ -22,7 +23,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
-use vpmu_proto::worker::GuestEnd;
+use vpmu_proto::worker::{ConsoleState, GuestEnd};
 
 use crate::config::MAX_SOCKET_PATH;
 
@@ -49,6 +50,8 @@ pub struct WorkerProcess {
     /// Puts it into its cgroup.
     placing: Mutex<Option<tokio::task::JoinHandle<()>>>,
     settled: AtomicBool,
+    /// The console of one that has ended.
+    last: Mutex<Option<Box<ConsoleState>>>,
     ending: tokio::sync::Mutex<()>,
 }
 
@@ -65,10 +68,10 @@ impl WorkerProcess {
         let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE)?;
         let (child, settled, ending) =
             (Mutex::new(child), AtomicBool::new(false), tokio::sync::Mutex::default());
-        let (placing, lifeline) = (Mutex::new(None), Mutex::new(None));
+        let (placing, lifeline, last) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
         let sandbox = std::fs::read_to_string(dir.join("sandbox")).unwrap_or_default();
         let sandbox = crate::status::clip(&sandbox, 256);
-        Ok(Self { pid, pidfd, child, dir, socket, sandbox, lifeline, placing, settled, ending })
+        Ok(Self { pid, pidfd, child, dir, socket, sandbox, lifeline, placing, settled, last, ending })
     }
 
     /// Process id.
@@ -135,6 +138,12 @@ impl WorkerProcess {
         vcpu_worker::process::exit_record(&self.dir)
     }
 
+    /// What its guest printed last, also when it has ended. Blocks.
+    pub fn last_output(&self) -> Option<ConsoleState> {
+        let kept = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        kept.map(|kept| *kept).or_else(|| console_file::read(&self.dir))
+    }
+
     /// It lives on when this is dropped.
     pub fn keep(&self) {
         self.settled.store(true, Ordering::Release);
@@ -164,6 +173,8 @@ impl WorkerProcess {
             // It writes into the directory that is removed now.
             drop(placing.await);
         }
+        let last = console_file::read(&self.dir);
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = last.map(Box::new);
         clear(&self.dir);
     }
 
@@ -246,6 +257,7 @@ fn choose_socket(dir: &Path) -> io::Result<PathBuf> {
 
 fn clear(dir: &Path) {
     crate::cgroup::remove(dir);
+    console_file::remove(dir);
     let socket = socket_of(dir);
     if !socket.starts_with(dir) {
         drop(std::fs::remove_file(&socket));

@@ -72,9 +72,17 @@ async fn a_worker_has_given_up_what_it_does_not_need() {
     // Nothing of the daemon's: no store, no listener of its own, no terminal.
     for entry in std::fs::read_dir(format!("/proc/{}/fd", vm.worker_pid)).expect("descriptors").flatten() {
         let target = std::fs::read_link(entry.path()).map(|t| t.display().to_string()).unwrap_or_default();
-        let known = ["socket:", "anon_inode:", "/dev/null", "/dev/kvm", "/memfd:", "pipe:"];
+        let known = [
+            "socket:",
+            "anon_inode:",
+            "/dev/null",
+            "/dev/kvm",
+            "/memfd:",
+            "pipe:",
+            "/dev/shm/vpmud-console-",
+        ];
         // Of its own runtime directory, which is named after the machine.
-        let own = ["/log", "/violation", vm.uid.as_str()].iter().any(|end| target.ends_with(end));
+        let own = ["/log", "/violation", "/console", vm.uid.as_str()].iter().any(|end| target.ends_with(end));
         assert!(
             own || known.iter().any(|k| target.starts_with(k)),
             "descriptor {:?} is {target}",

@@ -2,13 +2,20 @@
 //!
 //! A ring of the last [`HISTORY`] bytes with absolute offsets: byte `n` of the guest's output has offset `n` for ever,
 //! also after a migration. Any number of readers follow it; none of them can hold the guest up, a slow one merely
-//! misses what has been dropped. Invariant: `start + bytes.len()` is the number of bytes ever written.
+//! misses what has been dropped. A worker's process keeps the ring in a file ([`Console::in_file`]), where it outlives
+//! the process, for whoever asks what the guest said last; elsewhere it is in memory. Invariant: the end of the ring is the number of bytes ever written.
+
+mod file;
 
 use std::collections::VecDeque;
+use std::io;
+use std::path::Path;
 use std::sync::Mutex;
 
 use tokio::sync::watch;
 use vpmu_proto::worker::ConsoleState;
+
+pub use file::last_output;
 
 /// Bytes of output that are kept.
 pub const HISTORY: usize = 256 * 1024;
@@ -23,33 +30,107 @@ pub struct Console {
     end: watch::Sender<u64>,
 }
 
-#[derive(Debug, Default)]
-struct Ring {
-    start: u64,
-    bytes: VecDeque<u8>,
+#[derive(Debug)]
+enum Ring {
+    Memory { start: u64, bytes: VecDeque<u8> },
+    File(file::FileRing),
+}
+
+impl Default for Ring {
+    fn default() -> Self {
+        Self::Memory { start: 0, bytes: VecDeque::new() }
+    }
 }
 
 impl Ring {
+    fn start(&self) -> u64 {
+        match self {
+            Self::Memory { start, .. } => *start,
+            Self::File(ring) => ring.start(),
+        }
+    }
+
     fn end(&self) -> u64 {
-        self.start.saturating_add(self.bytes.len() as u64)
+        match self {
+            Self::Memory { start, bytes } => start.saturating_add(bytes.len() as u64),
+            Self::File(ring) => ring.end(),
+        }
+    }
+
+    /// At most `most` bytes from an offset that is kept.
+    fn read(&self, from: u64, most: usize) -> Vec<u8> {
+        match self {
+            Self::Memory { start, bytes } => {
+                let skip = usize::try_from(from.saturating_sub(*start)).unwrap_or(usize::MAX);
+                bytes.iter().skip(skip).take(most).copied().collect()
+            }
+            Self::File(ring) => ring.read(from, most),
+        }
+    }
+
+    /// Adds at most [`HISTORY`] bytes.
+    fn push(&mut self, data: &[u8]) {
+        match self {
+            Self::Memory { start, bytes } => {
+                bytes.extend(data);
+                let excess = bytes.len().saturating_sub(HISTORY);
+                bytes.drain(..excess);
+                *start = start.saturating_add(excess as u64);
+            }
+            Self::File(ring) => {
+                if let Err(error) = ring.push(data) {
+                    self.leave_file(&error);
+                    self.push(data);
+                }
+            }
+        }
+    }
+
+    /// Forgets everything and goes on at an offset.
+    fn reset(&mut self, offset: u64) {
+        match self {
+            Self::Memory { .. } => *self = Self::Memory { start: offset, bytes: VecDeque::new() },
+            Self::File(ring) => {
+                if let Err(error) = ring.reset(offset) {
+                    self.leave_file(&error);
+                    self.reset(offset);
+                }
+            }
+        }
+    }
+
+    /// Its file system is full: from now on in memory.
+    fn leave_file(&mut self, error: &io::Error) {
+        tracing::warn!(%error, "what the guest prints from now on is lost if this process is killed");
+        let bytes = self.read(self.start(), HISTORY).into();
+        *self = Self::Memory { start: self.start(), bytes };
     }
 }
 
 impl Default for Console {
     fn default() -> Self {
-        Self { ring: Mutex::default(), end: watch::Sender::new(0) }
+        Self::over(Ring::default())
     }
 }
 
 impl Console {
+    fn over(ring: Ring) -> Self {
+        Self { ring: Mutex::new(ring), end: watch::Sender::new(0) }
+    }
+
+    /// An empty one whose ring is in this file, which must be there and is best on a tmpfs; [`last_output`] reads it.
+    ///
+    /// # Errors
+    /// If it cannot be opened or mapped.
+    pub fn in_file(path: &Path) -> io::Result<Self> {
+        file::FileRing::open(path).map(|ring| Self::over(Ring::File(ring)))
+    }
+
     /// Adds output and wakes readers. Never blocks for longer than a copy.
     pub fn write(&self, data: &[u8]) {
         let end = {
             let mut ring = self.lock();
-            ring.bytes.extend(data);
-            let excess = ring.bytes.len().saturating_sub(HISTORY);
-            ring.bytes.drain(..excess);
-            ring.start = ring.start.saturating_add(excess as u64);
+            data.chunks(HISTORY).for_each(|piece| ring.push(piece));
             ring.end()
         };
         self.end.send_replace(end);
@@ -59,9 +140,8 @@ impl Console {
     /// byte comes first. Empty if there is nothing there yet.
     pub fn read(&self, offset: u64) -> (u64, Vec<u8>) {
         let ring = self.lock();
-        let from = offset.clamp(ring.start, ring.end());
-        let skip = usize::try_from(from - ring.start).unwrap_or(usize::MAX);
-        (from, ring.bytes.iter().skip(skip).take(CHUNK).copied().collect())
+        let from = offset.clamp(ring.start(), ring.end());
+        (from, ring.read(from, CHUNK))
     }
 
     /// Offset of the byte that will be written next.
@@ -77,7 +157,7 @@ impl Console {
     /// For saving.
     pub fn save(&self) -> ConsoleState {
         let ring = self.lock();
-        ConsoleState { offset: ring.start, data: ring.bytes.iter().copied().collect() }
+        ConsoleState { offset: ring.start(), data: ring.read(ring.start(), HISTORY) }
     }
 
     /// Replaces everything by what was saved; only the newest [`HISTORY`] bytes are kept.
@@ -85,8 +165,8 @@ impl Console {
         let excess = state.data.len().saturating_sub(HISTORY);
         let end = {
             let mut ring = self.lock();
-            ring.bytes = state.data.iter().skip(excess).copied().collect();
-            ring.start = state.offset.saturating_add(excess as u64);
+            ring.reset(state.offset.saturating_add(excess as u64));
+            ring.push(state.data.get(excess..).unwrap_or_default());
             ring.end()
         };
         self.end.send_replace(end);
@@ -106,8 +186,9 @@ mod tests {
     proptest! {
         /// Reading chunk by chunk from any offset gives exactly the tail of what was written, at the right offsets.
         #[test]
-        fn readers_see_the_tail(writes in proptest::collection::vec(0usize..90_000, 0..12), from in 0u64..800_000) {
-            let console = Console::default();
+        fn readers_see_the_tail(writes in proptest::collection::vec(0usize..90_000, 0..12), from in 0u64..800_000, in_file in any::<bool>()) {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let console = if in_file { Console::in_file(file.path()).unwrap() } else { Console::default() };
             let mut all = Vec::new();
             for n in writes {
                 let data: Vec<u8> = (all.len()..all.len() + n).map(|i| (i % 251) as u8).collect();
@@ -115,6 +196,8 @@ mod tests {
                 all.extend(data);
             }
             prop_assert_eq!(console.end(), all.len() as u64);
+            // Without the process there would be the same.
+            prop_assert_eq!(last_output(file.path()), in_file.then(|| console.save()));
             let oldest = all.len().saturating_sub(HISTORY);
             let mut at = from;
             let (first, _) = console.read(at);
@@ -133,12 +216,29 @@ mod tests {
 
     #[test]
     fn history_survives_a_move_with_its_offsets() {
+        let file = tempfile::NamedTempFile::new().unwrap();
         let a = Console::default();
         a.write(&vec![b'x'; HISTORY + 10]);
         a.write(b"end");
-        let b = Console::default();
-        b.restore(&a.save());
-        assert_eq!(b.end(), a.end());
-        assert_eq!(b.read(b.end() - 3), (b.end() - 3, b"end".to_vec()));
+        for b in [Console::default(), Console::in_file(file.path()).unwrap()] {
+            b.write(b"something else");
+            b.restore(&a.save());
+            assert_eq!(b.end(), a.end());
+            assert_eq!(b.read(b.end() - 3), (b.end() - 3, b"end".to_vec()));
+            assert_eq!(b.save(), a.save());
+        }
+        assert_eq!(last_output(file.path()), Some(a.save()));
+    }
+
+    /// A file system with room for a few pages only.
+    #[test]
+    fn a_file_that_cannot_grow_is_left_without_a_loss() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let console = Console::in_file(file.path()).unwrap();
+        console.write(b"before");
+        console.lock().leave_file(&io::Error::other("no space"));
+        console.write(b" and after");
+        assert_eq!(console.read(0), (0, b"before and after".to_vec()));
+        assert_eq!(last_output(file.path()).unwrap().data, b"before");
     }
 }

@@ -7,6 +7,7 @@
 //! | `pid` | by the worker, before it answers | process id, start time (field 22 of /proc/PID/stat), boot id |
 //! | `exit` | by the worker, when the guest ends | how, as a `GuestEnd`: a guest that shut down unseen is Stopped, not Failed |
 //! | `violation` | by the worker, when it makes a forbidden system call | which, and what thread made it; see [`crate::sandbox`] |
+//! | `console` | made by the daemon, on a tmpfs (a link where the directory is on none); written by the worker | what the guest printed last; see [`crate::console`] |
 //! | `log` | standard error | at most [`LOG_BYTES`] of warnings |
 //!
 //! Invariants: `pid` and `exit` are replaced whole; a worker that no daemon gives a VM within [`UNCLAIMED`] ends by
@@ -32,6 +33,7 @@ use vpmu_proto::worker::worker_service_server::WorkerServiceServer;
 use vpmu_proto::worker::{GuestEnd, guest_end};
 
 use crate::channel::MAX_MESSAGE;
+use crate::console::Console;
 use crate::cores::{Backend, HostCores};
 use crate::service::{Worker, WorkerOptions};
 
@@ -41,6 +43,8 @@ pub const LOG_BYTES: u64 = 1 << 20;
 const UNCLAIMED: Duration = Duration::from_secs(120);
 /// Threads for blocking work; idle ones end.
 const MAX_BLOCKING: usize = 64;
+/// File in the runtime directory that the console's ring is in.
+pub const CONSOLE: &str = "console";
 /// Largest file that is read from a runtime directory.
 const MAX_FILE: u64 = 64 * 1024;
 
@@ -200,6 +204,20 @@ fn listen(args: &Args) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// In the file that the daemon made for it.
+fn open_console(dir: &Path) -> Console {
+    match Console::in_file(&dir.join(CONSOLE)) {
+        Ok(console) => console,
+        Err(error) => {
+            // A daemon of a former version makes none.
+            if error.kind() != io::ErrorKind::NotFound {
+                tracing::warn!(%error, "what the guest prints is lost if this process is killed");
+            }
+            Console::default()
+        }
+    }
+}
+
 /// The pipe that standard output is.
 fn lifeline() -> io::Result<Receiver> {
     Receiver::from_owned_fd(rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3)?)
@@ -230,7 +248,8 @@ async fn serve(args: &Args) -> io::Result<()> {
             .write(dir)
             .map_err(|e| failed("writing the pid file in", &named.display().to_string(), &e))?;
     }
-    let options = WorkerOptions { own_process: true, ..WorkerOptions::new(cores, shutdown.clone()) };
+    let console = Arc::new(runtime_dir.as_deref().map_or_else(Console::default, open_console));
+    let options = WorkerOptions { own_process: true, console, ..WorkerOptions::new(cores, shutdown.clone()) };
     let worker = Worker::new(options);
     let lifeline = args.spare.then(lifeline).transpose()?;
     tokio::spawn({

@@ -16,6 +16,7 @@ use tokio::sync::{Notify, broadcast};
 use tokio_util::sync::CancellationToken;
 use vpmu_proto::worker::{self as proto, WorkerEvent, WorkerStatus, worker_status::State};
 
+use crate::console::Console;
 use crate::cores::HostCores;
 use crate::dataplane::Identity;
 use crate::error::WorkerError;
@@ -47,12 +48,14 @@ pub struct WorkerOptions {
     pub rates: pmu::Rates,
     /// Nothing else lives in this process, which takes the machine's name.
     pub own_process: bool,
+    /// Where the guest's output goes; default: a ring in memory.
+    pub console: Arc<Console>,
 }
 
 impl WorkerOptions {
     /// Options with the default rates.
     pub fn new(cores: Arc<HostCores>, shutdown: CancellationToken) -> Self {
-        Self { cores, shutdown, rates: pmu::Rates::default(), own_process: false }
+        Self { cores, shutdown, rates: pmu::Rates::default(), own_process: false, console: Arc::default() }
     }
 }
 
@@ -72,6 +75,7 @@ struct Inner {
     cores: Arc<HostCores>,
     rates: pmu::Rates,
     own_process: bool,
+    console: Arc<Console>,
     shutdown: CancellationToken,
     rights: Mutex<Rights>,
     right: Arc<RunRight>,
@@ -100,6 +104,7 @@ impl Worker {
             cores: options.cores,
             rates: options.rates,
             own_process: options.own_process,
+            console: options.console,
             shutdown: options.shutdown.child_token(),
             rights: Mutex::default(),
             right: Arc::default(),

@@ -25,7 +25,11 @@ fn machine(incoming: bool) -> (Arc<Machine>, Vec<vcpu_worker::hypervisor::Initia
         ..CreateVmRequest::default()
     };
     let plan = Plan::new(&request, &host_cores()).expect("plan");
-    let options = BuildOptions { right: Arc::new(RunRight::default()), rates: pmu::Rates::default() };
+    let options = BuildOptions {
+        right: Arc::new(RunRight::default()),
+        rates: pmu::Rates::default(),
+        console: Arc::default(),
+    };
     let (machine, loads, _) = build(plan, &options).expect("build");
     (Arc::new(machine), loads)
 }

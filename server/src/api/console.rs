@@ -16,6 +16,7 @@ use crate::names::VmName;
 use crate::status::ApiError;
 use crate::vm::registry::VmHandle;
 use crate::vm::view::VmView;
+use crate::worker_link::WorkerLink;
 
 /// Largest input message in bytes.
 const MAX_INPUT: usize = 4096;
@@ -25,6 +26,8 @@ const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 const AWAIT: Duration = Duration::from_secs(60);
 /// How long a machine may be on its way to its worker.
 const STARTING: Duration = Duration::from_secs(30);
+/// How long the end of a machine whose worker has died may take to be shown.
+const ENDING: Duration = Duration::from_secs(10);
 /// Bytes of one output message.
 const CHUNK: usize = 64 << 10;
 const METHOD: &str = "/vpmu.v1.VirtualMachinesService/AttachConsole";
@@ -100,7 +103,7 @@ async fn open(
         return Ok(history(&view.console, first.offset));
     };
     let mut output = worker.read_console(first.offset, !first.history_only).await?;
-    let shutdown = daemon.shutdown.clone();
+    let (shutdown, views) = (daemon.shutdown.clone(), handle.watch());
     if first.history_only {
         let stream = async_stream::stream! {
             while let Some(piece) = output.message().await.transpose() {
@@ -116,7 +119,7 @@ async fn open(
         return Ok(Box::pin(stream));
     }
     let write = first.write;
-    let mut pending = first.data;
+    let (mut pending, mut at) = (first.data, first.offset);
     let stream = async_stream::stream! {
         let mut input_open = true;
         loop {
@@ -133,9 +136,16 @@ async fn open(
                     return;
                 }
                 piece = output.message() => match piece {
-                    Ok(Some(piece)) => yield Ok(AttachConsoleResponse { offset: piece.offset, data: piece.data }),
+                    Ok(Some(piece)) => {
+                        at = piece.offset + piece.data.len() as u64;
+                        yield Ok(AttachConsoleResponse { offset: piece.offset, data: piece.data });
+                    }
                     Ok(None) => return,
                     Err(status) => {
+                        let mut last_words = last_words(&worker, views, at).await;
+                        while let Some(piece) = last_words.next().await {
+                            yield piece;
+                        }
                         yield Err(ApiError::from_status("console", &status).into());
                         return;
                     }
@@ -154,7 +164,7 @@ async fn open(
     Ok(Box::pin(stream))
 }
 
-async fn feed(worker: &crate::worker_link::WorkerLink, write: bool, data: &[u8]) -> Result<(), ApiError> {
+async fn feed(worker: &WorkerLink, write: bool, data: &[u8]) -> Result<(), ApiError> {
     if !write {
         return Err(ApiError::invalid(
             "data",
@@ -185,6 +195,23 @@ async fn feed(worker: &crate::worker_link::WorkerLink, write: bool, data: &[u8])
         .with("accepted", accepted));
     }
     Ok(())
+}
+
+/// What a worker whose process has died had printed and not sent; nothing if it lives.
+async fn last_words(
+    worker: &WorkerLink,
+    mut views: tokio::sync::watch::Receiver<Arc<VmView>>,
+    offset: u64,
+) -> BoxStream<AttachConsoleResponse> {
+    if !worker.is_dead().await {
+        return Box::pin(tokio_stream::empty());
+    }
+    let over =
+        |view: &Arc<VmView>| view.deleted || view.worker.as_ref().map(WorkerLink::pid) != Some(worker.pid());
+    match tokio::time::timeout(ENDING, views.wait_for(over)).await {
+        Ok(Ok(view)) => history(&view.console, offset),
+        _ => Box::pin(tokio_stream::empty()),
+    }
 }
 
 /// What an ended machine left.

@@ -15,9 +15,9 @@ use std::time::Duration;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tonic::transport::Channel;
 use vcpu_worker::process::Identity;
-use vpmu_proto::worker::GuestEnd;
+use vpmu_proto::worker::{ConsoleState, GuestEnd};
 
-use super::{READY, WorkerProcess, choose_socket, clear, socket_of};
+use super::{READY, WorkerProcess, choose_socket, clear, console_file, socket_of};
 use crate::spare::{PREFIX, Spare, Spares};
 
 /// How worker processes are made on this host.
@@ -128,6 +128,11 @@ impl Processes {
         Ok(Found::Live(process))
     }
 
+    /// What the guest of a dead worker printed last. Blocks.
+    pub fn last_output(&self, uid: &str) -> Option<ConsoleState> {
+        console_file::read(&self.run_dir.join(uid))
+    }
+
     /// Removes what a dead worker left.
     pub fn clear(&self, uid: &str) {
         clear(&self.run_dir.join(uid));
@@ -208,6 +213,7 @@ impl Processes {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.run_dir)?;
         let dir = self.run_dir.join(uid);
         DirBuilder::new().mode(0o700).create(&dir)?;
+        console_file::make(&dir);
         let made = choose_socket(&dir).and_then(|socket| self.spawn(&dir, &socket, name, lifeline));
         match made {
             Ok(process) => Ok((process, dir)),

@@ -9,7 +9,7 @@ use pmu::cpuid::GuestLeaves;
 use pmu::{EventFilter, FilterSpec, GuestId, GuestPmu, Policy, Rates, Shape, Vendor};
 use vpmu_proto::api;
 use vpmu_proto::api::virtual_machine_spec::Boot;
-use vpmu_proto::worker::CreateVmRequest;
+use vpmu_proto::worker::{ConsoleState, CreateVmRequest};
 
 use super::{Lifecycle, Machine, gather, options};
 use crate::boot::BootError;
@@ -51,6 +51,8 @@ pub struct BuildOptions {
     pub right: Arc<RunRight>,
     /// Event rates of the model.
     pub rates: Rates,
+    /// Where the guest's output goes.
+    pub console: Arc<Console>,
 }
 
 /// A request that was checked.
@@ -289,7 +291,9 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
         )?,
         Kind::Simulated => SimVm::new(memory.clone(), SimOptions::default())?,
     };
-    let console = Arc::new(Console::default());
+    let console = Arc::clone(&options.console);
+    // A machine that came to nothing before may have printed.
+    console.restore(&ConsoleState::default());
     let devices = Arc::new(Devices::new(Arc::clone(&vm), Arc::clone(&console)));
     let lifecycle = Arc::new(Lifecycle::new());
     let throttle = Arc::new(Throttle::default());

@@ -29,7 +29,11 @@ pub(super) async fn create(
         // Only shown, by ps and top; cut to 15 bytes by the kernel.
         drop(std::fs::write("/proc/self/comm", format!("vm-{}", request.vm_name)));
     }
-    let options = BuildOptions { right: Arc::clone(&inner.right), rates: inner.rates };
+    let options = BuildOptions {
+        right: Arc::clone(&inner.right),
+        rates: inner.rates,
+        console: Arc::clone(&inner.console),
+    };
     let built = tokio::task::spawn_blocking(move || build(plan, &options))
         .await
         .map_err(|e| WorkerError::Thread { thread: "building the VM".to_owned(), problem: e.to_string() })?;

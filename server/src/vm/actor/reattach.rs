@@ -79,7 +79,8 @@ impl Actor {
                 worker.end().await;
                 Ok(())
             }
-            Survivor::Dead { .. } if owned && had_run && unwanted => {
+            Survivor::Dead { console, .. } if owned && had_run && unwanted => {
+                self.console = Arc::new(console);
                 self.change(State::Stopped, "", "", Kind::Updated, |_| {}).await
             }
             Survivor::Live { worker, .. } if self.replaced(&worker) => {
@@ -95,7 +96,8 @@ impl Actor {
                 worker.end().await;
                 Ok(())
             }
-            Survivor::Dead { end } if owned && had_run => {
+            Survivor::Dead { end, console } if owned && had_run => {
+                self.console = Arc::new(console);
                 let end =
                     end.or_else(|| worker_died("it died while no vpmud watched it").end).unwrap_or_default();
                 let (state, reason) = ended_state(&end, true);
@@ -216,6 +218,7 @@ impl Actor {
         let stored = self.daemon.store.put_vm(&self.record()).await;
         if let Some(worker) = worker {
             worker.end().await;
+            self.console = Arc::new(worker.last_output().await);
         }
         self.announce(Kind::Updated);
         Ok(stored?)
