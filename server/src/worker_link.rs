@@ -27,6 +27,8 @@ use crate::worker_process::{Processes, WorkerProcess};
 
 /// The reason of an error that says nothing about the worker but that it did not answer in time: it may live.
 pub const SILENT: &str = "WORKER_TIMEOUT";
+/// Largest message that is taken from a worker, in bytes.
+const MAX_ANSWER: usize = 16 << 20;
 /// Deadline of building a machine: it may allocate and load much.
 const BUILD: Duration = Duration::from_secs(120);
 /// The same with all of its memory read from a snapshot.
@@ -125,8 +127,18 @@ impl WeakWorker {
     }
 }
 
+/// How it is reached over gRPC.
+enum To {
+    Process(Box<WorkerServiceClient<Channel>>),
+    Thread(vcpu_worker::channel::Wire),
+}
+
+fn client(channel: Channel) -> WorkerServiceClient<Channel> {
+    WorkerServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER)
+}
+
 struct Inner {
-    client: WorkerServiceClient<Channel>,
+    to: To,
     /// The service itself where it is in this process: commands then need no wire, only streams do.
     direct: Option<Worker>,
     fence: Fence,
@@ -163,21 +175,21 @@ impl WorkerLink {
         launch: Launch<'_>,
     ) -> Result<(Self, CreateVmResponse), ApiError> {
         let failed = |e| ApiError::internal("WORKER_START_FAILED", format!("cannot start a worker: {e}"));
-        let (channel, thread, process) = if factory.processes.isolated() || launch.beside {
+        let (wire, thread, process) = if factory.processes.isolated() || launch.beside {
             let started = if launch.beside {
                 factory.processes.start_beside(launch.vm_uid, launch.incarnation, launch.vm_name).await
             } else {
                 factory.processes.start(launch.vm_uid, launch.vm_name).await
             };
             let (channel, process) = started.map_err(failed)?;
-            (channel, None, Some(process))
+            (To::Process(Box::new(client(channel))), None, Some(process))
         } else {
             let options = vcpu_worker::service::WorkerOptions::new(
                 Arc::clone(&factory.cores),
                 factory.shutdown.child_token(),
             );
-            let (channel, worker) = vcpu_worker::channel::in_process(options).map_err(failed)?;
-            (channel, Some(worker), None)
+            let worker = vcpu_worker::channel::in_process(options).map_err(failed)?;
+            (To::Thread(worker.wire()), Some(worker), None)
         };
         let fence =
             Fence { vm_uid: launch.vm_uid.to_owned(), incarnation: launch.incarnation, term: factory.term };
@@ -187,7 +199,7 @@ impl WorkerLink {
         let housekeeping_cores = if process.is_some() { grant.housekeeping() } else { Vec::new() };
         let link = Self {
             inner: Arc::new(Inner {
-                client: WorkerServiceClient::new(channel).max_decoding_message_size(16 << 20),
+                to: wire,
                 direct: thread.as_ref().and_then(vcpu_worker::channel::InProcessWorker::direct),
                 fence: fence.clone(),
                 seq: AtomicU64::new(0),
@@ -265,7 +277,7 @@ impl WorkerLink {
         dispensable: impl FnOnce(&ApiError) -> bool,
     ) -> Result<(Self, WorkerStatus), ApiError> {
         let fence = Fence { vm_uid: vm_uid.to_owned(), incarnation, term: factory.term };
-        let client = WorkerServiceClient::new(process.connect()).max_decoding_message_size(16 << 20);
+        let client = client(process.connect());
         let attach = AttachRequest {
             store_id: factory.store_id.clone(),
             vm_uid: vm_uid.to_owned(),
@@ -285,7 +297,7 @@ impl WorkerLink {
         };
         let cores: Vec<u32> = status.vcpus.iter().map(|v| v.core).collect();
         let inner = Inner {
-            client,
+            to: To::Process(Box::new(client)),
             direct: None,
             fence,
             seq: AtomicU64::new(0),
@@ -372,7 +384,10 @@ impl WorkerLink {
     }
 
     fn client(&self) -> WorkerServiceClient<Channel> {
-        self.inner.client.clone()
+        match &self.inner.to {
+            To::Process(client) => WorkerServiceClient::clone(client),
+            To::Thread(wire) => client(wire.channel()),
+        }
     }
 
     #[expect(clippy::unnecessary_wraps, reason = "every request has it as an optional message")]

@@ -4,6 +4,7 @@
 //! stream, every migration and every vCPU thread.
 
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
@@ -30,15 +31,20 @@ const CLOSE: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct InProcessWorker {
     worker: Option<Worker>,
-    server: Option<JoinHandle<()>>,
+    wire: Wire,
 }
 
 impl InProcessWorker {
     /// Ends the worker and waits until none of its threads is left.
     pub async fn join(mut self) {
-        if let (Some(worker), Some(server)) = (self.worker.take(), self.server.take()) {
-            end(worker, server).await;
+        if let Some(worker) = self.worker.take() {
+            end(worker, self.wire.take()).await;
         }
+    }
+
+    /// The way to it over gRPC.
+    pub fn wire(&self) -> Wire {
+        self.wire.clone()
     }
 
     /// The worker itself, for calls that need no wire; none once it has been ended.
@@ -54,9 +60,9 @@ impl InProcessWorker {
 
 impl Drop for InProcessWorker {
     fn drop(&mut self) {
-        if let (Some(worker), Some(server)) = (self.worker.take(), self.server.take()) {
+        if let Some(worker) = self.worker.take() {
             match tokio::runtime::Handle::try_current() {
-                Ok(runtime) => drop(runtime.spawn(end(worker, server))),
+                Ok(runtime) => drop(runtime.spawn(end(worker, self.wire.take()))),
                 // The runtime is gone or going: its tasks end with it, the vCPU threads with the machine.
                 Err(_) => worker.ended().cancel(),
             }
@@ -64,23 +70,63 @@ impl Drop for InProcessWorker {
     }
 }
 
-async fn end(worker: Worker, mut server: JoinHandle<()>) {
+async fn end(worker: Worker, server: Option<JoinHandle<()>>) {
     if let Err(error) = worker.close().await {
         tracing::warn!(%error, "ending a worker");
     }
+    let Some(mut server) = server else { return };
     if tokio::time::timeout(CLOSE, &mut server).await.is_err() {
         tracing::warn!("a worker's server did not end: dropping its connections");
         server.abort();
     }
 }
 
-/// Starts a worker and connects to it. Must be called on a runtime.
+/// The gRPC connection to a worker in this process, made when it is first used: a machine that only lives and dies needs
+/// none.
+#[derive(Debug, Clone)]
+pub struct Wire {
+    worker: Worker,
+    made: Arc<Mutex<Made>>,
+}
+
+#[derive(Debug, Default)]
+struct Made {
+    channel: Option<Channel>,
+    server: Option<JoinHandle<()>>,
+}
+
+impl Wire {
+    /// The connection. Must be called on a runtime. Of a worker that has ended it is one that refuses.
+    pub fn channel(&self) -> Channel {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let Made { channel, server } = &mut *made;
+        channel
+            .get_or_insert_with(|| {
+                let (channel, served) = serve(&self.worker);
+                *server = Some(served);
+                channel
+            })
+            .clone()
+    }
+
+    /// The server, if one was started.
+    fn take(&self) -> Option<JoinHandle<()>> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).server.take()
+    }
+}
+
+/// Starts a worker. Must be called on a runtime.
 ///
 /// # Errors
 /// If there is no runtime.
-pub fn in_process(options: WorkerOptions) -> io::Result<(Channel, InProcessWorker)> {
+pub fn in_process(options: WorkerOptions) -> io::Result<InProcessWorker> {
     tokio::runtime::Handle::try_current().map_err(io::Error::other)?;
     let worker = Worker::new(options);
+    let wire = Wire { worker: worker.clone(), made: Arc::default() };
+    Ok(InProcessWorker { worker: Some(worker), wire })
+}
+
+fn serve(worker: &Worker) -> (Channel, JoinHandle<()>) {
     let (connections, accepted) = mpsc::channel::<DuplexStream>(1);
     let ended = worker.ended();
     let service = WorkerServiceServer::new(worker.clone())
@@ -106,6 +152,5 @@ pub fn in_process(options: WorkerOptions) -> io::Result<(Channel, InProcessWorke
         }
     });
     // The address is never looked up: the connector ignores it.
-    let channel = Endpoint::from_static("http://worker.invalid").connect_with_connector_lazy(connect);
-    Ok((channel, InProcessWorker { worker: Some(worker), server: Some(server) }))
+    (Endpoint::from_static("http://worker.invalid").connect_with_connector_lazy(connect), server)
 }

@@ -89,7 +89,8 @@ async fn pause(host: &mut Host) -> Moment {
 fn whole_events(cores: &Arc<HostCores>) -> Host {
     let mut options = WorkerOptions::new(Arc::clone(cores), CancellationToken::new());
     options.rates.instructions = PER_NS * 1_000_000_000;
-    let (channel, worker) = in_process(options).expect("in-process worker");
+    let worker = in_process(options).expect("in-process worker");
+    let channel = worker.wire().channel();
     let fence = Fence { vm_uid: "vm-m".to_owned(), incarnation: 1, term: 1 };
     Host { client: WorkerServiceClient::new(channel), worker, fence }
 }

@@ -59,7 +59,8 @@ pub struct Host {
 impl Host {
     pub fn new(cores: &Arc<HostCores>, vm_uid: &str) -> Self {
         let options = WorkerOptions::new(Arc::clone(cores), CancellationToken::new());
-        let (channel, worker) = in_process(options).expect("in-process worker");
+        let worker = in_process(options).expect("in-process worker");
+        let channel = worker.wire().channel();
         let fence = Fence { vm_uid: vm_uid.to_owned(), incarnation: 1, term: 1 };
         Self { client: WorkerServiceClient::new(channel), worker, fence }
     }
