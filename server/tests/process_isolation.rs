@@ -272,6 +272,40 @@ async fn a_socket_path_that_is_too_long_is_replaced() {
     assert_eq!(host.terminate().await, 0);
 }
 
+/// Nobody can find such a worker any more, and a daemon that starts takes its machine for dead: it must not run on beside
+/// the one that is started then.
+#[tokio::test]
+async fn a_worker_whose_directory_is_deleted_while_its_daemon_is_dead_ends() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let _workers = Workers::of(dir.path());
+    let mut host = Host::start(dir.path(), &OPTIONS).await;
+    let mut started = Vec::new();
+    for id in ["kept", "lost"] {
+        host.create(id, probe_spec(1, 16)).await;
+        let vm = host.start_vm(id).await;
+        started.push((identity(&vm), dir.path().join("state/run").join(&vm.uid)));
+    }
+    host.until_counting("lost").await;
+    host.kill().await;
+    let console = std::fs::canonicalize(started[1].1.join("console")).expect("its console");
+    let log = std::fs::File::open(started[1].1.join("log")).expect("its log");
+    std::fs::remove_dir_all(&started[1].1).expect("deleted");
+    until_gone(&started[1].0).await;
+    assert!(lives(&started[0].0), "the other one, whose directory is there");
+    assert!(!console.exists(), "{} is left", console.display());
+    let told = std::io::read_to_string(log).expect("read");
+    assert!(told.contains("its runtime directory was deleted"), "{told:?}");
+
+    host.restart().await;
+    let kept = host.until("kept", "RUNNING", is(State::Running)).await;
+    assert_eq!(kept.worker_pid, started[0].0.pid);
+    let lost = host.get("lost").await;
+    assert_eq!((lost.observed_state(), lost.worker_pid), (State::Stopped, 0), "{lost:?}");
+    host.delete("kept").await;
+    host.delete("lost").await;
+    assert_eq!(host.terminate().await, 0);
+}
+
 /// Waits for a byte on the serial port, then switches the machine off (port 0x604).
 const OFF_AT_INPUT: &[u8] = &[
     0x66, 0xba, 0xfd, 0x03, // wait: mov dx, 0x3fd

@@ -11,15 +11,17 @@
 //! | `log` | standard error | at most [`LOG_BYTES`] of warnings |
 //!
 //! Invariants: `pid` and `exit` are replaced whole; a worker that no daemon gives a VM within [`UNCLAIMED`] ends by
-//! itself, and so does a spare one when its daemon is gone; the directory may be renamed while the worker runs; it leads a session of its own and has no parent-death signal, so that it outlives its daemon.
+//! itself, and so does a spare one when its daemon is gone, and any whose directory is deleted while no daemon is connected; the directory may be renamed while the worker runs; it leads a session of its own and has no parent-death signal, so that it outlives its daemon.
+
+mod orphan;
 
 use std::ffi::CString;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use prost::Message as _;
@@ -27,6 +29,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::UnixListener;
 use tokio::net::unix::pipe::Receiver;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use vpmu_proto::worker::worker_service_server::WorkerServiceServer;
@@ -239,7 +242,7 @@ async fn serve(args: &Args) -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let shown = args.socket.display().to_string();
     // Held open: a spare's directory gets another name when a machine takes it.
-    let held = args.runtime_dir.as_ref().map(std::fs::File::open).transpose()?;
+    let held = args.runtime_dir.as_ref().map(std::fs::File::open).transpose()?.map(Arc::new);
     let runtime_dir = held.as_ref().map(|dir| PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())));
     let listener = listen(args).map_err(|e| failed("listening on", &shown, &e))?;
     // Last: who has read it may rename the directory.
@@ -252,9 +255,20 @@ async fn serve(args: &Args) -> io::Result<()> {
     let options = WorkerOptions { own_process: true, console, ..WorkerOptions::new(cores, shutdown.clone()) };
     let worker = Worker::new(options);
     let lifeline = args.spare.then(lifeline).transpose()?;
+    let connections = orphan::Connections::default();
+    let why = Arc::new(OnceLock::new());
+    // Nobody will ask for it when nobody has, or can have, the machine.
+    let console_file = runtime_dir.as_ref().and_then(|dir| std::fs::canonicalize(dir.join(CONSOLE)).ok());
     tokio::spawn({
-        let (shutdown, worker) = (shutdown.clone(), worker.clone());
+        let (shutdown, worker, why) = (shutdown.clone(), worker.clone(), Arc::clone(&why));
+        let (connections, held) = (connections.clone(), held.clone());
         async move {
+            let orphaned = async {
+                match &held {
+                    Some(dir) => orphan::orphaned(dir, &connections, orphan::LOOK).await,
+                    None => std::future::pending().await,
+                }
+            };
             let unclaimed = async {
                 match lifeline {
                     Some(lifeline) => broken(lifeline).await,
@@ -266,7 +280,15 @@ async fn serve(args: &Args) -> io::Result<()> {
             };
             tokio::select! {
                 _ = terminate.recv() => {}
-                () = unclaimed => tracing::warn!("no daemon gave this worker a machine: ending"),
+                () = unclaimed => {
+                    tracing::warn!("no daemon gave this worker a machine: ending");
+                    drop(console_file.map(std::fs::remove_file));
+                }
+                () = orphaned => {
+                    // Set once, here.
+                    let _ = why.set("its runtime directory was deleted while no daemon was connected: no daemon can find it again");
+                    drop(console_file.map(std::fs::remove_file));
+                }
             }
             shutdown.cancel();
         }
@@ -286,9 +308,11 @@ async fn serve(args: &Args) -> io::Result<()> {
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
     let ended = worker.ended();
+    let incoming =
+        UnixListenerStream::new(listener).map(move |made| made.map(|stream| connections.count(stream)));
     let served = tonic::transport::Server::builder()
         .add_service(service)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), ended.cancelled_owned())
+        .serve_with_incoming_shutdown(incoming, ended.cancelled_owned())
         .await;
     let closed = worker.close().await;
     // Else it is the daemon's, which removes it with the directory, under whatever name that has by now.
@@ -296,7 +320,11 @@ async fn serve(args: &Args) -> io::Result<()> {
         std::fs::remove_file(&args.socket).map_err(|e| failed("removing", &shown, &e))?;
     }
     served.map_err(|e| failed("serving", &shown, &e))?;
-    closed.map(drop).map_err(|e| failed("ending the VM of", &shown, &e))
+    closed.map_err(|e| failed("ending the VM of", &shown, &e))?;
+    match why.get() {
+        Some(why) => Err(failed("this worker ended", &shown, why)),
+        None => Ok(()),
+    }
 }
 
 fn failed(what: &str, which: &str, why: &dyn std::fmt::Display) -> io::Error {
