@@ -147,6 +147,13 @@ impl ApiError {
         error
     }
 
+    /// A field of the request is at fault, whatever the code.
+    #[must_use]
+    pub fn at_field(mut self, field: &str, value: &str) -> Self {
+        self.inner.field = Some((field.to_owned(), clip(&self.inner.message, 256)));
+        self.with("field", field).with("value", clip(value, 96))
+    }
+
     /// Adds one metadata entry: dynamic parts of the message for programs.
     #[must_use]
     pub fn with(mut self, key: &str, value: impl ToString) -> Self {

@@ -133,6 +133,127 @@ async fn a_machine_lives_on_from_a_file_on_kvm_in_processes() {
     }
 }
 
+/// What a restore of this file is refused with, at once or by its operation.
+async fn restore_error(host: &Host, file: &str) -> tonic::Status {
+    let request = RestoreVirtualMachineRequest {
+        virtual_machine_id: "b".to_owned(),
+        file: file.to_owned(),
+        ..Default::default()
+    };
+    let operation = match host.vms().await.restore_virtual_machine(request).await {
+        Ok(operation) => operation.into_inner(),
+        Err(status) => return status,
+    };
+    let error = host.finish(operation).await.expect_err(file);
+    tonic::Status::with_details(Code::from(error.code), &error.message, error.encode_to_vec().into())
+}
+
+/// What has to be in the directory for a case.
+enum Bad {
+    Bytes(Vec<u8>),
+    Directory,
+    Link,
+    Nothing,
+}
+
+/// A bad file: its name, what it is, code, reason, and the words for its value and the remedy.
+type Case = (&'static str, Bad, Code, &'static str, Vec<String>);
+
+fn cases(good: &[u8]) -> Vec<Case> {
+    let words = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>();
+    let with = |at: usize, change: fn(u8) -> u8| {
+        let mut bytes = good.to_vec();
+        bytes[at] = change(bytes[at]);
+        Bad::Bytes(bytes)
+    };
+    let flip = |at: usize| with(at, |byte| byte ^ 1);
+    let cut = |to: usize| Bad::Bytes(good[..to].to_vec());
+    let word = |at: usize| u64::from_le_bytes(good[at..at + 8].try_into().expect("8")) as usize;
+    // The header's sizes: memory, data, state, table.
+    let (state, table) = (4096 + word(24), 4096 + word(24) + word(32));
+    let wrong = |have: usize, want: usize| {
+        vec![format!("is {have} bytes long"), format!("should be {want}"), "take it again".to_owned()]
+    };
+    let longer = [good, &[0]].concat();
+    let damaged =
+        |part: &str| vec![format!("is damaged: {part}: "), "take it again or use a copy".to_owned()];
+    let whole = good.len();
+    let (lost, other) = (Code::DataLoss, Code::FailedPrecondition);
+    let not_one =
+        |found: &str| vec![found.to_owned(), "name a file that `vpmuctl vm snapshot` wrote".to_owned()];
+    vec![
+        ("cut", cut(whole - 1), lost, "SNAPSHOT_LENGTH_WRONG", wrong(whole - 1, whole)),
+        ("cut-in-data", cut(5000), lost, "SNAPSHOT_LENGTH_WRONG", wrong(5000, whole)),
+        ("cut-in-header", cut(100), lost, "SNAPSHOT_LENGTH_WRONG", wrong(100, 4096)),
+        ("cut-in-magic", cut(10), lost, "SNAPSHOT_LENGTH_WRONG", wrong(10, 4096)),
+        ("longer", Bad::Bytes(longer), lost, "SNAPSHOT_LENGTH_WRONG", wrong(whole + 1, whole)),
+        ("empty", cut(0), other, "SNAPSHOT_NOT_ONE", not_one("it is empty")),
+        (
+            "text",
+            Bad::Bytes(b"hello".to_vec()),
+            other,
+            "SNAPSHOT_NOT_ONE",
+            not_one("it begins with \"hello\" instead of VPMUSNAP"),
+        ),
+        ("directory", Bad::Directory, other, "SNAPSHOT_NOT_ONE", not_one("it is not a regular file")),
+        (
+            "link",
+            Bad::Link,
+            other,
+            "SNAPSHOT_UNREADABLE",
+            words(&["no link is followed: name the file itself"]),
+        ),
+        (
+            "none",
+            Bad::Nothing,
+            Code::NotFound,
+            "SNAPSHOT_UNREADABLE",
+            words(&["No such file", "name a file that is in the snapshot directory"]),
+        ),
+        (
+            "version",
+            with(8, |_| 9),
+            other,
+            "SNAPSHOT_VERSION_UNSUPPORTED",
+            words(&["has schema 9", "this build reads 1", "use a build that reads it, or take it again"]),
+        ),
+        ("bit-in-header", flip(20), lost, "SNAPSHOT_DAMAGED", damaged("header")),
+        ("bit-in-data", flip(5000), lost, "SNAPSHOT_DAMAGED", damaged("data")),
+        ("bit-in-state", flip(state + 10), lost, "SNAPSHOT_DAMAGED", damaged("state")),
+        ("bit-in-table", flip(table + 3), lost, "SNAPSHOT_DAMAGED", damaged("table")),
+    ]
+}
+
+/// Every one names the field, the file, what is wrong with it and what to do, and leaves no machine.
+async fn bad_inputs(host: &Host, files: &Path) {
+    let good = std::fs::read(files.join("good")).expect("read");
+    for (file, bad, code, why, words) in cases(&good) {
+        let path = files.join(file);
+        match bad {
+            Bad::Bytes(bytes) => std::fs::write(&path, bytes).expect("write"),
+            Bad::Directory => std::fs::create_dir(&path).expect("made"),
+            Bad::Link => std::os::unix::fs::symlink("good", &path).expect("linked"),
+            Bad::Nothing => {}
+        }
+        let status = restore_error(host, file).await;
+        assert_eq!(refused(&status), (code, why.to_owned()), "{file}: {status:?}");
+        let details = status.get_error_details();
+        let violations = &details.bad_request().expect("BadRequest").field_violations;
+        assert_eq!(violations.iter().map(|v| v.field.as_str()).collect::<Vec<_>>(), ["file"], "{file}");
+        let told = &details.error_info().expect("ErrorInfo").metadata;
+        assert_eq!((told["field"].as_str(), told["value"].as_str()), ("file", file), "{told:?}");
+        let shown = path.display().to_string();
+        for word in words.iter().chain([&shown]) {
+            assert!(status.message().contains(word), "{file}: {word:?} is not in {:?}", status.message());
+        }
+        match path.symlink_metadata() {
+            Ok(known) if known.is_dir() => std::fs::remove_dir(&path).expect("remove"),
+            Ok(_) => std::fs::remove_file(&path).expect("remove"),
+            Err(_) => {}
+        }
+    }
+}
+
 #[tokio::test]
 async fn bad_files_leave_no_machine_and_cancelled_ones_no_file() {
     let dir = tempfile::tempdir().expect("tempdir");
@@ -153,23 +274,7 @@ async fn bad_files_leave_no_machine_and_cancelled_ones_no_file() {
     snapshot(&host, "a", "good").await.expect("taken");
     let files = dir.path().join("state/snapshots");
     assert_eq!(names(&files), ["good"]);
-    let good = std::fs::read(files.join("good")).expect("read");
-    let mut cases: Vec<(&str, Vec<u8>, Code, &str)> = vec![
-        ("cut", good[..good.len() - 1].to_vec(), Code::DataLoss, "SNAPSHOT_LENGTH_WRONG"),
-        ("text", b"hello".to_vec(), Code::FailedPrecondition, "SNAPSHOT_NOT_ONE"),
-    ];
-    let mut version = good.clone();
-    version[8] = 9;
-    cases.push(("version", version, Code::FailedPrecondition, "SNAPSHOT_VERSION_UNSUPPORTED"));
-    let mut page = good.clone();
-    page[5000] ^= 1;
-    cases.push(("page", page, Code::DataLoss, "SNAPSHOT_DAMAGED"));
-    for (file, bytes, code, why) in cases {
-        std::fs::write(files.join(file), bytes).expect("write");
-        is_refused(restore(&host, "b", file, false, false).await, code, why);
-        std::fs::remove_file(files.join(file)).expect("remove");
-    }
-    is_refused(restore(&host, "b", "none", true, false).await, Code::NotFound, "SNAPSHOT_UNREADABLE");
+    bad_inputs(&host, &files).await;
     assert_eq!(host.list().await.len(), 1, "no machine is left of them");
 
     // Cancelled or done: never something between.

@@ -239,7 +239,13 @@ impl WorkerError {
         let message = self.to_string();
         let mut details = ErrorDetails::with_error_info(self.reason(), DOMAIN, []);
         if let Some(field) = self.field() {
-            details.set_error_info(self.reason(), DOMAIN, [("field".to_owned(), field.to_owned())]);
+            let value = self.bad_file().map(|value| ("value".to_owned(), value));
+            let field_of = ("field".to_owned(), field.to_owned());
+            details.set_error_info(
+                self.reason(),
+                DOMAIN,
+                std::iter::once(field_of).chain(value).collect::<std::collections::HashMap<_, _>>(),
+            );
             details.add_bad_request_violation(field, message.clone());
         }
         Status::with_error_details(self.code(), message, details)
@@ -251,8 +257,16 @@ impl WorkerError {
             Self::Invalid { field, .. } => Some(field),
             Self::Boot { field, .. } => *field,
             Self::Backing(error) => error.field(),
+            // As the public API has it.
+            Self::Snapshot(error) => error.bad_file().map(|_| "file"),
             _ => None,
         }
+    }
+
+    /// Name of the snapshot's file that cannot be used.
+    fn bad_file(&self) -> Option<String> {
+        let Self::Snapshot(error) = self else { return None };
+        Some(error.bad_file()?.file_name()?.to_string_lossy().into_owned())
     }
 }
 

@@ -41,7 +41,7 @@ const ENTRY: u64 = 16;
 #[non_exhaustive]
 pub enum SnapshotError {
     /// The file system refused while reading.
-    #[error("snapshot {path}: {what}: {source}")]
+    #[error("snapshot {path}: {what}: {source}; {}", readable(source))]
     Unreadable {
         /// File.
         path: PathBuf,
@@ -69,13 +69,17 @@ pub enum SnapshotError {
         path: PathBuf,
     },
     /// It is something else.
-    #[error("{path} is no snapshot of vpmud: it does not begin with VPMUSNAP")]
+    #[error("{path} is no snapshot of vpmud: {found}; name a file that `vpmuctl vm snapshot` wrote")]
     NotOne {
         /// File.
         path: PathBuf,
+        /// What it is instead.
+        found: String,
     },
     /// A schema of another build.
-    #[error("snapshot {path} has schema {found}, this build reads {VERSION}: use a build that reads it")]
+    #[error(
+        "snapshot {path} has schema {found}, this build reads {VERSION}: use a build that reads it, or take it again"
+    )]
     Version {
         /// File.
         path: PathBuf,
@@ -105,7 +109,9 @@ pub enum SnapshotError {
         problem: String,
     },
     /// It does not fit the machine.
-    #[error("snapshot {path} has {snapshot} bytes of guest memory, the machine {machine}")]
+    #[error(
+        "snapshot {path} has {snapshot} bytes of guest memory, the machine {machine}: restore it into one of the same size"
+    )]
     Memory {
         /// File.
         path: PathBuf,
@@ -122,7 +128,31 @@ pub enum SnapshotError {
     Guest(#[from] memory::MemoryError),
 }
 
+/// What to do about a file that cannot be read.
+fn readable(problem: &std::io::Error) -> &'static str {
+    use rustix::io::Errno;
+    match Errno::from_io_error(problem) {
+        Some(Errno::NOENT) => "name a file that is in the snapshot directory",
+        Some(Errno::ACCESS | Errno::PERM) => "let vpmud read it",
+        Some(Errno::LOOP) => "no link is followed: name the file itself",
+        _ => "look at the file system that it is on",
+    }
+}
+
 impl SnapshotError {
+    /// The file that is at fault, whatever made it so.
+    pub fn bad_file(&self) -> Option<&std::path::Path> {
+        match self {
+            Self::Unreadable { path, .. }
+            | Self::NotOne { path, .. }
+            | Self::Version { path, .. }
+            | Self::Length { path, .. }
+            | Self::Damaged { path, .. }
+            | Self::Memory { path, .. } => Some(path),
+            Self::Unwritable { .. } | Self::Busy { .. } | Self::Cancelled | Self::Guest(_) => None,
+        }
+    }
+
     /// Stable reason code.
     pub fn reason(&self) -> &'static str {
         match self {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use tonic::Code;
+use tonic_types::StatusExt as _;
 use vcpu_worker::snapshot::read::Snapshot;
 use vpmu_proto::worker::worker_status::State;
 use vpmu_proto::worker::*;
@@ -138,19 +139,36 @@ async fn bad_files_are_refused_and_nothing_is_left() {
     let good = std::fs::read(&path).expect("read");
     let bad = dir.path().join("bad");
     type Change = fn(&mut Vec<u8>);
-    let cases: [(Change, u64, Code, &str); 5] = [
-        (|b| b.truncate(b.len() / 2), 64, Code::DataLoss, "SNAPSHOT_LENGTH_WRONG"),
-        (|b| b[8] = 2, 64, Code::FailedPrecondition, "SNAPSHOT_VERSION_UNSUPPORTED"),
-        (|b| b[5000] ^= 4, 64, Code::DataLoss, "SNAPSHOT_DAMAGED"),
-        (|b| b[0] = 0, 64, Code::FailedPrecondition, "SNAPSHOT_NOT_ONE"),
-        (|_| {}, 32, Code::FailedPrecondition, "SNAPSHOT_MEMORY_MISMATCH"),
+    let cases: [(Change, u64, Code, &str, &str); 5] = [
+        (|b| b.truncate(b.len() / 2), 64, Code::DataLoss, "SNAPSHOT_LENGTH_WRONG", "take it again"),
+        (|b| b[8] = 2, 64, Code::FailedPrecondition, "SNAPSHOT_VERSION_UNSUPPORTED", "has schema 2"),
+        (
+            |b| b[5000] ^= 4,
+            64,
+            Code::DataLoss,
+            "SNAPSHOT_DAMAGED",
+            "do not match their checksum; take it again",
+        ),
+        (|b| b[0] = 0, 64, Code::FailedPrecondition, "SNAPSHOT_NOT_ONE", "\\x00PMUSNAP"),
+        (
+            |_| {},
+            32,
+            Code::FailedPrecondition,
+            "SNAPSHOT_MEMORY_MISMATCH",
+            "has 67108864 bytes of guest memory, the machine 33554432: restore it into one of the same size",
+        ),
     ];
-    for (change, memory_mib, code, why) in cases {
+    for (change, memory_mib, code, why, words) in cases {
         let mut bytes = good.clone();
         change(&mut bytes);
         std::fs::write(&bad, &bytes).expect("write");
         let (mut host, status) = restored("simulated", &bad, false, memory_mib).await.err().expect(why);
         assert_eq!((status.code(), reason(&status).as_str()), (code, why), "{status:?}");
+        assert!(status.message().contains(words), "{status:?}");
+        let details = status.get_error_details();
+        let bad_request = details.bad_request().expect("BadRequest");
+        assert_eq!(bad_request.field_violations[0].field, "file", "{status:?}");
+        assert_eq!(details.error_info().expect("ErrorInfo").metadata["value"], "bad");
         assert_eq!(host.state().await, State::Empty);
         host.worker.join().await;
     }

@@ -72,7 +72,8 @@ pub(super) async fn restore(
                     "snapshot {}: it was taken on {theirs:?} and this host runs {:?}; restore it on such a host",
                     request.file, daemon.host.hypervisor
                 ),
-            ));
+            )
+            .at_field("file", &request.file));
         }
         let spec = manifest.spec.unwrap_or_default();
         let spec = validate::spec(spec, &daemon.host, daemon.capacity.memory_bytes())?;
@@ -102,7 +103,7 @@ async fn read(path: PathBuf) -> Result<SnapshotManifest, ApiError> {
         Ok(Ok(manifest)) => Ok(manifest),
         Ok(Err(error)) => {
             let status = vcpu_worker::error::WorkerError::from(error).to_status();
-            Err(ApiError::from_status("snapshot", &status))
+            Err(ApiError::from_status("file", &status))
         }
         Err(error) => Err(ApiError::internal("SNAPSHOT_READ", format!("reading the snapshot: {error}"))),
     }

@@ -31,6 +31,9 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..).and_then(|b| b.first_chunk::<8>()).map_or(0, |b| u64::from_le_bytes(*b))
 }
 
+/// Bytes up to which a file tells its schema.
+const VERSION_END: usize = 12;
+
 /// Makes errors that name the file.
 struct Errors<'a>(&'a Path);
 
@@ -43,6 +46,10 @@ impl Errors<'_> {
         SnapshotError::Damaged { path: self.0.to_owned(), part, problem: problem.into() }
     }
 
+    fn not_one(&self, found: String) -> SnapshotError {
+        SnapshotError::NotOne { path: self.0.to_owned(), found }
+    }
+
     fn read(&self, file: &File, part: &'static str, at: u64, bytes: u64) -> Result<Vec<u8>, SnapshotError> {
         let mut out = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX)];
         file.read_exact_at(&mut out, at).map_err(|e| self.unreadable(part, e))?;
@@ -51,7 +58,16 @@ impl Errors<'_> {
 
     fn header(&self, bytes: &[u8], have: u64) -> Result<Header, SnapshotError> {
         if bytes.get(..8) != Some(&MAGIC) {
-            return Err(SnapshotError::NotOne { path: self.0.to_owned() });
+            let begins = bytes.get(..8.min(bytes.len())).unwrap_or_default().escape_ascii();
+            let found = if bytes.is_empty() {
+                "it is empty".to_owned()
+            } else {
+                format!("it begins with \"{begins}\" instead of {}", MAGIC.escape_ascii())
+            };
+            return Err(self.not_one(found));
+        }
+        if bytes.len() < VERSION_END {
+            return Err(SnapshotError::Length { path: self.0.to_owned(), have, want: HEADER });
         }
         let version = u32_at(bytes, 8);
         if version != VERSION {
@@ -122,7 +138,7 @@ impl Snapshot {
         let file = File::from(file);
         let stat = file.metadata().map_err(|e| errors.unreadable("looking at it", e))?;
         if !stat.is_file() {
-            return Err(SnapshotError::NotOne { path: path.to_owned() });
+            return Err(errors.not_one("it is not a regular file".to_owned()));
         }
         let head = errors.read(&file, "reading the header", 0, HEADER.min(stat.len()))?;
         let header = errors.header(&head, stat.len())?;
@@ -139,8 +155,15 @@ impl Snapshot {
         let manifest = SnapshotManifest::decode(state.as_slice())
             .map_err(|e| errors.damaged("state", format!("it does not decode: {e}")))?;
         let said = manifest.spec.as_ref().map_or(0, |s| s.memory_bytes);
-        if said != header.memory_bytes || manifest.state.is_none() {
-            return Err(errors.damaged("state", "it does not describe this memory"));
+        if manifest.state.is_none() {
+            return Err(errors.damaged("state", "it is missing"));
+        }
+        if said != header.memory_bytes {
+            let problem = format!(
+                "it is of a machine of {said} bytes of memory, the header of {}",
+                header.memory_bytes
+            );
+            return Err(errors.damaged("state", problem));
         }
         let chunks = errors.table(&table, &header)?;
         Ok(Self { path: path.to_owned(), file, memory_bytes: header.memory_bytes, manifest, chunks })
