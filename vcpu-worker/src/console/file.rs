@@ -90,8 +90,13 @@ impl FileRing {
         let (first, second) = data.split_at(data.len().min(HISTORY - at));
         self.allocate(DATA + at, first.len())?;
         self.allocate(DATA, second.len())?;
-        self.start = self.start.max(end.saturating_sub(HISTORY as u64));
-        self.word(START, self.start)?;
+        let start = self.start.max(end.saturating_sub(HISTORY as u64));
+        if start != self.start {
+            self.start = start;
+            self.word(START, start)?;
+            // The bytes that are stored next are no atomics: they must not pass it.
+            std::sync::atomic::fence(Ordering::SeqCst);
+        }
         self.store(DATA + at, first)?;
         self.store(DATA, second)?;
         self.end = end;
@@ -137,7 +142,7 @@ impl FileRing {
     fn word(&self, offset: usize, value: u64) -> io::Result<()> {
         use std::sync::atomic::AtomicU64;
         let word = self.map.get_atomic_ref::<AtomicU64>(offset).map_err(io::Error::other)?;
-        word.store(value, Ordering::SeqCst);
+        word.store(value, Ordering::Release);
         Ok(())
     }
 }
