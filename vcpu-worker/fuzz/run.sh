@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Builds one fuzz target and runs it for a while; needs a nightly toolchain and a C++ compiler, but not cargo-fuzz.
 #
-#   vcpu-worker/fuzz/run.sh TARGET SECONDS [LIBFUZZER OPTIONS...]
-#   vcpu-worker/fuzz/run.sh --build TARGET      prints where the program is
+#   CRATE/fuzz/run.sh TARGET SECONDS [LIBFUZZER OPTIONS...]
+#   CRATE/fuzz/run.sh --build TARGET      prints where the program is
 #
-# TARGET is frames, handshake or receiver. What was found goes on being used: the corpus is kept below target/corpus,
+# CRATE is vcpu-worker (frames, handshake, receiver) or pmu (image_import, cpuid, replay), where this is a link.
+# What was found goes on being used: the corpus is kept below target/corpus,
 # and an input that fails is left in target/artifacts; run.sh TARGET 0 FILE runs that one input again.
 # Under AddressSanitizer, with at most 2 GiB of memory. Environment: VPMU_FUZZ_JOBS, compiler processes (default: all).
 set -euo pipefail
@@ -13,7 +14,7 @@ out=${CARGO_TARGET_DIR:-$here/target}
 toolchain=${VPMU_FUZZ_TOOLCHAIN:-nightly}
 
 usage() {
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 

@@ -1,0 +1,1 @@
+../../vcpu-worker/fuzz/run.sh
