@@ -208,7 +208,7 @@ async fn lists_are_basic_or_full() {
         let request =
             ListVirtualMachinesRequest { view: view.into(), ..ListVirtualMachinesRequest::default() };
         let listed = host.vms().await.list_virtual_machines(request).await.expect("lists").into_inner();
-        assert_eq!(listed.virtual_machines, [expected.clone()], "{view:?}");
+        assert_eq!(listed.virtual_machines, std::slice::from_ref(expected), "{view:?}");
     }
     let request = ListVirtualMachinesRequest { view: 9, ..ListVirtualMachinesRequest::default() };
     let refused = host.vms().await.list_virtual_machines(request).await;

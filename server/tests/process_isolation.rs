@@ -476,7 +476,7 @@ async fn given_back(silent: bool) {
         kill_process(pid(worker.pid), Signal::STOP).expect("SIGSTOP");
         b.restart().await;
         // Long enough for the destination to give it back, and then for several deadlines of commands.
-        tokio::time::sleep(Duration::from_millis(3000)).await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
         let shown = a.get("vm").await;
         assert_ne!(shown.observed_state(), State::Failed, "{shown:?}");
         assert!(lives(&worker), "the only copy was ended");

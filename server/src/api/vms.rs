@@ -117,7 +117,7 @@ impl Vms {
             page(all, size, &request.page_token, |h| h.name.to_string(), |key, token| key > token);
         let virtual_machines = page
             .iter()
-            .map(|handle| handle.view())
+            .map(crate::vm::registry::VmHandle::view)
             .map(|view| if full { view.vm.clone() } else { basic(&view.vm) })
             .collect();
         Ok(ListVirtualMachinesResponse { virtual_machines, next_page_token })

@@ -238,7 +238,7 @@ async fn settle_source(
                 Effect::SealWorker { epoch } => events.push_back(copy.seal(&settler.daemon, epoch).await?),
                 Effect::EndWorker => events.push_back(copy.end().await),
                 Effect::Grant { epoch, run } => {
-                    events.push_back(copy.grant(&settler.daemon, epoch, run).await?)
+                    events.push_back(copy.grant(&settler.daemon, epoch, run).await?);
                 }
                 Effect::PersistPmu => events.push_back(Event::PmuPersisted),
                 // Without a stream: a destination that waits asks. The others begin a migration, or answer a user
