@@ -9,12 +9,13 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio_stream::Stream;
+use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status};
 use vcpu_worker::service::Worker;
 use vpmu_proto::api::{ProbeReport, VirtualMachineSpec, VirtualMachineStats};
 use vpmu_proto::worker::worker_service_client::WorkerServiceClient;
@@ -45,6 +46,16 @@ macro_rules! unary {
             Some(worker) => call($deadline, worker.$method(Request::new($request))).await,
             None => call($deadline, $link.client().$method($request)).await,
         }
+    };
+}
+
+/// The same for a call that is answered by a stream.
+macro_rules! streaming {
+    ($link:expr, $method:ident, $request:expr) => {
+        Ok(match &$link.inner.direct {
+            Some(worker) => Told(call($link.inner.command, worker.$method(Request::new($request))).await?),
+            None => Told(Box::pin(call($link.inner.command, $link.client().$method($request)).await?)),
+        })
     };
 }
 
@@ -91,8 +102,26 @@ pub struct Launch<'a> {
     pub beside: bool,
 }
 
-/// A worker's events, until it ends.
-pub type Events = Pin<Box<dyn Stream<Item = Result<WorkerEvent, Status>> + Send>>;
+/// What a worker tells one after the other, until it ends.
+pub struct Told<T>(Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>);
+
+impl<T> Told<T> {
+    /// The next message, as [`tonic::Streaming::message`] has it.
+    ///
+    /// # Errors
+    /// What the worker ended the stream with, or the connection.
+    pub async fn message(&mut self) -> Result<Option<T>, Status> {
+        self.next().await.transpose()
+    }
+}
+
+impl<T> Stream for Told<T> {
+    type Item = Result<T, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.as_mut().poll_next(context)
+    }
+}
 
 /// A worker; cloned freely, ended by [`WorkerLink::end`] or with its last clone.
 #[derive(Clone)]
@@ -105,7 +134,7 @@ pub struct WeakWorker(std::sync::Weak<Inner>);
 
 impl WeakWorker {
     /// Its events, asked for until it answers in some way. Whoever lets it go meanwhile ends this.
-    pub async fn watch_until_answered(&self) -> Result<Events, ApiError> {
+    pub async fn watch_until_answered(&self) -> Result<Told<WorkerEvent>, ApiError> {
         loop {
             let Some(inner) = self.0.upgrade() else {
                 return Err(ApiError::internal("WORKER_GONE", "the worker was let go before it answered"));
@@ -499,9 +528,9 @@ impl WorkerLink {
         &self,
         offset: u64,
         follow: bool,
-    ) -> Result<Streaming<ReadConsoleResponse>, ApiError> {
+    ) -> Result<Told<ReadConsoleResponse>, ApiError> {
         let request = ReadConsoleRequest { fence: self.fence(), offset, follow };
-        call(self.inner.command, self.client().read_console(request)).await
+        streaming!(self, read_console, request)
     }
 
     /// Console input; returns how many bytes were taken.
@@ -545,14 +574,9 @@ impl WorkerLink {
     }
 
     /// State changes that the guest or KVM caused.
-    pub async fn watch_events(&self) -> Result<Events, ApiError> {
+    pub async fn watch_events(&self) -> Result<Told<WorkerEvent>, ApiError> {
         let request = WatchEventsRequest { fence: self.fence() };
-        Ok(match &self.inner.direct {
-            Some(worker) => {
-                Box::pin(call(self.inner.command, worker.watch_events(Request::new(request))).await?)
-            }
-            None => Box::pin(call(self.inner.command, self.client().watch_events(request)).await?),
-        })
+        streaming!(self, watch_events, request)
     }
 
     /// Source: makes a certificate for a migration. Empty where the worker is of a version that cannot.
@@ -570,18 +594,18 @@ impl WorkerLink {
         &self,
         path: String,
         manifest: SnapshotManifest,
-    ) -> Result<Streaming<SnapshotProgress>, ApiError> {
+    ) -> Result<Told<SnapshotProgress>, ApiError> {
         let request = SaveSnapshotRequest { fence: self.fence(), path, manifest: Some(manifest) };
-        call(self.inner.command, self.client().save_snapshot(request)).await
+        streaming!(self, save_snapshot, request)
     }
 
     /// Source: begins copying.
     pub async fn migrate_out(
         &self,
         mut request: MigrateOutRequest,
-    ) -> Result<Streaming<MigrateOutProgress>, ApiError> {
+    ) -> Result<Told<MigrateOutProgress>, ApiError> {
         request.fence = self.fence();
-        call(self.inner.command, self.client().migrate_out(request)).await
+        streaming!(self, migrate_out, request)
     }
 
     /// Source, post-copy: how far it is with serving pages, after a moment or at the end.
@@ -627,9 +651,9 @@ impl WorkerLink {
     }
 
     /// Destination: progress until ready.
-    pub async fn watch_incoming(&self, migration_id: &str) -> Result<Streaming<IncomingProgress>, ApiError> {
+    pub async fn watch_incoming(&self, migration_id: &str) -> Result<Told<IncomingProgress>, ApiError> {
         let request = WatchIncomingRequest { fence: self.fence(), migration_id: migration_id.to_owned() };
-        call(self.inner.command, self.client().watch_incoming(request)).await
+        streaming!(self, watch_incoming, request)
     }
 
     /// Ends the machine and returns its last PMU images; then ends the worker and gives its resources back.

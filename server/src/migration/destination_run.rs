@@ -9,7 +9,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
-use tonic::{Status, Streaming};
+use tonic::Status;
 use vpmu_proto::peer::destination_message::{Entered, Message as FromDestination, Ready};
 use vpmu_proto::peer::source_message::{Go, Message as FromSource};
 use vpmu_proto::peer::{DestinationMessage, PrepareResponse, SourceMessage};
@@ -23,7 +23,7 @@ use super::source::next_of;
 use crate::handover::destination::{Destination as Machine, Effect, Event, State};
 use crate::handover::{self, PeerAnswer};
 use crate::status::ApiError;
-use crate::worker_link::WorkerLink;
+use crate::worker_link::{Told, WorkerLink};
 
 /// How old what the worker said of itself may be when Entered is written.
 const FRESH: Duration = Duration::from_millis(200);
@@ -40,7 +40,7 @@ pub(super) struct Work {
     /// Until the first stream: when the reservation ends.
     pub(super) lease: Option<tokio::time::Instant>,
     pub(super) talk: Option<Conversation>,
-    pub(super) progress: Option<Streaming<IncomingProgress>>,
+    pub(super) progress: Option<Told<IncomingProgress>>,
     pub(super) jobs: FuturesUnordered<BoxFuture<'static, PeerAnswer>>,
     pub(super) backoff: Backoff,
     pub(super) asking: bool,

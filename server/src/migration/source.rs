@@ -17,6 +17,7 @@ use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, watch};
+use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 use uuid::Uuid;
@@ -39,6 +40,7 @@ use crate::peer::Peer;
 use crate::status::ApiError;
 use crate::vm::command::Lease;
 use crate::vm::registry::VmHandle;
+use crate::worker_link::Told;
 
 /// The stream to the destination.
 pub(super) struct Conversation {
@@ -49,7 +51,7 @@ pub(super) struct Conversation {
 /// The end of an effect that takes its time.
 pub(super) enum Job {
     Prepared(Result<(PrepareResponse, Conversation), ApiError>),
-    Copying(Result<Streaming<MigrateOutProgress>, ApiError>),
+    Copying(Result<Told<MigrateOutProgress>, ApiError>),
     Finished(Result<FinishMigrationResponse, ApiError>),
     /// Post-copy: how far the worker is with serving pages, or that it does not any more.
     Followed(Result<WaitDrainedResponse, ApiError>),
@@ -92,7 +94,7 @@ pub(super) struct Work {
     pub(super) events: VecDeque<Event>,
     pub(super) talk: Option<Conversation>,
     pub(super) prepared: Option<PrepareResponse>,
-    pub(super) copying: Option<Streaming<MigrateOutProgress>>,
+    pub(super) copying: Option<Told<MigrateOutProgress>>,
     pub(super) jobs: FuturesUnordered<BoxFuture<'static, Job>>,
     pub(super) bound: Option<Bound>,
     pub(super) backoff: Backoff,
@@ -439,9 +441,11 @@ impl Source {
 }
 
 /// The next message of a stream that may not be open.
-pub(super) async fn next_of<T>(stream: Option<&mut Streaming<T>>) -> Result<Option<T>, Status> {
+pub(super) async fn next_of<T>(
+    stream: Option<&mut (impl Stream<Item = Result<T, Status>> + Unpin)>,
+) -> Result<Option<T>, Status> {
     match stream {
-        Some(stream) => stream.message().await,
+        Some(stream) => stream.next().await.transpose(),
         None => std::future::pending().await,
     }
 }

@@ -27,7 +27,6 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-use tokio_stream::StreamExt as _;
 use vpmu_proto::api::virtual_machine::State;
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
 use vpmu_proto::api::{PmuShape, VirtualMachine};
@@ -399,7 +398,7 @@ impl Actor {
                         Some(stream) => stream,
                         None => stream.insert(worker.watch_until_answered().await?),
                     };
-                    stream.next().await.transpose().map_err(|status| ApiError::from_status("worker", &status))
+                    stream.message().await.map_err(|status| ApiError::from_status("worker", &status))
                 };
                 let event = tokio::select! {
                     () = shutdown.cancelled() => return,
