@@ -1,0 +1,90 @@
+//! Whether a worker lives, why it died, and how it is let go or ended.
+//!
+//! Invariants: dead means that its process is seen to have ended, never that it does not answer; its resources are given
+//! back only after its threads are joined or its process is gone.
+
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use vpmu_proto::worker::worker_service_server::WorkerService as _;
+use vpmu_proto::worker::*;
+
+use super::WorkerLink;
+use super::wire::{self, unary};
+use crate::status::ApiError;
+use crate::worker_process::WorkerProcess;
+
+/// How long a process whose connection broke may take to end.
+const GONE: Duration = Duration::from_secs(2);
+
+impl WorkerLink {
+    /// Whether its machine goes on when the daemon ends: at an upgrade every process does.
+    pub fn outlives_daemon(&self, upgrading: bool) -> bool {
+        self.inner.process.is_some() && (self.inner.outlives || upgrading)
+    }
+
+    /// The daemon ends: the worker goes on without it.
+    pub fn keep(&self) {
+        if let Some(process) = &self.inner.process {
+            process.keep();
+        }
+    }
+
+    /// Whether its process has ended; false in thread isolation.
+    pub async fn is_dead(&self) -> bool {
+        let Some(process) = &self.inner.process else { return false };
+        tokio::time::timeout(GONE, process.exited()).await.is_ok()
+    }
+
+    /// Returns once its process has ended; never in thread isolation, where nothing but the daemon's end can.
+    pub async fn died(&self) {
+        match &self.inner.process {
+            Some(process) => process.exited().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Whether a call failed because its process has ended: then the error has no words of the worker's own.
+    pub async fn died_of(&self, error: &ApiError) -> bool {
+        const BROKEN: [&str; 4] =
+            ["WORKER_UNAVAILABLE", "WORKER_UNKNOWN", "WORKER_CANCELLED", "WORKER_INTERNAL"];
+        BROKEN.contains(&error.reason()) && self.is_dead().await
+    }
+
+    /// Why a call failed: the end of the worker's process, if that is why.
+    pub async fn cause(&self, error: ApiError) -> ApiError {
+        // What a broken connection looks like: the worker itself would have given a reason.
+        let broken = ["WORKER_UNKNOWN", "WORKER_UNAVAILABLE", "WORKER_CANCELLED", "WORKER_INTERNAL"];
+        if !broken.contains(&error.reason()) || self.inner.process.is_none() || !self.is_dead().await {
+            return error;
+        }
+        let words = self.inner.process.as_ref().map(WorkerProcess::last_words).unwrap_or_default();
+        let why = self.obituary().await;
+        ApiError::internal(why.reason(), format!("{}; {words}", why.message()))
+    }
+
+    /// Why its process, which has ended, ended.
+    pub async fn obituary(&self) -> ApiError {
+        let end = self.death("it died").await.end.unwrap_or_default();
+        let (_, reason) = crate::vm::actor::ended_state(&end, true);
+        ApiError::internal(reason, end.detail)
+    }
+
+    /// Ends the machine and returns its last PMU images; then ends the worker and gives its resources back.
+    pub async fn shutdown(&self) -> Result<Vec<PmuImage>, ApiError> {
+        let answer = unary!(self, self.inner.command, shutdown, ShutdownRequest { fence: self.fence() });
+        self.end().await;
+        Ok(answer?.pmu)
+    }
+
+    /// Ends the worker without asking it anything; its threads are joined.
+    pub async fn end(&self) {
+        if let Some(thread) = self.inner.thread.lock().await.take() {
+            thread.join().await;
+        }
+        if let Some(process) = &self.inner.process {
+            process.end().await;
+        }
+        drop(self.inner.grant.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}

@@ -1,0 +1,200 @@
+//! How a worker comes to be held: started for a machine that it builds, or taken over from a former daemon.
+//!
+//! Invariants: a link is given out only of a worker that has attached with this daemon's term, so that commands of an
+//! earlier one are refused there; a start that fails leaves no worker and no grant behind.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use vpmu_proto::api::VirtualMachineSpec;
+use vpmu_proto::worker::worker_service_server::WorkerService as _;
+use vpmu_proto::worker::*;
+
+use super::wire::{self, To, call, client, unary};
+use super::{Inner, WorkerLink};
+use crate::capacity::Grant;
+use crate::status::ApiError;
+use crate::worker_process::{Processes, WorkerProcess};
+
+/// Deadline of building a machine: it may allocate and load much.
+const BUILD: Duration = Duration::from_secs(120);
+/// The same with all of its memory read from a snapshot.
+const RESTORE: Duration = Duration::from_secs(900);
+
+/// What this host's workers are made of.
+#[derive(Clone)]
+pub struct WorkerFactory {
+    /// One PMU and core token a host core, shared by all machines of this process.
+    pub cores: Arc<vcpu_worker::cores::HostCores>,
+    /// "kvm" or "simulated".
+    pub hypervisor: &'static str,
+    /// "model", "msr" or "kvm".
+    pub pmu_mode: &'static str,
+    /// The modelled host PMU.
+    pub model_pmu: String,
+    /// Identity of the store.
+    pub store_id: String,
+    /// Term of this daemon.
+    pub term: u64,
+    /// Ends workers in this process with the daemon.
+    pub shutdown: CancellationToken,
+    /// Deadline of an ordinary command.
+    pub command: Duration,
+    /// Workers in processes of their own.
+    pub processes: Arc<Processes>,
+}
+
+/// What a new worker is told.
+pub struct Launch<'a> {
+    /// Machine.
+    pub vm_uid: &'a str,
+    /// For thread names.
+    pub vm_name: &'a str,
+    /// Which start this is.
+    pub incarnation: u64,
+    /// What to build.
+    pub spec: &'a VirtualMachineSpec,
+    /// State arrives by migration.
+    pub incoming: bool,
+    /// The PMU that it is to have, exactly; none: what the spec asks for.
+    pub pmu_shape: Option<vpmu_proto::api::PmuShape>,
+    /// State comes from a snapshot.
+    pub restore: Option<RestoreFrom>,
+    /// The machine has a worker that goes on meanwhile; this one is a process.
+    pub beside: bool,
+}
+
+impl WorkerLink {
+    /// Starts a worker, attaches to it and builds the machine, paused.
+    pub async fn launch(
+        factory: &WorkerFactory,
+        grant: Grant,
+        launch: Launch<'_>,
+    ) -> Result<(Self, CreateVmResponse), ApiError> {
+        let failed = |e| ApiError::internal("WORKER_START_FAILED", format!("cannot start a worker: {e}"));
+        let (wire, thread, process) = if factory.processes.isolated() || launch.beside {
+            let started = if launch.beside {
+                factory.processes.start_beside(launch.vm_uid, launch.incarnation, launch.vm_name).await
+            } else {
+                factory.processes.start(launch.vm_uid, launch.vm_name).await
+            };
+            let (channel, process) = started.map_err(failed)?;
+            (To::Process(Box::new(client(channel))), None, Some(process))
+        } else {
+            let options = vcpu_worker::service::WorkerOptions::new(
+                Arc::clone(&factory.cores),
+                factory.shutdown.child_token(),
+            );
+            let worker = vcpu_worker::channel::in_process(options).map_err(failed)?;
+            (To::Thread(worker.wire()), Some(worker), None)
+        };
+        let fence =
+            Fence { vm_uid: launch.vm_uid.to_owned(), incarnation: launch.incarnation, term: factory.term };
+        let cores = grant.cores.clone();
+        let memory_nodes = grant.memory_nodes.clone();
+        // A worker in this process is where this process's threads are kept anyway.
+        let housekeeping_cores = if process.is_some() { grant.housekeeping() } else { Vec::new() };
+        let link = Self {
+            inner: Arc::new(Inner {
+                to: wire,
+                direct: thread.as_ref().and_then(vcpu_worker::channel::InProcessWorker::direct),
+                fence: fence.clone(),
+                seq: AtomicU64::new(0),
+                cores: Mutex::new(cores.as_slice().into()),
+                grant: Mutex::new(Some(grant)),
+                thread: tokio::sync::Mutex::new(thread),
+                process,
+                outlives: !factory.processes.stop_vms,
+                command: factory.command,
+            }),
+        };
+        let built = async {
+            let attach = AttachRequest {
+                store_id: factory.store_id.clone(),
+                vm_uid: launch.vm_uid.to_owned(),
+                incarnation: launch.incarnation,
+                term: factory.term,
+            };
+            unary!(link, factory.command, attach, attach)?;
+            let request = CreateVmRequest {
+                fence: Some(fence),
+                vm_name: launch.vm_name.to_owned(),
+                spec: Some(launch.spec.clone()),
+                vcpu_cores: cores,
+                hypervisor: factory.hypervisor.to_owned(),
+                pmu_mode: factory.pmu_mode.to_owned(),
+                model_pmu: factory.model_pmu.clone(),
+                incoming: launch.incoming,
+                placement: Some(ThreadPlacement {
+                    fifo_priority: launch.spec.placement.as_ref().map_or(0, |p| p.fifo_priority),
+                    memory_nodes,
+                    housekeeping_cores,
+                }),
+                restore: launch.restore,
+                pmu_shape: launch.pmu_shape,
+            };
+            let within = if request.restore.is_some() { RESTORE } else { BUILD };
+            unary!(link, within, create_vm, request)
+        };
+        match built.await {
+            Ok(response) => {
+                if let Some(process) = &link.inner.process {
+                    process.has_machine();
+                }
+                Ok((link, response))
+            }
+            Err(error) => {
+                let error = link.cause(error).await;
+                link.end().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes over a process that a former daemon of the same store started. One that does not obey is ended if it is
+    /// `dispensable`, and left alone otherwise.
+    pub async fn adopt(
+        factory: &WorkerFactory,
+        process: WorkerProcess,
+        vm_uid: &str,
+        incarnation: u64,
+        grant: impl FnOnce(Vec<u32>) -> Grant,
+        dispensable: impl FnOnce(&ApiError) -> bool,
+    ) -> Result<(Self, WorkerStatus), ApiError> {
+        let fence = Fence { vm_uid: vm_uid.to_owned(), incarnation, term: factory.term };
+        let client = client(process.connect());
+        let attach = AttachRequest {
+            store_id: factory.store_id.clone(),
+            vm_uid: vm_uid.to_owned(),
+            incarnation,
+            term: factory.term,
+        };
+        let attached = call(factory.command, client.clone().attach(attach)).await;
+        let status = match attached {
+            Ok(answer) => answer.status.unwrap_or_default(),
+            Err(error) => {
+                if dispensable(&error) {
+                    process.end().await;
+                }
+                process.keep();
+                return Err(error);
+            }
+        };
+        let cores: Vec<u32> = status.vcpus.iter().map(|v| v.core).collect();
+        let inner = Inner {
+            to: To::Process(Box::new(client)),
+            direct: None,
+            fence,
+            seq: AtomicU64::new(0),
+            cores: Mutex::new(cores.as_slice().into()),
+            grant: Mutex::new(Some(grant(cores))),
+            thread: tokio::sync::Mutex::new(None),
+            process: Some(process),
+            outlives: !factory.processes.stop_vms,
+            command: factory.command,
+        };
+        Ok((Self { inner: Arc::new(inner) }, status))
+    }
+}
