@@ -9,14 +9,18 @@
 //! * a right to run is journalled before the worker is told (grant), and taken from the worker before it is journalled;
 //! * readers never wait for the actor: they use the published snapshot.
 //!
-//! What it does is in [`lifecycle`] and [`placing`] (users), [`moving`] (migrations), [`forcing`] (ForceOwner), [`reattach`] (workers that outlived a daemon),
-//! [`restarting`] (the restart policy), [`snapshot`] and the table of `transitions`.
+//! What it does is in [`lifecycle`] and [`placing`] (users), [`moving`] (migrations), [`forcing`] (ForceOwner), [`reattach`]
+//! (workers that outlived a daemon), [`restarting`] (the restart policy), [`ending`] (guests, workers and the daemon end),
+//! [`snapshot`], and the table of `transitions`; what it keeps is in [`record`] and [`pmu`].
 
+mod ending;
 mod forcing;
 mod lifecycle;
 mod moving;
 mod placing;
+mod pmu;
 mod reattach;
+mod record;
 mod restarting;
 mod snapshot;
 
@@ -28,10 +32,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use vpmu_proto::api::virtual_machine::State;
-use vpmu_proto::api::watch_virtual_machines_response::Kind;
 use vpmu_proto::api::{PmuShape, VirtualMachine};
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
-use vpmu_proto::worker::{GuestEnd, PmuImage, WorkerEvent, guest_end, worker_status};
 
 use super::command::Command;
 use super::transitions::{Action, Verdict, refusal, verdict};
@@ -40,7 +42,8 @@ use crate::daemon::Daemon;
 use crate::names::VmName;
 use crate::status::ApiError;
 use crate::store::Batch;
-use crate::worker_link::{ConsoleHistory, SILENT, WorkerLink};
+use crate::worker_link::{ConsoleHistory, WorkerLink};
+pub(crate) use ending::{ended_state, worker_died};
 pub(crate) use restarting::wall_ms;
 
 /// How often a running machine's PMU state is stored.
@@ -259,266 +262,5 @@ impl Actor {
             (Command::Delete { etag, seed, reply }, None) => self.delete(&etag, seed, reply).await,
             _ => {}
         }
-    }
-
-    /// The record as the store keeps it.
-    fn record(&self) -> VmRecord {
-        VmRecord { vm: Some(self.vm.clone()), pmu_shape: self.shape.clone() }
-    }
-
-    /// Shows a state in passing.
-    fn show(&mut self, state: State) {
-        self.vm.set_observed_state(state);
-        self.announce(Kind::Updated);
-    }
-
-    /// Publishes what is and tells watchers.
-    fn announce(&self, kind: Kind) {
-        self.publish_view();
-        self.daemon.events.send(kind, &self.vm);
-    }
-
-    /// Publishes what is, without an event.
-    fn publish_view(&self) {
-        self.publish.send_replace(Arc::new(VmView {
-            vm: self.vm.clone(),
-            pmu_shape: self.shape.clone(),
-            worker: self.worker.clone(),
-            console: Arc::clone(&self.console),
-            migration: self.migration.clone(),
-            deleted: self.gone,
-        }));
-    }
-
-    /// Changes the record durably, then shows it. If the store refuses, the change is shown all the same when it
-    /// describes what is (a guest that ended has ended), and the error is returned.
-    async fn change(
-        &mut self,
-        state: State,
-        reason: &str,
-        message: &str,
-        kind: Kind,
-        edit: impl FnOnce(&mut VirtualMachine),
-    ) -> Result<(), ApiError> {
-        self.edit(state, reason, message, edit);
-        let stored = self.daemon.store.put_vm(&self.record()).await;
-        self.announce(kind);
-        Ok(stored?)
-    }
-
-    /// Changes the record in memory.
-    fn edit(&mut self, state: State, reason: &str, message: &str, edit: impl FnOnce(&mut VirtualMachine)) {
-        self.vm.set_observed_state(state);
-        reason.clone_into(&mut self.vm.reason);
-        message.clone_into(&mut self.vm.message);
-        edit(&mut self.vm);
-        self.vm.epoch = self.ownership.epoch;
-        self.vm.incarnation = self.ownership.incarnation;
-        self.vm.vcpu_cores = self.worker.as_ref().map(|w| w.cores().to_vec()).unwrap_or_default();
-        self.vm.worker_pid = self.worker.as_ref().map_or(0, WorkerLink::pid);
-        self.vm.sandbox = self.worker.as_ref().map(|w| w.sandbox().to_owned()).unwrap_or_default();
-        self.vm.update_time = Some(crate::ops::now());
-        self.vm.etag = uuid::Uuid::new_v4().simple().to_string();
-    }
-
-    /// Stores PMU images.
-    async fn store_pmu(&mut self, images: Vec<PmuImage>, cores: &[u32], cause: &str) -> Result<(), ApiError> {
-        if images.is_empty() {
-            return Ok(());
-        }
-        let batch = self.with_pmu(Batch::new(), images, cores, cause)?;
-        self.commit_pmu(batch).await
-    }
-
-    /// Commits a batch with PMU images. What a full disk refuses is kept, until it takes writes again or newer ones come.
-    async fn commit_pmu(&mut self, batch: Batch) -> Result<(), ApiError> {
-        let stored = self.daemon.store.commit(batch.clone()).await;
-        match &stored {
-            Ok(()) => self.unstored = None,
-            Err(error) if crate::ops::is_failing(error) => self.unstored = Some(batch),
-            Err(_) => {}
-        }
-        stored?;
-        Ok(())
-    }
-
-    /// What changed while the store took no writes is in memory only. The end of an open migration is stored at its time.
-    async fn store_again(&mut self) -> Result<(), ApiError> {
-        if !self.born || self.migration.is_some() || self.before_incoming.is_some() {
-            return Ok(());
-        }
-        // The record comes last: the one that was refused with the images may be older.
-        let batch = self.unstored.clone().unwrap_or_default().put_vm(&self.record())?;
-        self.daemon.store.commit(batch).await?;
-        self.unstored = None;
-        Ok(())
-    }
-
-    /// Adds PMU images to a batch.
-    fn with_pmu(
-        &self,
-        batch: Batch,
-        images: Vec<PmuImage>,
-        cores: &[u32],
-        cause: &str,
-    ) -> Result<Batch, ApiError> {
-        let mode = self.daemon.host.pmu_mode;
-        let records =
-            crate::pmu_view::records(&self.vm.uid, images, cores, self.ownership.epoch, cause, mode);
-        Ok(records.iter().try_fold(batch, Batch::put_pmu)?)
-    }
-
-    async fn checkpoint(&mut self) {
-        let Some(worker) = self.worker.clone().filter(|_| self.state() == State::Running) else { return };
-        let stored = match worker.pmu().await {
-            Ok(images) => self.store_pmu(images, &worker.cores(), "checkpoint").await,
-            Err(error) => Err(error),
-        };
-        if let Err(error) = stored {
-            tracing::warn!(vm = %self.name, %error, "PMU checkpoint failed");
-        }
-    }
-
-    /// Forwards the worker's events to the mailbox. One that does not answer may live, with the only copy: it is asked
-    /// until it answers, or says by its end that it does not.
-    async fn follow_worker(&self, worker: &WorkerLink) -> Result<(), ApiError> {
-        let first = match worker.watch_events().await {
-            Err(error) if error.reason() == SILENT => None,
-            answer => Some(answer?),
-        };
-        let worker = worker.downgrade();
-        let to_self = self.to_self.clone();
-        let incarnation = self.ownership.incarnation;
-        let shutdown = self.daemon.shutdown.clone();
-        self.daemon.tasks.spawn(async move {
-            let mut stream = first;
-            loop {
-                let next = async {
-                    let stream = match &mut stream {
-                        Some(stream) => stream,
-                        None => stream.insert(worker.watch_until_answered().await?),
-                    };
-                    stream.message().await.map_err(|status| ApiError::from_status("worker", &status))
-                };
-                let event = tokio::select! {
-                    () = shutdown.cancelled() => return,
-                    event = next => event,
-                };
-                let (event, last) = match event {
-                    Ok(Some(event)) => (event, false),
-                    Ok(None) => (worker.death("the worker closed its event stream").await, true),
-                    Err(error) => (worker.death(error.message()).await, true),
-                };
-                let Some(sender) = to_self.upgrade() else { return };
-                if sender.send(Command::Worker { incarnation, event }).await.is_err() || last {
-                    return;
-                }
-            }
-        });
-        Ok(())
-    }
-
-    async fn worker_event(&mut self, incarnation: u64, event: WorkerEvent) {
-        let ended = event.state() == worker_status::State::Ended;
-        if !ended || incarnation != self.ownership.incarnation || self.worker.is_none() {
-            return;
-        }
-        if self.migration.is_some() {
-            // The driver sees the end by its own calls; what is left of it is looked at when it is over.
-            if self.deferred.len() < MAX_DEFERRED {
-                self.deferred.push_back(Command::Worker { incarnation, event });
-            }
-            return;
-        }
-        let end = event.end.unwrap_or_default();
-        let dead = match &self.worker {
-            Some(worker) => worker.is_dead().await,
-            None => true,
-        };
-        let (state, reason) = ended_state(&end, dead);
-        let message = format!("vCPU {}: {}", end.vcpu, crate::status::clip(&end.detail, 512));
-        tracing::info!(vm = %self.name, reason, %message, "the guest ended");
-        if let Err(error) = self.ended(state, reason, &message, |_| {}).await {
-            tracing::error!(vm = %self.name, %error, "the guest's end could not be stored");
-        }
-    }
-
-    /// The machine ended by itself. That is durable before the worker's runtime directory goes, which is all else that
-    /// tells of it, and shown once the worker's resources are free.
-    async fn ended(
-        &mut self,
-        state: State,
-        reason: &str,
-        message: &str,
-        edit: impl FnOnce(&mut VirtualMachine),
-    ) -> Result<(), ApiError> {
-        let worker = self.worker.take();
-        self.edit(state, reason, message, |vm| {
-            edit(vm);
-            restarting::note_end(vm, state, reason);
-        });
-        let stored = self.daemon.store.put_vm(&self.record()).await;
-        self.worker = worker;
-        self.retire_worker("stop").await;
-        self.announce(Kind::Updated);
-        Ok(stored?)
-    }
-
-    /// Ends the worker, keeping console and PMU state.
-    async fn retire_worker(&mut self, cause: &str) {
-        let Some(worker) = self.worker.take() else { return };
-        self.console = Arc::new(worker.console_history().await);
-        let stored = match worker.shutdown().await {
-            Ok(images) => self.store_pmu(images, &worker.cores(), cause).await,
-            Err(error) => Err(error),
-        };
-        if let Err(error) = stored {
-            tracing::warn!(vm = %self.name, %error, "the last PMU state could not be stored");
-        }
-    }
-
-    /// The daemon ends, and in thread isolation the machine with it; in process isolation it goes on unless told otherwise.
-    async fn end(&mut self) {
-        let upgrading = self.daemon.upgrading.load(Ordering::SeqCst);
-        let stays = self.worker.clone().filter(|worker| worker.outlives_daemon(upgrading));
-        if let Some(worker) = stays {
-            self.checkpoint().await;
-            worker.keep();
-        } else if self.worker.is_some() && matches!(self.state(), State::Running | State::Paused) {
-            self.retire_worker("stop").await;
-            let message = "vpmud was ended and the machine with it; start it again";
-            let stored = self.change(State::Stopped, "HOST_RESTARTED", message, Kind::Updated, |_| {}).await;
-            if let Err(error) = stored {
-                tracing::error!(vm = %self.name, %error, "the stop could not be stored");
-            }
-        } else if let Some(worker) = self.worker.take() {
-            worker.end().await;
-        }
-        self.gone = true;
-    }
-}
-
-/// What a guest's end makes of its machine. `dead`: the worker's process has ended too.
-pub(crate) fn ended_state(end: &GuestEnd, dead: bool) -> (State, &'static str) {
-    match end.kind() {
-        guest_end::Kind::Shutdown => (State::Stopped, "GUEST_SHUTDOWN"),
-        guest_end::Kind::Reset => (State::Stopped, "GUEST_RESET"),
-        guest_end::Kind::TripleFault => (State::Failed, "GUEST_TRIPLE_FAULT"),
-        guest_end::Kind::InternalError => (State::Failed, "HYPERVISOR_INTERNAL_ERROR"),
-        guest_end::Kind::SeccompViolation => (State::Failed, "SECCOMP_VIOLATION"),
-        guest_end::Kind::PostcopySourceLost => (State::Failed, "POSTCOPY_SOURCE_LOST"),
-        guest_end::Kind::WorkerError | guest_end::Kind::Unspecified if dead => (State::Failed, "WORKER_DIED"),
-        guest_end::Kind::WorkerError | guest_end::Kind::Unspecified => (State::Failed, "WORKER_FAILED"),
-    }
-}
-
-pub(crate) fn worker_died(detail: &str) -> WorkerEvent {
-    WorkerEvent {
-        state: worker_status::State::Ended as i32,
-        end: Some(GuestEnd {
-            kind: guest_end::Kind::WorkerError as i32,
-            vcpu: 0,
-            detail: crate::status::clip(detail, 256),
-        }),
     }
 }
