@@ -1,7 +1,7 @@
 //! Whether a worker lives, why it died, and how it is let go or ended.
 //!
 //! Invariants: dead means that its process is seen to have ended, never that it does not answer; its resources are given
-//! back only after its threads are joined or its process is gone.
+//! back only after its threads are joined, or its process has ended or has been sent SIGKILL in vain.
 
 use std::sync::PoisonError;
 use std::time::Duration;
