@@ -57,12 +57,13 @@ struct Inner {
     fence: Fence,
     seq: AtomicU64,
     cores: Mutex<Arc<[u32]>>,
-    grant: Mutex<Option<Grant>>,
     thread: tokio::sync::Mutex<Option<vcpu_worker::channel::InProcessWorker>>,
     process: Option<WorkerProcess>,
     outlives: bool,
     /// Deadline of an ordinary command.
     command: Duration,
+    /// After what uses it, so that the last clone's drop ends that first.
+    grant: Mutex<Option<Grant>>,
 }
 
 impl WorkerLink {

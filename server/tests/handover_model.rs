@@ -70,6 +70,7 @@ fn number(variable: &str, default: usize) -> usize {
 /// Explores, and fails with the way to what must not be.
 fn check(postcopy: bool, states: usize) -> impl Checker<Handover> {
     let faults = u8::try_from(number("VPMU_MODEL_FAULTS", 2)).expect("few faults");
+    assert!(faults >= 2, "VPMU_MODEL_FAULTS={faults}: with fewer than 2 not all that must be reachable is");
     let states = number("VPMU_MODEL_STATES", states);
     let started = std::time::Instant::now();
     let model = Handover { faults, postcopy };

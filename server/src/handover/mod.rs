@@ -23,16 +23,18 @@
 //!     Persist(record)                     store.append_ownership(record)               Persisted(phase)
 //!                                           DECISION_IN_DOUBT                          PersistFailed  (machine asks again)
 //!                                           any other refusal                          PersistRefused
-//!     source: Prepare                     Negotiate, Check, Prepare at the peer,       PrepareAccepted{peer_store}
-//!                                           then open the Handover stream              or PeerFailed{..}, PeerLost
-//!             StartCopy                   worker.MigrateOut                            Converged or CopyFailed{..}
-//!             FinishCopy{epoch}           worker.FinishMigration (pauses, puts, seals) Sealed{digest} or CopyFailed{..}
-//!             PersistPmu                  store.put_pmu of the images at the stop      PmuPersisted or PmuFailed
+//!     source: Prepare                     Negotiate, Check, Prepare at the peer,       PrepareAccepted
+//!                                           then open the Handover stream              or PeerFailed, PeerLost
+//!             StartCopy                   worker.MigrateOut                            Converged or CopyFailed
+//!             FinishCopy{epoch}           worker.FinishMigration (pauses, puts, seals) Sealed{digest} or CopyFailed
+//!             PersistPmu                  store.put_pmu of the images at the stop,     PmuPersisted or PmuFailed
+//!                                           once Entered is known: a failure before
+//!                                           the decision has no place in the machine
 //!             (Source::is_followed)       post-copy: worker.WaitDrained until over     Drained
 //!             SendGo{..}, SendAbort{..},  on the Handover stream; if it is not open,   PeerLost if it cannot be sent
 //!               SendReleased                reopen it first
 //!             AskPeer                     reconnect, Resolve; repeat with back-off     PeerAnswered(..)
-//!             Grant{epoch, run}           worker.Grant                                 Granted or GrantFailed{..}
+//!             Grant{epoch, run}           worker.Grant                                 Granted or GrantFailed
 //!             CancelCopy                  worker.CancelMigration                       none
 //!             SealWorker{epoch}           worker.Seal                                  WorkerSealed or WorkerDied
 //!             EndWorker                   worker.Shutdown, then proven gone            WorkerDied
@@ -40,7 +42,7 @@
 //!             Done(outcome)               the machine is over                          none
 //!     destination: the same, and
 //!             StartWorker                 spawn, CreateVm(incoming), PrepareIncoming,  WorkerReady{digest}
-//!                                           answer Prepare, WatchIncoming              or WorkerDied / WorkerFailed{..}
+//!                                           answer Prepare, WatchIncoming              or WorkerDied / WorkerFailed
 //!             SendReady{..} ...           on the Handover stream                       SourceLost if it cannot be sent
 //!             AskSource                   reconnect, Resolve; repeat with back-off     SourceAnswered(..)
 //! ```

@@ -26,7 +26,8 @@
 //! - Go leaves only after `Sealed` (or the worker's proven death), equal digests and a durable HandedOver(e+1).
 //! - A grant is given only after a durable Owned record of its epoch.
 //! - From `Committing` on nothing aborts: cancel is refused, time-outs and lost peers change nothing.
-//! - The worker is ended only after Entered and after its PMU state is durable.
+//! - The worker is ended only after Entered and after its PMU state is durable; after a restart what the destination
+//!   has of that state is enough, and the worker's is not stored again.
 //! - After a post-copy the worker is ended only when it has served every page (`Drained`): until then nobody has a whole
 //!   copy. If it dies before, nothing is left to be kept here, and the destination's guest ends by itself.
 //! - A dead worker in `Stopping` makes the destination's copy the last one: then nothing aborts but its word that it has

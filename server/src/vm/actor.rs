@@ -251,6 +251,10 @@ impl Actor {
                 self.deferred.push_back(command);
                 return;
             }
+            (Verdict::AfterAbort, Some(_)) => Some(ApiError::unavailable(
+                "VM_BUSY",
+                format!("{}: {MAX_DEFERRED} calls wait for the end of its migration; ask again", self.name),
+            )),
             (Verdict::Via(_), _) => None,
             _ => Some(self.refuse(action)),
         };

@@ -3,7 +3,7 @@
 //! Invariants: dead means that its process is seen to have ended, never that it does not answer; its resources are given
 //! back only after its threads are joined, or its process has ended or has been sent SIGKILL in vain.
 
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use vpmu_proto::worker::worker_service_server::WorkerService as _;
@@ -16,6 +16,9 @@ use crate::worker_process::WorkerProcess;
 
 /// How long a process whose connection broke may take to end.
 const GONE: Duration = Duration::from_secs(2);
+
+/// What a broken connection looks like: the worker itself would have given a reason.
+const BROKEN: [&str; 4] = ["WORKER_UNAVAILABLE", "WORKER_UNKNOWN", "WORKER_CANCELLED", "WORKER_INTERNAL"];
 
 impl WorkerLink {
     /// Whether its machine goes on when the daemon ends: at an upgrade every process does.
@@ -46,19 +49,19 @@ impl WorkerLink {
 
     /// Whether a call failed because its process has ended: then the error has no words of the worker's own.
     pub async fn died_of(&self, error: &ApiError) -> bool {
-        const BROKEN: [&str; 4] =
-            ["WORKER_UNAVAILABLE", "WORKER_UNKNOWN", "WORKER_CANCELLED", "WORKER_INTERNAL"];
         BROKEN.contains(&error.reason()) && self.is_dead().await
     }
 
     /// Why a call failed: the end of the worker's process, if that is why.
     pub async fn cause(&self, error: ApiError) -> ApiError {
-        // What a broken connection looks like: the worker itself would have given a reason.
-        let broken = ["WORKER_UNKNOWN", "WORKER_UNAVAILABLE", "WORKER_CANCELLED", "WORKER_INTERNAL"];
-        if !broken.contains(&error.reason()) || self.inner.process.is_none() || !self.is_dead().await {
+        if !self.died_of(&error).await {
             return error;
         }
-        let words = self.inner.process.as_ref().map(WorkerProcess::last_words).unwrap_or_default();
+        let inner = Arc::clone(&self.inner);
+        let words = tokio::task::spawn_blocking(move || {
+            inner.process.as_ref().map(WorkerProcess::last_words).unwrap_or_default()
+        });
+        let words = words.await.unwrap_or_default();
         let why = self.obituary().await;
         ApiError::internal(why.reason(), format!("{}; {words}", why.message()))
     }

@@ -13,7 +13,7 @@ use vpmu_proto::api::virtual_machine::State;
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
 use vpmu_proto::worker::{GuestEnd, WorkerEvent, guest_end, worker_status};
 
-use super::{Actor, MAX_DEFERRED, restarting};
+use super::{Actor, restarting};
 use crate::status::ApiError;
 use crate::vm::command::Command;
 use crate::worker_link::{SILENT, WorkerLink};
@@ -64,16 +64,18 @@ impl Actor {
             return;
         }
         if self.migration.is_some() {
-            // The driver sees the end by its own calls; what is left of it is looked at when it is over.
-            if self.deferred.len() < MAX_DEFERRED {
+            // The driver sees the end by its own calls; what is left of it is looked at when it is over. One is enough,
+            // and is kept however many calls wait.
+            if !self.deferred.iter().any(|command| matches!(command, Command::Worker { .. })) {
                 self.deferred.push_back(Command::Worker { incarnation, event });
             }
             return;
         }
         let end = event.end.unwrap_or_default();
+        // Asking waits for the process's end, which does not come where it was only the guest that ended.
         let dead = match &self.worker {
-            Some(worker) => worker.is_dead().await,
-            None => true,
+            Some(worker) if of_the_worker(&end) => worker.is_dead().await,
+            _ => false,
         };
         let (state, reason) = ended_state(&end, dead);
         let message = format!("vCPU {}: {}", end.vcpu, crate::status::clip(&end.detail, 512));
@@ -139,6 +141,11 @@ impl Actor {
 }
 
 /// What a guest's end makes of its machine. `dead`: the worker's process has ended too.
+/// The worker said, or left to be guessed, that it was not the guest that ended.
+fn of_the_worker(end: &GuestEnd) -> bool {
+    matches!(end.kind(), guest_end::Kind::WorkerError | guest_end::Kind::Unspecified)
+}
+
 pub(crate) fn ended_state(end: &GuestEnd, dead: bool) -> (State, &'static str) {
     match end.kind() {
         guest_end::Kind::Shutdown => (State::Stopped, "GUEST_SHUTDOWN"),
