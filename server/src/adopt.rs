@@ -59,7 +59,10 @@ impl Survivor {
     pub async fn ask(worker: WorkerLink) -> Self {
         match worker.status().await {
             Ok(status) => Self::Live { worker, status: Box::new(status) },
-            Err(_) if worker.is_dead().await => Self::Dead { end: None, console: worker.last_output().await },
+            Err(_) if worker.is_dead().await => {
+                let end = worker.death("it ended while it was asked").await.end;
+                Self::Dead { end, console: worker.last_output().await }
+            }
             Err(error) => {
                 tracing::warn!(pid = worker.pid(), %error, "a worker does not say what it is");
                 Self::Silent { worker }
@@ -103,7 +106,7 @@ async fn sort_out(
     let (mut live, mut dead) = (BTreeMap::new(), None);
     for name in names {
         match processes.find(&name) {
-            Ok(Found::Live(process)) => drop(live.insert(name, process)),
+            Ok(Found::Live(process)) => drop(live.insert(name, *process)),
             Ok(Found::Dead(end)) => {
                 let console = processes.last_output(&name).map(ConsoleHistory::from).unwrap_or_default();
                 processes.clear(&name);
@@ -315,7 +318,9 @@ async fn attach(
     // Unreachable is not dead: such a worker stays until its machine is started, stopped or deleted. But recovery may
     // give a machine in an open migration away, and a worker of a former incarnation was on its way out.
     let open = matches!(held.phase(), Phase::Open | Phase::Quiesced | Phase::Incoming | Phase::Ready);
-    let dispensable = |error: &ApiError| open || error.reason() == "OTHER_INCARNATION";
+    // The source of one that was not stopped yet keeps the only copy, also if it says nothing.
+    let only = |error: &ApiError| held.phase() == Phase::Open && error.reason() == crate::worker_link::SILENT;
+    let dispensable = |error: &ApiError| open && !only(error) || error.reason() == "OTHER_INCARNATION";
     WorkerLink::adopt(&daemon.workers, process, &held.vm_uid, held.incarnation, grant, dispensable).await
 }
 

@@ -136,7 +136,10 @@ fn enter(hierarchy: &Hierarchy, dir: &Path, pid: u32) -> io::Result<()> {
         _ => {}
     }
     if hierarchy.limits("pids") {
-        std::fs::write(dir.join("pids.max"), MAX_THREADS.to_string())?;
+        // Without a bound it is still in its group.
+        if let Err(error) = std::fs::write(dir.join("pids.max"), MAX_THREADS.to_string()) {
+            tracing::warn!(dir = %dir.display(), %error, "a worker's threads are not bounded by its cgroup");
+        }
     }
     match std::fs::write(dir.join("cgroup.procs"), pid.to_string()) {
         // It has ended.

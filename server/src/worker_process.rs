@@ -7,10 +7,10 @@
 mod console_file;
 mod factory;
 
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -43,6 +43,8 @@ pub struct WorkerProcess {
     /// None if it was adopted.
     child: Mutex<Option<Child>>,
     dir: PathBuf,
+    /// That very directory, under whatever name: its own name another worker's may have by now.
+    home: Option<File>,
     socket: PathBuf,
     sandbox: String,
     /// The worker ends if this breaks before it has a machine: it was a spare.
@@ -71,7 +73,8 @@ impl WorkerProcess {
         let (placing, lifeline, last) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
         let sandbox = std::fs::read_to_string(dir.join("sandbox")).unwrap_or_default();
         let sandbox = crate::status::clip(&sandbox, 256);
-        Ok(Self { pid, pidfd, child, dir, socket, sandbox, lifeline, placing, settled, last, ending })
+        let home = File::open(&dir).ok();
+        Ok(Self { pid, pidfd, child, dir, home, socket, sandbox, lifeline, placing, settled, last, ending })
     }
 
     /// Process id.
@@ -173,16 +176,27 @@ impl WorkerProcess {
             // It writes into the directory that is removed now.
             drop(placing.await);
         }
-        let last = console_file::read(&self.dir);
+        if !self.is_at_home() {
+            return;
+        }
+        let dir = self.dir.clone();
+        let last = tokio::task::spawn_blocking(move || console_file::read(&dir)).await.unwrap_or_default();
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = last.map(Box::new);
         clear(&self.dir);
+    }
+
+    /// Whether the directory is still the one that it was given: somebody who ended it may have made room for the next.
+    fn is_at_home(&self) -> bool {
+        self.home.as_ref().is_none_or(|home| home.metadata().is_ok_and(|known| known.nlink() > 0))
     }
 
     /// It has ended and nobody knew it: removes what it left.
     pub fn bury(&self) {
         self.settled.store(true, Ordering::Release);
         self.reap();
-        clear(&self.dir);
+        if self.is_at_home() {
+            clear(&self.dir);
+        }
     }
 
     fn signal(&self, signal: Signal) {

@@ -12,6 +12,7 @@
 //! | Uncertain, none | failed, OWNERSHIP_UNCERTAIN: neither started nor removed by itself |
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -368,12 +369,26 @@ async fn taken_back(
             };
             fail(migration, reason, message);
         }
-        daemon.store.put_migration(&record).await?;
+        if let Err(error) = daemon.store.put_migration(&record).await {
+            tracing::error!(uid = %held.vm_uid, %error, "what became of a migration could not be stored");
+        }
     }
-    // Its copy is the only one: whatever it answers, it is not let go here.
-    let survivor = Box::new(Survivor::ask(worker).await);
-    let Some(handle) = daemon.registry.by_uid(&held.vm_uid) else { return Ok(()) };
-    handle.ask(|reply| Command::Reattach { survivor, reply }).await
+    // Its copy is the only one: whatever it answers, and whether or not its machine's task hears of it, it is not let go.
+    let survivor = tokio::select! {
+        survivor = Survivor::ask(worker.clone()) => survivor,
+        () = daemon.shutdown.cancelled() => Survivor::Silent { worker: worker.clone() },
+    };
+    let told = match daemon.registry.by_uid(&held.vm_uid) {
+        Some(handle) => {
+            let survivor = Box::new(survivor);
+            handle.tell(|reply| Command::Reattach { survivor, reply }).await
+        }
+        None => Err(ApiError::internal("VM_GONE", "the machine is not here any more")),
+    };
+    if told.is_err() && worker.outlives_daemon(daemon.upgrading.load(Ordering::SeqCst)) {
+        worker.keep();
+    }
+    told
 }
 
 /// It stays here, for a reason.

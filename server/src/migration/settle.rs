@@ -24,7 +24,7 @@ use crate::handover::step::HandoverStep;
 use crate::handover::{Digest, Handover, PeerAnswer, destination, source};
 use crate::peer::Peer;
 use crate::status::ApiError;
-use crate::worker_link::{SILENT, WorkerLink};
+use crate::worker_link::WorkerLink;
 
 /// What both sides need.
 struct Settler {
@@ -153,7 +153,7 @@ impl Copy {
 
     async fn seal(&mut self, daemon: &Daemon, epoch: u64) -> Option<source::Event> {
         let Some(worker) = &self.worker else { return Some(source::Event::WorkerDied) };
-        match until_answered(daemon, || worker.seal(&self.id, epoch)).await? {
+        match until_answered(daemon, worker, || worker.seal(&self.id, epoch)).await? {
             Ok(()) => Some(source::Event::WorkerSealed),
             Err(error) => {
                 tracing::error!(migration = %self.id, %error, "a worker cannot be sealed and is ended");
@@ -167,7 +167,7 @@ impl Copy {
         if let Err(error) = worker.cancel_migration(&self.id).await {
             tracing::info!(migration = %self.id, %error, "the copy had ended already");
         }
-        match until_answered(daemon, || worker.grant(epoch, run)).await? {
+        match until_answered(daemon, worker, || worker.grant(epoch, run)).await? {
             Ok(_) => Some(source::Event::Granted),
             Err(error) => {
                 tracing::error!(migration = %self.id, %error, "a worker does not run on and is ended");
@@ -179,7 +179,11 @@ impl Copy {
 
 /// The answer of a worker that may hold the only copy: one that is silent is asked again, each time for a command's
 /// deadline, until it answers or is seen to have ended. None if the daemon ends first.
-async fn until_answered<T, F>(daemon: &Daemon, call: impl Fn() -> F) -> Option<Result<T, ApiError>>
+async fn until_answered<T, F>(
+    daemon: &Daemon,
+    worker: &WorkerLink,
+    call: impl Fn() -> F,
+) -> Option<Result<T, ApiError>>
 where
     F: Future<Output = Result<T, ApiError>>,
 {
@@ -189,7 +193,7 @@ where
             () = daemon.shutdown.cancelled() => return None,
         };
         match answer {
-            Err(error) if error.reason() == SILENT => {
+            Err(error) if worker.may_live(&error).await => {
                 tracing::warn!(%error, "a worker with a copy is asked again");
             }
             answer => return Some(answer),

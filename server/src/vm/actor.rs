@@ -75,6 +75,8 @@ pub(crate) struct Actor {
     migration: Option<ActiveMigration>,
     /// What waits for the end of a migration.
     deferred: VecDeque<Command>,
+    /// Its worker is asked what it is and has not answered: it may run.
+    waiting: bool,
     /// When the record is to be stored that an answer was given before.
     record_due: Option<Instant>,
     /// PMU images, the newest, that the store took no writes for.
@@ -109,6 +111,7 @@ impl Actor {
             console: Arc::default(),
             migration: None,
             deferred: VecDeque::new(),
+            waiting: false,
             record_due: None,
             unstored: None,
             mailbox,
@@ -166,7 +169,7 @@ impl Actor {
             }
             Command::Worker { incarnation, event } => self.worker_event(incarnation, event).await,
             Command::BeginMigration { name, cancel, committed, reply } => {
-                let result = self.begin_migration(name, cancel, committed);
+                let result = self.begin_migration(name, cancel, committed).await;
                 let _ = reply.send(result);
             }
             Command::EndMigration { outcome, reply } => {

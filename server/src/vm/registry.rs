@@ -55,13 +55,6 @@ impl VmHandle {
         command: impl FnOnce(oneshot::Sender<Result<T, ApiError>>) -> Command,
     ) -> Result<T, ApiError> {
         let (reply, answer) = oneshot::channel();
-        let gone = || {
-            ApiError::aborted(
-                "VM_GONE",
-                &self.name.to_string(),
-                format!("{} ended meanwhile; look again", self.name),
-            )
-        };
         // A full mailbox is refused at once: queueing more would only make everybody wait longer.
         match self.sender.try_send(command(reply)) {
             Ok(()) => {}
@@ -71,9 +64,28 @@ impl VmHandle {
                     format!("{} has {MAILBOX} commands waiting; ask again later", self.name),
                 ));
             }
-            Err(mpsc::error::TrySendError::Closed(_)) => return Err(gone()),
+            Err(mpsc::error::TrySendError::Closed(_)) => return Err(self.gone()),
         }
-        answer.await.map_err(|_| gone())?
+        answer.await.map_err(|_| self.gone())?
+    }
+
+    /// The same for what must not be refused: waits for room.
+    pub async fn tell<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<T, ApiError>>) -> Command,
+    ) -> Result<T, ApiError> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.sender.send(command(reply)).await;
+        sent.map_err(|_| self.gone())?;
+        answer.await.map_err(|_| self.gone())?
+    }
+
+    fn gone(&self) -> ApiError {
+        ApiError::aborted(
+            "VM_GONE",
+            &self.name.to_string(),
+            format!("{} ended meanwhile; look again", self.name),
+        )
     }
 
     /// Tells the actor that the daemon ends and waits for it.

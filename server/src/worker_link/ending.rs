@@ -18,7 +18,14 @@ use crate::worker_process::WorkerProcess;
 const GONE: Duration = Duration::from_secs(2);
 
 /// What a broken connection looks like: the worker itself would have given a reason.
-const BROKEN: [&str; 4] = ["WORKER_UNAVAILABLE", "WORKER_UNKNOWN", "WORKER_CANCELLED", "WORKER_INTERNAL"];
+const BROKEN: [&str; 5] = [
+    "WORKER_UNAVAILABLE",
+    "WORKER_UNKNOWN",
+    "WORKER_CANCELLED",
+    "WORKER_INTERNAL",
+    // HTTP/2's word to a client that gave up too many calls, as of a worker that was frozen meanwhile.
+    "WORKER_RESOURCE_EXHAUSTED",
+];
 
 impl WorkerLink {
     /// Whether its machine goes on when the daemon ends: at an upgrade every process does.
@@ -50,6 +57,12 @@ impl WorkerLink {
     /// Whether a call failed because its process has ended: then the error has no words of the worker's own.
     pub async fn died_of(&self, error: &ApiError) -> bool {
         BROKEN.contains(&error.reason()) && self.is_dead().await
+    }
+
+    /// Whether an error has no words of the worker's own while it may live: that says as little as silence. Waits a little
+    /// for the process's end, so that asking again needs no pause.
+    pub async fn may_live(&self, error: &ApiError) -> bool {
+        error.reason() == super::SILENT || BROKEN.contains(&error.reason()) && !self.is_dead().await
     }
 
     /// Why a call failed: the end of the worker's process, if that is why.

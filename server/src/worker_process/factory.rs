@@ -50,7 +50,7 @@ pub struct Processes {
 /// What a runtime directory of an earlier run shows.
 pub enum Found {
     /// A process that lives.
-    Live(WorkerProcess),
+    Live(Box<WorkerProcess>),
     /// It has died; how its guest had ended before, if it had.
     Dead(Option<GuestEnd>),
     /// Nothing that says anything: no worker had started there, or the machine was booted since.
@@ -125,7 +125,7 @@ impl Processes {
         }
         let socket = socket_of(&dir);
         let process = WorkerProcess::new(identity.pid, pidfd, None, dir, socket)?;
-        Ok(Found::Live(process))
+        Ok(Found::Live(Box::new(process)))
     }
 
     /// What the guest of a dead worker printed last. Blocks.

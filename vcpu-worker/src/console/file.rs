@@ -13,7 +13,7 @@
 //! fail, before it is stored to through the mapping, where a full file system would kill the process.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -154,7 +154,10 @@ pub fn last_output(path: &Path) -> Option<ConsoleState> {
     if !known.is_file() || known.len() != SIZE as u64 {
         return None;
     }
-    parse(&std::fs::read(path).ok()?)
+    // No more of it, should it grow meanwhile.
+    let mut bytes = Vec::with_capacity(SIZE + 1);
+    File::open(path).ok()?.take(SIZE as u64 + 1).read_to_end(&mut bytes).ok()?;
+    parse(&bytes)
 }
 
 fn parse(bytes: &[u8]) -> Option<ConsoleState> {

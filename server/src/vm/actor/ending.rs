@@ -121,6 +121,7 @@ impl Actor {
 
     /// The daemon ends, and in thread isolation the machine with it; in process isolation it goes on unless told otherwise.
     pub(super) async fn end(&mut self) {
+        self.store_behind().await;
         let upgrading = self.daemon.upgrading.load(Ordering::SeqCst);
         let stays = self.worker.clone().filter(|worker| worker.outlives_daemon(upgrading));
         if let Some(worker) = stays {

@@ -20,7 +20,7 @@ use crate::vm::view::ActiveMigration;
 use crate::worker_link::WorkerLink;
 
 impl Actor {
-    pub(super) fn begin_migration(
+    pub(super) async fn begin_migration(
         &mut self,
         name: String,
         cancel: CancellationToken,
@@ -29,6 +29,8 @@ impl Actor {
         let state = self.admit(Action::Migrate)?;
         let worker = self.worker.clone().ok_or_else(|| self.refuse(Action::Migrate))?;
         let paused = self.state() == State::Paused;
+        // Whoever takes it back after a crash goes by the record.
+        self.store_behind().await;
         self.vm.migration.clone_from(&name);
         self.migration = Some(ActiveMigration { name, cancel, committed });
         self.show(state);

@@ -61,7 +61,10 @@ impl Actor {
         let owned = matches!(self.ownership.phase(), Phase::Owned | Phase::Entered);
         let unwanted = self.vm.desired_state() == DesiredState::Stopped;
         // Recovery shows a machine that had run, or may have, as ended with the last daemon.
-        let had_run = self.vm.reason == "HOST_RESTARTED";
+        // One that a migration gave back is shown as what it was on its way to.
+        let had_run = ["HOST_RESTARTED", SILENT].contains(&&*self.vm.reason)
+            || !matches!(self.state(), State::Stopped | State::Failed);
+        self.waiting = false;
         match survivor {
             // The user has ended it, and nobody could say so; or a start that was not acknowledged had not come far.
             Survivor::Live { worker, status } if owned && (unwanted || !had_run && useless(&status)) => {
@@ -123,7 +126,7 @@ impl Actor {
             Row::Grant { run } => match worker.grant(epoch, run).await {
                 Ok(_) => run,
                 // It may run by now, or may yet: only its own word tells.
-                Err(error) if error.reason() == SILENT => {
+                Err(error) if worker.may_live(&error).await => {
                     self.worker = None;
                     self.wait_for_answer(worker);
                     return Ok(());
@@ -139,7 +142,14 @@ impl Actor {
             Row::Uncertain => {
                 // Its copy may be the newest there is: it is kept, and cannot run.
                 let highest = epoch.max(status.granted_epoch).max(status.sealed_epoch);
-                worker.seal("", highest).await?;
+                if let Err(error) = worker.seal("", highest).await {
+                    if !worker.may_live(&error).await {
+                        return self.give_up(&error).await;
+                    }
+                    self.worker = None;
+                    self.wait_for_answer(worker);
+                    return Ok(());
+                }
                 let message = format!(
                     "the worker was granted or sealed at epoch {highest} and the journal knows {epoch}: records were lost"
                 );
@@ -174,9 +184,14 @@ impl Actor {
         self.worker.is_some() || worker.incarnation() != self.ownership.incarnation
     }
 
-    /// The machine is shown as it was left, and whoever starts, stops or deletes it ends the worker as before. Until
-    /// then the worker is asked, and what it answers is what the machine is.
-    fn wait_for_answer(&self, worker: WorkerLink) {
+    /// The machine is shown as failed, and whoever starts, stops or deletes it ends the worker; the restart policy does
+    /// not. Until then the worker is asked, and what it answers is what the machine is.
+    fn wait_for_answer(&mut self, worker: WorkerLink) {
+        self.waiting = true;
+        let message =
+            "its worker outlived vpmud and does not answer; it is asked until it does, or stop the machine";
+        self.edit(State::Failed, SILENT, message, |_| {});
+        self.announce(Kind::Updated);
         tracing::warn!(vm = %self.name, pid = worker.pid(), "a worker that outlived vpmud does not answer; it is asked until it does");
         let to_self = self.to_self.clone();
         let daemon = Arc::clone(&self.daemon);
