@@ -31,6 +31,9 @@ const SHORTEST_TICK: Duration = Duration::from_micros(62);
 
 /// Moments that a guest gets to leave a place where its state cannot be read whole.
 const SETTLE_TRIES: u32 = 64;
+/// After so many the moments get twice as long, up to [`TICK`]: on a slow host an entry alone takes longer than the
+/// shortest, and the guest would never get anywhere.
+const SETTLE_STEP: u32 = 8;
 
 /// Local APIC of vCPU 0, for message-signalled interrupts; the APIC id goes into bits 19:12.
 const MSI_BASE: u64 = 0xfee0_0000;
@@ -457,12 +460,19 @@ impl Driver {
     /// comes to such a place, or has no right to run any more, is left where it is.
     fn settle(&mut self) -> Result<(), WorkerError> {
         self.finish_pending()?;
-        for _ in 0..SETTLE_TRIES {
+        for round in 0..=SETTLE_TRIES {
             if self.state != State::Running || !self.right.allows(boottime_ns) || self.vcpu.settled()? {
                 break;
             }
+            if round == SETTLE_TRIES {
+                tracing::error!(
+                    vcpu = self.index,
+                    "the guest does not get past a software exception: one may be lost if it moves now"
+                );
+                break;
+            }
             self.counting.enter()?;
-            self.arm(SHORTEST_TICK)?;
+            self.arm(SHORTEST_TICK * (1 << (round / SETTLE_STEP)))?;
             let exit = self.vcpu.run();
             if let Some(ns) = self.counting.leave()? {
                 self.shared.stats.guest_ns(ns);
