@@ -1,9 +1,8 @@
 //! The control plane's end of one worker: a `vpmu.worker.v1` client, the fence that every command carries, and the
 //! resources that the worker holds.
 //!
-//! In thread isolation the worker is served in this process over an in-memory channel (commands go to the service
-//! itself, which is the same without the wire), in process isolation by a process of its own over a Unix socket;
-//! nothing here relies on which but what starts, adopts and ends it.
+//! In thread isolation it is the service itself, in this process and without a wire; in process isolation a process of
+//! its own serves the same over a Unix socket. Nothing here relies on which but what starts, adopts and ends it.
 //!
 //! | module | what |
 //! |---|---|
@@ -30,14 +29,11 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tonic::transport::Channel;
-use vcpu_worker::service::Worker;
 use vpmu_proto::worker::Fence;
-use vpmu_proto::worker::worker_service_client::WorkerServiceClient;
 
 use crate::capacity::Grant;
 use crate::worker_process::WorkerProcess;
-use wire::{To, client};
+use wire::Way;
 
 pub use console::ConsoleHistory;
 pub use launch::{Launch, WorkerFactory};
@@ -51,13 +47,11 @@ pub struct WorkerLink {
 }
 
 struct Inner {
-    to: To,
-    /// The service itself where it is in this process: then nothing needs a wire.
-    direct: Option<Worker>,
+    way: Way,
     fence: Fence,
     seq: AtomicU64,
     cores: Mutex<Arc<[u32]>>,
-    thread: tokio::sync::Mutex<Option<vcpu_worker::channel::InProcessWorker>>,
+    thread: tokio::sync::Mutex<Option<vcpu_worker::in_process::InProcessWorker>>,
     process: Option<WorkerProcess>,
     outlives: bool,
     /// Deadline of an ordinary command.
@@ -85,13 +79,6 @@ impl WorkerLink {
     /// Host core of each vCPU.
     pub fn cores(&self) -> Arc<[u32]> {
         Arc::clone(&self.inner.cores.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn client(&self) -> WorkerServiceClient<Channel> {
-        match &self.inner.to {
-            To::Process(client) => WorkerServiceClient::clone(client),
-            To::Thread(wire) => client(wire.channel()),
-        }
     }
 
     #[expect(clippy::unnecessary_wraps, reason = "every request has it as an optional message")]

@@ -475,8 +475,16 @@ async fn given_back(silent: bool) {
         a.restart_with(&["--isolation", "process", "--handover-timeout", "500"]).await;
         kill_process(pid(worker.pid), Signal::STOP).expect("SIGSTOP");
         b.restart().await;
-        // Long enough for the destination to give it back, and then for several deadlines of commands.
-        tokio::time::sleep(Duration::from_secs(3)).await;
+        // It has been given back, and the worker's deadline has passed more than once.
+        let asked = || {
+            let log = std::fs::read_to_string(here.join("log")).expect("log");
+            log.matches("a worker with a copy is asked again").count()
+        };
+        let begin = Instant::now();
+        while asked() < 2 {
+            assert!(begin.elapsed() < DEADLINE, "asked {} times", asked());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         let shown = a.get("vm").await;
         assert_ne!(shown.observed_state(), State::Failed, "{shown:?}");
         assert!(lives(&worker), "the only copy was ended");

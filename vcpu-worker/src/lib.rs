@@ -2,7 +2,7 @@
 //! the data plane that moves it to another host; commanded over `vpmu.worker.v1`.
 //!
 //! Map, from the outside in:
-//! - [`channel`] and [`process`] serve [`service`], which fences commands ([`grant`]) and holds one [`machine`];
+//! - [`in_process`] and [`process`] hold or serve [`service`], which fences commands ([`grant`]) and holds one [`machine`];
 //! - a machine is [`memory`], a [`hypervisor`] VM, [`devices`] with a [`console`], and [`vcpu`] threads on [`cores`];
 //! - [`lazy`] lets a guest run before its memory is there (userfaultfd);
 //! - [`kvm_pmu`] saves and restores KVM's own vPMU (PMU mode `kvm`);
@@ -15,7 +15,6 @@
 
 pub mod bitmap;
 pub mod boot;
-pub mod channel;
 pub mod console;
 pub mod cores;
 pub mod dataplane;
@@ -26,6 +25,7 @@ pub mod floor;
 pub mod grant;
 pub mod host;
 pub mod hypervisor;
+pub mod in_process;
 pub mod kvm_pmu;
 pub mod lazy;
 pub mod machine;

@@ -35,10 +35,12 @@ use tokio_util::sync::CancellationToken;
 use vpmu_proto::worker::worker_service_server::WorkerServiceServer;
 use vpmu_proto::worker::{GuestEnd, guest_end};
 
-use crate::channel::MAX_MESSAGE;
 use crate::console::Console;
 use crate::cores::{Backend, HostCores};
 use crate::service::{Worker, WorkerOptions};
+
+/// Largest message either way. PMU images of 256 vCPUs fit many times over.
+const MAX_MESSAGE: usize = 4 << 20;
 
 /// Bytes of log that a worker writes at most.
 pub const LOG_BYTES: u64 = 1 << 20;

@@ -7,12 +7,10 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
-use vcpu_worker::channel::in_process;
 use vcpu_worker::cores::HostCores;
 use vcpu_worker::hypervisor::Kick;
 use vcpu_worker::service::WorkerOptions;
 use vpmu_proto::api::pmu_spec::SwitchPolicy;
-use vpmu_proto::worker::worker_service_client::WorkerServiceClient;
 use vpmu_proto::worker::worker_status::State;
 use vpmu_proto::worker::*;
 use worker_common::*;
@@ -89,10 +87,7 @@ async fn pause(host: &mut Host) -> Moment {
 fn whole_events(cores: &Arc<HostCores>) -> Host {
     let mut options = WorkerOptions::new(Arc::clone(cores), CancellationToken::new());
     options.rates.instructions = PER_NS * 1_000_000_000;
-    let worker = in_process(options).expect("in-process worker");
-    let channel = worker.wire().channel();
-    let fence = Fence { vm_uid: "vm-m".to_owned(), incarnation: 1, term: 1 };
-    Host { client: WorkerServiceClient::new(channel), worker, fence }
+    Host::with(options, "vm-m")
 }
 
 async fn until_counting(host: &mut Host, vcpus: usize) {

@@ -3,7 +3,7 @@
 //! Invariants:
 //! * an acknowledged change is durable before its answer leaves, and published only then. The one exception is whether
 //!   a machine with a worker is paused or runs: that is the worker's to know (a daemon that comes back asks it), so the
-//!   record follows the answer. The PMU state of a pause is durable before it;
+//!   record follows the answer, within 20 ms; in thread isolation at once, and a daemon that dies in between forgets it. The PMU state of a pause is durable before it;
 //! * states in passing (Starting, Stopping, MigratingOut, Incoming) are published but not stored: `observed_state` is
 //!   recomputed at start;
 //! * a right to run is journalled before the worker is told (grant), and taken from the worker before it is journalled;

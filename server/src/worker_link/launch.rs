@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
+use vcpu_worker::in_process::InProcessWorker;
 use vpmu_proto::api::VirtualMachineSpec;
 use vpmu_proto::worker::worker_service_server::WorkerService as _;
 use vpmu_proto::worker::*;
 
-use super::wire::{self, To, call, client, unary};
+use super::wire::{self, Way, call, client, unary};
 use super::{Inner, WorkerLink};
 use crate::capacity::Grant;
 use crate::status::ApiError;
@@ -74,21 +75,21 @@ impl WorkerLink {
         launch: Launch<'_>,
     ) -> Result<(Self, CreateVmResponse), ApiError> {
         let failed = |e| ApiError::internal("WORKER_START_FAILED", format!("cannot start a worker: {e}"));
-        let (wire, thread, process) = if factory.processes.isolated() || launch.beside {
+        let (way, thread, process) = if factory.processes.isolated() || launch.beside {
             let started = if launch.beside {
                 factory.processes.start_beside(launch.vm_uid, launch.incarnation, launch.vm_name).await
             } else {
                 factory.processes.start(launch.vm_uid, launch.vm_name).await
             };
             let (channel, process) = started.map_err(failed)?;
-            (To::Process(Box::new(client(channel))), None, Some(process))
+            (Way::There(client(channel)), None, Some(process))
         } else {
             let options = vcpu_worker::service::WorkerOptions::new(
                 Arc::clone(&factory.cores),
                 factory.shutdown.child_token(),
             );
-            let worker = vcpu_worker::channel::in_process(options).map_err(failed)?;
-            (To::Thread(worker.wire()), Some(worker), None)
+            let (worker, thread) = InProcessWorker::start(options).map_err(failed)?;
+            (Way::Here(worker), Some(thread), None)
         };
         let fence =
             Fence { vm_uid: launch.vm_uid.to_owned(), incarnation: launch.incarnation, term: factory.term };
@@ -98,8 +99,7 @@ impl WorkerLink {
         let housekeeping_cores = if process.is_some() { grant.housekeeping() } else { Vec::new() };
         let link = Self {
             inner: Arc::new(Inner {
-                to: wire,
-                direct: thread.as_ref().and_then(vcpu_worker::channel::InProcessWorker::direct),
+                way,
                 fence: fence.clone(),
                 seq: AtomicU64::new(0),
                 cores: Mutex::new(cores.as_slice().into()),
@@ -184,8 +184,7 @@ impl WorkerLink {
         };
         let cores: Vec<u32> = status.vcpus.iter().map(|v| v.core).collect();
         let inner = Inner {
-            to: To::Process(Box::new(client)),
-            direct: None,
+            way: Way::There(client),
             fence,
             seq: AtomicU64::new(0),
             cores: Mutex::new(cores.as_slice().into()),

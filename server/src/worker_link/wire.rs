@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::transport::Channel;
 use tonic::{Response, Status};
+use vcpu_worker::service::Worker;
 use vpmu_proto::worker::worker_service_client::WorkerServiceClient;
 
 use crate::status::ApiError;
@@ -23,9 +24,11 @@ const MAX_ANSWER: usize = 16 << 20;
 /// A call with one answer: of the service itself where that is in this process, else over the wire.
 macro_rules! unary {
     ($link:expr, $deadline:expr, $method:ident, $request:expr) => {
-        match &$link.inner.direct {
-            Some(worker) => wire::call($deadline, worker.$method(tonic::Request::new($request))).await,
-            None => wire::call($deadline, $link.client().$method($request)).await,
+        match &$link.inner.way {
+            wire::Way::Here(worker) => {
+                wire::call($deadline, worker.$method(tonic::Request::new($request))).await
+            }
+            wire::Way::There(client) => wire::call($deadline, client.clone().$method($request)).await,
         }
     };
 }
@@ -34,11 +37,13 @@ macro_rules! unary {
 macro_rules! streaming {
     ($link:expr, $method:ident, $request:expr) => {{
         let within = $link.inner.command;
-        Ok(match &$link.inner.direct {
-            Some(worker) => {
+        Ok(match &$link.inner.way {
+            wire::Way::Here(worker) => {
                 wire::Told(wire::call(within, worker.$method(tonic::Request::new($request))).await?)
             }
-            None => wire::Told(Box::pin(wire::call(within, $link.client().$method($request)).await?)),
+            wire::Way::There(client) => {
+                wire::Told(Box::pin(wire::call(within, client.clone().$method($request)).await?))
+            }
         })
     }};
 }
@@ -66,10 +71,12 @@ impl<T> Stream for Told<T> {
     }
 }
 
-/// How it is reached over gRPC.
-pub(super) enum To {
-    Process(Box<WorkerServiceClient<Channel>>),
-    Thread(vcpu_worker::channel::Wire),
+/// Where the service is.
+pub(super) enum Way {
+    /// In this process.
+    Here(Worker),
+    /// In another, over gRPC.
+    There(WorkerServiceClient<Channel>),
 }
 
 pub(super) fn client(channel: Channel) -> WorkerServiceClient<Channel> {

@@ -1,4 +1,4 @@
-//! A worker over its in-process channel, as a daemon uses it, with the waits that tests need.
+//! A worker in this process over gRPC, as a daemon uses one in another, with the waits that tests need.
 #![allow(
     dead_code,
     unreachable_pub,
@@ -11,15 +11,20 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hyper_util::rt::TokioIo;
+use tokio::io::DuplexStream;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
+use tonic::transport::{Channel, Endpoint, Server, Uri};
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
-use vcpu_worker::channel::{InProcessWorker, in_process};
 use vcpu_worker::cores::HostCores;
-use vcpu_worker::service::WorkerOptions;
+use vcpu_worker::in_process::InProcessWorker;
+use vcpu_worker::service::{Worker, WorkerOptions};
 use vpmu_proto::api::{self, ProbeReport, virtual_machine_spec::Boot};
 use vpmu_proto::worker::worker_service_client::WorkerServiceClient;
+use vpmu_proto::worker::worker_service_server::WorkerServiceServer;
 use vpmu_proto::worker::*;
 
 pub const MODEL: &str = "intel:v5:8+4:48";
@@ -49,6 +54,25 @@ pub fn host_cores() -> Arc<HostCores> {
     Arc::new(HostCores::new(MODEL.parse().expect("a shape"), &(0..n).collect::<Vec<_>>()))
 }
 
+/// A gRPC connection to a worker, over a pair of in-memory pipes.
+fn serve(worker: Worker) -> Channel {
+    let (connections, accepted) = tokio::sync::mpsc::channel::<DuplexStream>(1);
+    let ended = worker.ended().cancelled_owned();
+    let router = Server::builder().add_service(WorkerServiceServer::new(worker));
+    let incoming = ReceiverStream::new(accepted).map(Ok::<_, std::io::Error>);
+    tokio::spawn(router.serve_with_incoming_shutdown(incoming, ended));
+    let connect = tower::service_fn(move |_: Uri| {
+        let connections = connections.clone();
+        async move {
+            let (near, far) = tokio::io::duplex(256 << 10);
+            let gone = |_| std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+            connections.send(far).await.map_err(gone)?;
+            Ok::<_, std::io::Error>(TokioIo::new(near))
+        }
+    });
+    Endpoint::from_static("http://worker.invalid").connect_with_connector_lazy(connect)
+}
+
 /// One worker and the daemon's view of it.
 pub struct Host {
     pub client: WorkerServiceClient<Channel>,
@@ -59,10 +83,13 @@ pub struct Host {
 impl Host {
     pub fn new(cores: &Arc<HostCores>, vm_uid: &str) -> Self {
         let options = WorkerOptions::new(Arc::clone(cores), CancellationToken::new());
-        let worker = in_process(options).expect("in-process worker");
-        let channel = worker.wire().channel();
+        Self::with(options, vm_uid)
+    }
+
+    pub fn with(options: WorkerOptions, vm_uid: &str) -> Self {
+        let (service, worker) = InProcessWorker::start(options).expect("in-process worker");
         let fence = Fence { vm_uid: vm_uid.to_owned(), incarnation: 1, term: 1 };
-        Self { client: WorkerServiceClient::new(channel), worker, fence }
+        Self { client: WorkerServiceClient::new(serve(service)), worker, fence }
     }
 
     pub fn fence(&self) -> Option<Fence> {
