@@ -110,6 +110,10 @@ struct ServeArgs {
     /// own. Process isolation only.
     #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
     cgroup_controllers: crate::cgroup::controllers::Controllers,
+    /// Whether the host's processors are kept from sleeping while a machine starts or stands still to move (up to 2 s at a
+    /// time, through /dev/cpu_dma_latency).
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    keep_awake: crate::awake::KeepAwake,
     /// Worker processes (3 MiB each) kept ready, so that a machine's start need not wait for one: 0 to 16. The systemd unit
     /// keeps 1. Process isolation only.
     #[arg(long, value_name = "N", default_value_t = 0,
@@ -161,6 +165,7 @@ impl From<ServeArgs> for ServeConfig {
             stop_vms: args.stop_vms,
             seccomp: args.seccomp,
             cgroup_controllers: args.cgroup_controllers,
+            keep_awake: args.keep_awake,
             spare_workers: args.spare_workers,
             worker_violates: args.worker_violates,
             local_migration: args.local_migration,

@@ -236,6 +236,8 @@ pub struct ServeConfig {
     pub seccomp: vcpu_worker::sandbox::Mode,
     /// When workers' cgroups get controllers.
     pub cgroup_controllers: crate::cgroup::controllers::Controllers,
+    /// Whether processors are kept from sleeping in moments that must be short.
+    pub keep_awake: crate::awake::KeepAwake,
     /// Worker processes kept ready for machines to come; process isolation only.
     pub spare_workers: u32,
     /// For tests: worker threads of this kind make a forbidden call.

@@ -46,6 +46,8 @@ pub struct Daemon {
     pub host: HostInfo,
     /// What it has to give.
     pub capacity: Arc<Capacity>,
+    /// The host's processors.
+    pub awake: crate::awake::Awake,
     /// Machine events.
     pub events: Events,
     /// Operations.

@@ -7,6 +7,7 @@
 
 pub mod adopt;
 pub mod api;
+pub mod awake;
 pub mod bench;
 pub mod capacity;
 pub mod cgroup;

@@ -207,6 +207,7 @@ async fn serve(
             cpuid: host.cpuid,
         },
         capacity: Capacity::new(host.memory_bytes, host.topology, &host.cores, &host.own_cores),
+        awake: crate::awake::Awake::open(config.keep_awake),
         events: crate::vm::events::Events::default(),
         workers,
         registry: crate::vm::registry::Registry::default(),

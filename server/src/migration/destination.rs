@@ -65,6 +65,7 @@ pub async fn prepare(
     if daemon.shutdown.is_cancelled() {
         return Err(ApiError::shutting_down());
     }
+    let awake = daemon.awake.hold();
     let needs = request.requirements.clone().unwrap_or_default();
     let vm = needs.vm.clone().unwrap_or_default();
     let name = VmName::parse("requirements.vm.name", &vm.name, "")?;
@@ -109,8 +110,9 @@ pub async fn prepare(
         run: desired != Some(DesiredState::Paused),
     });
     let voice = daemon.migrations.answers.voice(&migration_id.to_string(), machine.answer());
-    let ear = Ear::of(daemon, &handle.uid);
     let (answer, prepared) = oneshot::channel();
+    let mut work = Work::new(machine, voice, answer, Ear::of(daemon, &handle.uid));
+    work.awake = Some(awake);
     let arrival = Incoming {
         daemon: Arc::clone(daemon),
         handle,
@@ -120,7 +122,7 @@ pub async fn prepare(
         way,
         ownership: OwnershipRecord::default(),
         worker: None,
-        work: Work::new(machine, voice, answer, ear),
+        work,
     };
     daemon.tasks.spawn(arrival.run());
     prepared.await.unwrap_or_else(|_| Err(ApiError::internal("TASK_FAILED", "the arrival's task failed")))

@@ -20,6 +20,7 @@ use super::destination::{Conversation, Incoming};
 use super::force::{Ear, Order};
 use super::record::Backoff;
 use super::source::next_of;
+use crate::awake::Hold;
 use crate::handover::destination::{Destination as Machine, Effect, Event, State};
 use crate::handover::{self, PeerAnswer};
 use crate::status::ApiError;
@@ -64,6 +65,8 @@ pub(super) struct Work {
     pub(super) adopted: bool,
     /// Orders to take the machine by force.
     pub(super) ear: Ear,
+    /// While it begins, and from Ready on, no processor sleeps.
+    pub(super) awake: Option<Hold>,
     /// Messages that are sent when everything here is cleaned up.
     pub(super) farewell: VecDeque<(u64, FromDestination)>,
 }
@@ -101,6 +104,7 @@ impl Work {
             persist_us: 0,
             entered: Entered::default(),
             adopted: false,
+            awake: None,
             farewell: VecDeque::new(),
         }
     }
@@ -139,6 +143,7 @@ impl Incoming {
         while let Some(event) = self.next().await {
             let before = self.work.machine.state();
             let effects = self.apply(event).await;
+            tracing::debug!(vm = %self.handle.name, ?event, state = ?self.work.machine.state(), "destination");
             self.work.voice.say(self.work.machine.answer());
             let idle = effects.is_empty();
             for effect in effects {
@@ -296,6 +301,7 @@ impl Incoming {
             Ok(Some(p)) if p.ready => match handover::digest(&p.state_digest) {
                 Some(digest) => {
                     self.work.progress = None;
+                    self.work.awake = Some(self.daemon.awake.hold());
                     self.work.ready = Some(Ready {
                         pmu_restored: self.pmu_restored(p.pmu_losses, p.pmu_losses_total),
                         state_digest: p.state_digest,

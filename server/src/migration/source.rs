@@ -32,6 +32,7 @@ use vpmu_proto::worker::{FinishMigrationResponse, MigrateOutProgress, WaitDraine
 use super::answer::Voice;
 use super::force::{Ear, Order};
 use super::record::Backoff;
+use crate::awake::Hold;
 use crate::daemon::Daemon;
 use crate::handover::source::{Effect, Event, Source as Machine, State};
 use crate::handover::{self, PeerAnswer};
@@ -127,12 +128,15 @@ pub(super) struct Work {
     pub(super) guest_gap_us: Option<u64>,
     /// Orders to take the machine by force.
     pub(super) ear: Ear,
+    /// While it begins, and from the end of copying on, no processor sleeps.
+    awake: Hold,
 }
 
 impl Work {
-    pub(super) fn new(machine: Machine, voice: Voice, ear: Ear) -> Self {
+    pub(super) fn new(machine: Machine, voice: Voice, ear: Ear, awake: Hold) -> Self {
         Self {
             ear,
+            awake,
             machine,
             voice,
             events: VecDeque::from([Event::Begin]),
@@ -171,6 +175,7 @@ impl Source {
             let Some(event) = self.next().await else { break self.leave() };
             let before = self.work.machine.state();
             let effects = self.apply(event);
+            tracing::debug!(vm = %self.handle.name, ?event, state = ?self.work.machine.state(), "source");
             self.work.voice.say(self.work.machine.answer());
             let idle = effects.is_empty();
             for effect in effects {
@@ -343,6 +348,7 @@ impl Source {
                 if p.converged {
                     self.work.copying = None;
                     self.work.bound = None;
+                    self.work.awake = self.daemon.awake.hold();
                     self.work.events.push_back(Event::Converged);
                 }
                 return;

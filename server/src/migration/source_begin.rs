@@ -151,6 +151,7 @@ pub async fn begin(
     seed: impl FnOnce(&Migration) -> Seed,
 ) -> Result<Uuid, ApiError> {
     let accepted = Instant::now();
+    let awake = daemon.awake.hold();
     let create_time = crate::ops::now();
     let checked = Box::pin(check(daemon, handle, &spec, address)).await?;
     refuse(&handle.name.to_string(), &checked.mismatches)?;
@@ -217,7 +218,7 @@ pub async fn begin(
         committed,
         progress,
         running,
-        work: Work::new(machine, voice, Ear::of(daemon, &handle.uid)),
+        work: Work::new(machine, voice, Ear::of(daemon, &handle.uid), awake),
     };
     daemon.tasks.spawn(source.run());
     Ok(operation)

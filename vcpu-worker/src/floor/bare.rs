@@ -9,7 +9,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vpmu_proto::api::KernelBoot;
 
 use crate::hypervisor::kvm::{initial_sregs, uninterrupted};
-use crate::hypervisor::{HvError, InitialRegs};
+use crate::hypervisor::{EntryMode, HvError, InitialRegs};
 use crate::memory::GuestMemory;
 use crate::sys::failed;
 
@@ -27,8 +27,8 @@ pub struct BareHost {
 #[derive(Debug)]
 pub struct BareVm {
     // Dropped in this order: nothing of the VM is left when its memory goes.
-    vcpu: VcpuFd,
-    _vm: VmFd,
+    pub(super) vcpu: VcpuFd,
+    pub(super) vm: VmFd,
     _memory: GuestMemory,
 }
 
@@ -53,6 +53,13 @@ impl BareHost {
         let memory = GuestMemory::new("bare", bytes).map_err(|e| other("memory", e.to_string()))?;
         let regs = crate::boot::load(&memory, kernel).map_err(|e| other("kernel", e.to_string()))?;
         self.make(memory, &regs)
+    }
+
+    /// A VM with the least memory and nothing in it.
+    pub(super) fn empty(&self) -> Result<BareVm, HvError> {
+        let memory = GuestMemory::new("bare", crate::memory::GRANULE)
+            .map_err(|e| HvError::State { kind: "memory".to_owned(), problem: e.to_string() })?;
+        self.make(memory, &InitialRegs { mode: EntryMode::Protected32, ..InitialRegs::default() })
     }
 
     fn make(&self, memory: GuestMemory, regs: &InitialRegs) -> Result<BareVm, HvError> {
@@ -87,7 +94,7 @@ impl BareHost {
             ..Default::default()
         };
         vcpu.set_regs(&general).map_err(failed("KVM_SET_REGS"))?;
-        Ok(BareVm { vcpu, _vm: vm, _memory: memory })
+        Ok(BareVm { vcpu, vm, _memory: memory })
     }
 }
 

@@ -31,8 +31,11 @@ impl Cell {
 /// One migration.
 #[derive(Debug, Clone, Default, Serialize)]
 pub(super) struct Run {
-    /// Accepted to released.
+    /// Accepted to released: the source's process has ended.
     pub(super) total_ms: f64,
+    /// What QEMU calls its total time: the source's process is still there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) migrated_ms: Option<f64>,
     /// The hole that the guest saw; none if it was too short for it to report (half a millisecond).
     pub(super) gap_ms: Option<f64>,
     /// What the tool says of its standstill.

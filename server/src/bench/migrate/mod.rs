@@ -1,7 +1,8 @@
 //! Live migration beside QEMU, in the same run: the same guest with the same command line, TCP over loopback, in turns.
 //!
 //! What the guest sees is the first hole in its own TSC series that it reports at the destination, to the microsecond, on
-//! both sides. Total time is what either tool says of itself: accepted to released here, QEMU's `total-time` there.
+//! both sides. Total time is from accepted to released: until the source's process has ended. QEMU's is its `total-time` and
+//! how long its source then takes to `quit`; its destination's process is there before, ours is made within the time.
 //! Bytes are those on the wire. QEMU's bandwidth cap is lifted.
 
 mod cell;

@@ -106,6 +106,7 @@ async fn migrate(
         reported_ms: result.blackout_us as f64 / 1000.0,
         bytes: result.bytes,
         rounds: u64::from(result.rounds),
+        migrated_ms: None,
         parts_us: Some([
             parts.stop_us,
             parts.save_us,

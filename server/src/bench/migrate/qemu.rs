@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 use super::cell::{Cell, Run, first_gap};
 use super::ours::{AFTER, SETTLE};
 use crate::bench::error::BenchError;
-use crate::bench::site::Site;
+use crate::bench::site::{Site, ms};
 
 const ANSWER: Duration = Duration::from_secs(20);
 const MIGRATION: Duration = Duration::from_secs(30);
@@ -83,8 +83,11 @@ async fn migrate(source: &mut Machine, target: &mut Machine, cell: &Cell) -> Res
             ..Run::default()
         });
     }
+    let migrated = number(&info["total-time"]);
     Ok(Run {
-        total_ms: number(&info["total-time"]),
+        // Ours ends with the source's process too.
+        total_ms: migrated + ms(source.quit().await?),
+        migrated_ms: Some(migrated),
         gap_ms: first_gap(&output),
         reported_ms: number(&info["downtime"]),
         bytes: info["ram"]["transferred"].as_u64().unwrap_or_default(),
@@ -222,6 +225,17 @@ impl Machine {
         timeout(Duration::from_secs(60), there)
             .await
             .map_err(|_| BenchError::Missing("the guest in QEMU was not set up in time".to_owned()))
+    }
+
+    /// Tells it to quit, and how long that took.
+    async fn quit(&mut self) -> Result<Duration, BenchError> {
+        let begin = Instant::now();
+        self.call("quit", json!({})).await?;
+        match timeout(ANSWER, self.child.wait()).await {
+            Ok(Ok(_)) => Ok(begin.elapsed()),
+            Ok(Err(e)) => Err(BenchError::io("wait for QEMU", e)),
+            Err(_) => Err(BenchError::Missing("QEMU does not quit".to_owned())),
+        }
     }
 
     async fn end(&mut self) {

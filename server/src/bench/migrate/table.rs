@@ -24,6 +24,8 @@ struct Side {
     runs: usize,
     completed: usize,
     total_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    migrated_ms: Option<f64>,
     gap_ms: f64,
     reported_ms: f64,
     megabytes: f64,
@@ -43,6 +45,9 @@ impl Side {
             runs: runs.len(),
             completed: completed(runs).count(),
             total_ms: of(&|r| r.total_ms),
+            migrated_ms: completed(runs)
+                .any(|r| r.migrated_ms.is_some())
+                .then(|| of(&|r| r.migrated_ms.unwrap_or(f64::NAN))),
             gap_ms: of(&|r| r.gap_ms.unwrap_or(UNSEEN_MS)),
             reported_ms: of(&|r| r.reported_ms),
             megabytes: of(&|r| r.bytes as f64 / 1e6),
@@ -139,8 +144,12 @@ impl Table {
         let build = if self.optimised { "" } else { "; NOT an optimised build: times mean little" };
         writeln!(
             out,
-            "floors: memcpy {:.0} MB/s, two fdatasyncs {:.2} ms; load average {:.2}{build}",
-            self.floors.memcpy_mb_s, self.floors.two_fdatasyncs_ms, self.load_average
+            "floors: memcpy {:.0} MB/s, two fdatasyncs {:.2} ms, state saved in {:.0} us and restored in {:.0}; load average {:.2}{build}",
+            self.floors.memcpy_mb_s,
+            self.floors.two_fdatasyncs_ms,
+            self.floors.save_us,
+            self.floors.restore_us,
+            self.load_average
         )?;
         writeln!(
             out,
@@ -181,11 +190,13 @@ impl Table {
                     row.ours.completed,
                     row.ours.runs,
                     row.beside.as_ref().map_or(String::new(), |q| format!(
-                        "; {}: {:.0} rounds, {} of {}",
+                        "; {}: {:.0} rounds, {} of {}{}",
                         if row.cell.way == Way::Tls { "plaintext" } else { "QEMU" },
                         q.rounds,
                         q.completed,
-                        q.runs
+                        q.runs,
+                        q.migrated_ms
+                            .map_or(String::new(), |own| format!(", {own:.0} ms without its source's end"))
                     )),
                 )?;
             }

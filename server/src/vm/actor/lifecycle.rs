@@ -68,6 +68,7 @@ impl Actor {
     /// worker builds the machine, which it cannot run before it is granted; the machine's record and the operation's end
     /// are one write. A daemon that dies in between leaves no machine: what it finds of the worker it ends.
     async fn create_started(&mut self, seed: Seed, reply: Reply<Uuid>) {
+        let _awake = self.daemon.awake.hold();
         let spec = self.vm.spec.clone().unwrap_or_default();
         let grant = self.daemon.capacity.grant(self.name.vm(), &spec);
         let refused = grant.is_err();
@@ -226,6 +227,7 @@ impl Actor {
         restore: Option<RestoreFrom>,
         run: bool,
     ) -> Result<(), ApiError> {
+        let _awake = self.daemon.awake.hold();
         let next = OwnershipRecord { incarnation: self.ownership.incarnation + 1, ..self.owned() };
         self.ownership = self.daemon.store.append_ownership(next).await?;
         let incarnation = self.ownership.incarnation;
