@@ -19,12 +19,13 @@
 //!   the memory is released; KVM gives up the fault of a kicked vCPU, and one that waits inside KVM's emulator, which
 //!   cannot give up, comes out at the release with its kick pending.
 
+mod error;
 mod pages;
 mod serve;
+mod shared;
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -32,70 +33,11 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use crate::bitmap::PageBitmap;
-use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE};
-use crate::sys::uffd::{FEATURE_MISSING_SHMEM, Progress, Uffd};
+use crate::memory::{GuestMemory, PAGE_SIZE};
+use crate::sys::uffd::{FEATURE_MISSING_SHMEM, Uffd};
+pub use error::LazyError;
 use pages::Pages;
-
-/// Why memory does not come.
-#[derive(Debug, Clone, thiserror::Error)]
-#[non_exhaustive]
-pub enum LazyError {
-    /// The host cannot do it.
-    #[error(
-        "memory cannot be fetched on demand here: {problem}; run as root or with CAP_SYS_PTRACE, or set \
-         vm.unprivileged_userfaultfd = 1"
-    )]
-    Unsupported {
-        /// What is missing.
-        problem: String,
-    },
-    /// The source has none.
-    #[error("page {page} of the guest's memory could not be fetched: {problem}")]
-    Source {
-        /// First page asked for.
-        page: u64,
-        /// What the source said.
-        problem: String,
-    },
-    /// A page could not be put in its place.
-    #[error("page {page} of the guest's memory could not be placed: {problem}")]
-    Place {
-        /// Page.
-        page: u64,
-        /// Why.
-        problem: String,
-    },
-    /// Given up by its owner before all was there.
-    #[error("fetching memory was given up with {left} pages missing: {why}")]
-    Abandoned {
-        /// Pages not there.
-        left: u64,
-        /// Why.
-        why: String,
-    },
-    /// Guest memory refused.
-    #[error("guest memory: {0}")]
-    Memory(String),
-}
-
-impl LazyError {
-    /// Stable reason code.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::Unsupported { .. } => "LAZY_MEMORY_UNSUPPORTED",
-            Self::Source { .. } => "LAZY_MEMORY_SOURCE_FAILED",
-            Self::Place { .. } => "LAZY_MEMORY_PLACE_FAILED",
-            Self::Abandoned { .. } => "LAZY_MEMORY_ABANDONED",
-            Self::Memory(_) => "LAZY_MEMORY_REFUSED",
-        }
-    }
-}
-
-impl From<MemoryError> for LazyError {
-    fn from(error: MemoryError) -> Self {
-        Self::Memory(error.to_string())
-    }
-}
+use shared::{Counts, End, Shared};
 
 /// Where missing pages come from.
 pub trait PageSource: Send + Sync {
@@ -147,34 +89,6 @@ impl Faults {
 /// Called once at the end. With an error it must get all vCPUs out of the guest for good (mark the machine failed, kick)
 /// and wait, bounded, until they are, because the memory is released when it returns.
 pub type OnEnd = Box<dyn FnOnce(Result<LazyStats, LazyError>) + Send>;
-
-#[derive(Default)]
-struct Counts {
-    faults: AtomicU64,
-    demanded: AtomicU64,
-    prefetched: AtomicU64,
-    placed: AtomicU64,
-    late: AtomicU64,
-    zero: AtomicU64,
-}
-
-enum End {
-    Complete,
-    Failed(LazyError),
-}
-
-struct Shared {
-    memory: GuestMemory,
-    uffd: Uffd,
-    stop: std::os::fd::OwnedFd,
-    pages: Mutex<Pages>,
-    counts: Counts,
-    on_end: Mutex<Option<OnEnd>>,
-    end: OnceLock<End>,
-    /// The end, with the memory released and `on_end` done.
-    ended: Mutex<bool>,
-    changed: Condvar,
-}
 
 /// Gives pages to lazy memory; cheap to clone. Does not keep it alive.
 #[derive(Clone)]
@@ -364,118 +278,6 @@ impl Drop for LazyMemory {
                 // A panic there was reported by the panic hook.
                 drop(thread.join());
             }
-        }
-    }
-}
-
-impl Shared {
-    fn stats(&self) -> LazyStats {
-        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
-        let c = &self.counts;
-        LazyStats {
-            faults: get(&c.faults),
-            demanded: get(&c.demanded),
-            prefetched: get(&c.prefetched),
-            placed: get(&c.placed),
-            late: get(&c.late),
-            zero: get(&c.zero),
-            missing: self.pages.lock().left(),
-        }
-    }
-
-    fn address(&self, page: u64) -> u64 {
-        self.memory.address() + page * PAGE_SIZE
-    }
-
-    fn place(&self, first: u64, bytes: Option<&[u8]>, pages: u64) -> Result<(), LazyError> {
-        let problem = |page: u64, problem: String| LazyError::Place { page, problem };
-        let within = first.checked_add(pages).is_some_and(|end| end <= self.memory.pages());
-        if !within || bytes.is_some_and(|b| b.len() as u64 != pages * PAGE_SIZE) {
-            let length = bytes.map_or(pages * PAGE_SIZE, |b| b.len() as u64);
-            return Err(problem(first, format!("{length} bytes there are no whole pages of this guest")));
-        }
-        let end = first + pages;
-        let mut at = first;
-        let mut placed = 0;
-        while at < end && self.end.get().is_none() {
-            let Some((run, len)) = self.pages.lock().missing_run(at, end) else { break };
-            let progress = match bytes {
-                Some(bytes) => {
-                    let (from, to) = ((run - first) * PAGE_SIZE, (run + len - first) * PAGE_SIZE);
-                    self.uffd.copy(self.address(run), &bytes[from as usize..to as usize])
-                }
-                None => self.uffd.zero(self.address(run), len * PAGE_SIZE),
-            };
-            at = run + self.arrived(run, &progress, &mut placed)?;
-        }
-        self.counts.late.fetch_add(pages - placed, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Notes what a call placed; how many pages on the next one begins.
-    fn arrived(&self, run: u64, progress: &Progress, placed: &mut u64) -> Result<u64, LazyError> {
-        let done = progress.done / PAGE_SIZE;
-        *placed += done;
-        self.counts.placed.fetch_add(done, Ordering::Relaxed);
-        let errno = progress.error.as_ref().and_then(std::io::Error::raw_os_error);
-        let there = match errno {
-            // Partly done, or the address space is changing: again.
-            None | Some(libc::EAGAIN) => done,
-            Some(libc::EEXIST) => {
-                // Another thread was faster. Who waits was woken by it; once more does no harm.
-                drop(self.uffd.wake(self.address(run + done), PAGE_SIZE));
-                done + 1
-            }
-            // Unregistered meanwhile: the end came in between.
-            Some(_) if self.end.get().is_some() => done,
-            Some(errno) => {
-                let error = std::io::Error::from_raw_os_error(errno);
-                return Err(LazyError::Place { page: run + done, problem: error.to_string() });
-            }
-        };
-        if there > 0 && self.pages.lock().there(run, there) == 0 {
-            self.complete();
-        }
-        Ok(there)
-    }
-
-    /// All is there.
-    fn complete(&self) {
-        if self.end.set(End::Complete).is_ok() {
-            self.finish(Ok(()));
-        }
-    }
-
-    fn fail(&self, error: LazyError) {
-        if self.end.set(End::Failed(error.clone())).is_ok() {
-            tracing::error!(%error, "lazy memory");
-            self.finish(Err(error));
-        }
-    }
-
-    /// Tells the owner, then releases the memory and ends the threads.
-    fn finish(&self, how: Result<(), LazyError>) {
-        if how.is_ok() {
-            self.release();
-        }
-        let on_end = self.on_end.lock().take();
-        let failed = how.is_err();
-        if let Some(on_end) = on_end {
-            on_end(how.map(|()| self.stats()));
-        }
-        if failed {
-            self.release();
-        }
-        *self.ended.lock() = true;
-        self.changed.notify_all();
-        // The counter of an eventfd does not overflow with a handful of ones.
-        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-    }
-
-    fn release(&self) {
-        if let Err(error) = self.uffd.unregister(self.memory.address(), self.memory.bytes()) {
-            // The descriptor's end does the same.
-            tracing::error!(%error, "UFFDIO_UNREGISTER");
         }
     }
 }

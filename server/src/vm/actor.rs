@@ -13,10 +13,12 @@
 //! (workers that outlived a daemon), [`restarting`] (the restart policy), [`ending`] (guests, workers and the daemon end),
 //! [`snapshot`], and the table of `transitions`; what it keeps is in [`record`] and [`pmu`].
 
+mod creating;
 mod ending;
 mod forcing;
 mod lifecycle;
 mod moving;
+mod pausing;
 mod placing;
 mod pmu;
 mod reattach;

@@ -1,8 +1,5 @@
-//! What users ask of a machine: create, start, stop, pause, resume, delete.
+//! What users ask of a machine: start, stop, delete.
 
-use std::time::Duration;
-
-use tokio::time::Instant;
 use uuid::Uuid;
 use vpmu_proto::api::virtual_machine::{DesiredState, State};
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
@@ -15,14 +12,10 @@ use super::Actor;
 use super::restarting::{note, wall_ms};
 use crate::ops::{Running, Seed, pack, pack_empty};
 use crate::status::ApiError;
-use crate::store::Batch;
 use crate::vm::command::Reply;
 use crate::vm::restart::Event;
 use crate::vm::transitions::Action;
 use crate::worker_link::{Launch, WorkerLink};
-
-/// How long the record of whether a machine is paused may be behind: one write then stands for several.
-const BEHIND: Duration = Duration::from_millis(20);
 
 impl Actor {
     /// Begins an operation and answers with its id; none if the caller was refused.
@@ -37,140 +30,6 @@ impl Actor {
                 None
             }
         }
-    }
-
-    pub(super) async fn create(&mut self, seed: Seed, start: bool, reply: Reply<Uuid>) {
-        if self.born {
-            let _ = reply.send(Err(ApiError::already_exists(
-                "VirtualMachine",
-                &self.name.to_string(),
-                "look at it",
-            )));
-            return;
-        }
-        if start {
-            return self.create_started(seed, reply).await;
-        }
-        let Some(running) = self.begin(seed, reply).await else {
-            self.forget();
-            return;
-        };
-        match self.do_create().await {
-            Ok(()) => running.finish(Ok(pack("VirtualMachine", &self.vm))).await,
-            Err(error) => {
-                self.forget();
-                running.finish(Err(error)).await;
-            }
-        }
-    }
-
-    /// Creates a machine that is to run at once. The operation's and the ownership's records are made durable while the
-    /// worker builds the machine, which it cannot run before it is granted; the machine's record and the operation's end
-    /// are one write. A daemon that dies in between leaves no machine: what it finds of the worker it ends.
-    async fn create_started(&mut self, seed: Seed, reply: Reply<Uuid>) {
-        let _awake = self.daemon.awake.hold();
-        let spec = self.vm.spec.clone().unwrap_or_default();
-        let grant = self.daemon.capacity.grant(self.name.vm(), &spec);
-        let refused = grant.is_err();
-        let incarnation = u64::from(!refused);
-        let first = self.first(incarnation);
-        let daemon = std::sync::Arc::clone(&self.daemon);
-        let (begun, owned, launched) =
-            tokio::join!(self.begin(seed, reply), daemon.store.append_ownership(first), async {
-                WorkerLink::launch(&daemon.workers, grant?, self.plan(incarnation, &spec, None)).await
-            },);
-        let failed = match (&begun, &owned) {
-            (Some(_), Ok(_)) => None,
-            (_, Err(error)) => Some(ApiError::from(error.clone())),
-            (None, Ok(_)) => Some(ApiError::shutting_down()),
-        };
-        if let Ok(owned) = owned {
-            self.ownership = owned;
-        }
-        let Some(running) = begun else {
-            // The caller was refused: nothing of it stays.
-            if let Ok((worker, _)) = launched {
-                worker.end().await;
-            }
-            let gone = OwnershipRecord { phase: Phase::Deleted as i32, ..self.ownership.clone() };
-            if let Err(error) = daemon.store.append_ownership(gone).await {
-                tracing::warn!(vm = %self.name, %error, "the record of a machine that was refused stays");
-            }
-            return self.forget();
-        };
-        if let Some(error) = failed {
-            if let Ok((worker, _)) = launched {
-                worker.end().await;
-            }
-            self.forget();
-            return running.finish(Err(error)).await;
-        }
-        let mut running = running;
-        let started = match launched {
-            Ok(launched) => {
-                self.take_worker(launched);
-                self.run_and_record(&mut running).await
-            }
-            Err(error) => Err(error),
-        };
-        self.born = true;
-        let Err(mut error) = started else {
-            self.announce(Kind::Created);
-            return running.show_end();
-        };
-        if let Some(worker) = self.worker.take() {
-            error = worker.cause(error).await;
-            worker.end().await;
-        }
-        // Without room for it nothing of the machine failed: it waits to be started.
-        let (state, reason, message) =
-            if refused { (State::Stopped, "", "") } else { (State::Failed, error.reason(), error.message()) };
-        self.edit(state, reason, message, |vm| {
-            vm.set_desired_state(DesiredState::Stopped);
-            vm.create_time = Some(crate::ops::now());
-        });
-        let batch = Batch::new().put_vm(&self.record()).unwrap_or_default();
-        // Logged there.
-        let _ = running.finish_with(batch, Err(error)).await;
-        self.announce(Kind::Created);
-    }
-
-    /// Lets a new machine run while its record and the operation's end are made durable. Nobody sees either before both
-    /// are done; if the daemon dies in between, it is as if it had died right afterwards.
-    async fn run_and_record(&mut self, running: &mut Running) -> Result<(), ApiError> {
-        self.edit(State::Running, "", "", |vm| {
-            vm.set_desired_state(DesiredState::Running);
-            vm.create_time = Some(crate::ops::now());
-            note(vm, Event::Running { now: wall_ms() });
-        });
-        let batch = Batch::new().put_vm(&self.record())?;
-        let batch = running.record_end(batch, Ok(pack("VirtualMachine", &self.vm)))?;
-        let (runs, stored) = tokio::join!(self.let_run(true), self.daemon.store.commit(batch));
-        runs?;
-        Ok(stored?)
-    }
-
-    /// The first ownership record.
-    fn first(&self, incarnation: u64) -> OwnershipRecord {
-        OwnershipRecord {
-            vm_uid: self.vm.uid.clone(),
-            epoch: 1,
-            owner_host: self.daemon.host.host_id.clone(),
-            incarnation,
-            phase: Phase::Owned as i32,
-            ..OwnershipRecord::default()
-        }
-    }
-
-    pub(super) async fn do_create(&mut self) -> Result<(), ApiError> {
-        self.ownership = self.daemon.store.append_ownership(self.first(0)).await?;
-        self.change(State::Stopped, "", "", Kind::Created, |vm| {
-            vm.set_desired_state(DesiredState::Stopped);
-            vm.create_time = Some(crate::ops::now());
-        })
-        .await?;
-        self.born = true;
-        Ok(())
     }
 
     pub(super) async fn start(&mut self, seed: Seed, reply: Reply<Uuid>) {
@@ -237,7 +96,7 @@ impl Actor {
         self.let_run(run).await
     }
 
-    fn plan<'a>(
+    pub(super) fn plan<'a>(
         &'a self,
         incarnation: u64,
         spec: &'a VirtualMachineSpec,
@@ -256,7 +115,10 @@ impl Actor {
         }
     }
 
-    fn take_worker(&mut self, (worker, built): (WorkerLink, vpmu_proto::worker::CreateVmResponse)) {
+    pub(super) fn take_worker(
+        &mut self,
+        (worker, built): (WorkerLink, vpmu_proto::worker::CreateVmResponse),
+    ) {
         for warning in &built.warnings {
             tracing::warn!(vm = %self.name, %warning);
         }
@@ -272,7 +134,7 @@ impl Actor {
     }
 
     /// Gives the worker its right and follows what it says; both at once, each is a call.
-    async fn let_run(&self, run: bool) -> Result<(), ApiError> {
+    pub(super) async fn let_run(&self, run: bool) -> Result<(), ApiError> {
         let Some(worker) = self.worker.clone() else { return Ok(()) };
         let (followed, granted) =
             tokio::join!(self.follow_worker(&worker), worker.grant(self.ownership.epoch, run));
@@ -401,84 +263,5 @@ impl Actor {
         self.gone = true;
         self.daemon.registry.remove(&self.name, &self.vm.uid);
         self.announce(Kind::Deleted);
-    }
-
-    pub(super) async fn pause(&mut self) -> Result<VirtualMachine, ApiError> {
-        self.admit(Action::Pause)?;
-        let worker = self.worker.clone().ok_or_else(|| self.refuse(Action::Pause))?;
-        let images = match worker.pause().await {
-            Ok(images) => images,
-            Err(error) => {
-                // Some vCPUs may be out of the guest. The record says RUNNING, so they go on.
-                if let Err(again) = worker.run().await {
-                    tracing::error!(vm = %self.vm.name, %again, "a machine that could not be paused does not go on");
-                }
-                return Err(error);
-            }
-        };
-        let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Paused);
-        self.edit(State::Paused, "", "", edit);
-        let stored = if images.is_empty() {
-            self.store_soon()
-        } else {
-            let batch = match Batch::new().put_vm(&self.record()) {
-                Ok(batch) => self.with_pmu(batch, images, &worker.cores(), "pause"),
-                Err(error) => Err(error.into()),
-            };
-            match batch {
-                Ok(batch) => self.commit_pmu(batch).await,
-                Err(error) => Err(error),
-            }
-        };
-        self.announce(Kind::Updated);
-        stored?;
-        Ok(self.vm.clone())
-    }
-
-    pub(super) async fn resume(&mut self) -> Result<VirtualMachine, ApiError> {
-        self.admit(Action::Resume)?;
-        let worker = self.worker.clone().ok_or_else(|| self.refuse(Action::Resume))?;
-        worker.run().await?;
-        let edit = |vm: &mut VirtualMachine| vm.set_desired_state(DesiredState::Running);
-        self.edit(State::Running, "", "", edit);
-        let stored = self.store_soon();
-        self.announce(Kind::Updated);
-        stored?;
-        Ok(self.vm.clone())
-    }
-
-    /// What a live worker knows better follows the answer, together with whatever else happens in between.
-    fn store_soon(&mut self) -> Result<(), ApiError> {
-        if let crate::store::Health::ReadOnly { cause } = self.daemon.store.health() {
-            return Err(crate::store::StoreError::ReadOnly { cause }.into());
-        }
-        // In thread isolation nobody else would know after the daemon's death.
-        let behind = if self.vm.worker_pid == 0 { Duration::ZERO } else { BEHIND };
-        self.record_due.get_or_insert_with(|| Instant::now() + behind);
-        Ok(())
-    }
-
-    /// Stores the record as it is now, if it is behind; in order with all other writes of this machine.
-    pub(super) async fn store_behind(&mut self) {
-        if self.record_due.take().is_none() || self.gone {
-            return;
-        }
-        let stored = match Batch::new().put_vm(&self.record()) {
-            Ok(batch) => self.daemon.store.enqueue(batch).await,
-            Err(error) => Err(error),
-        };
-        let queued = match stored {
-            Ok(queued) => queued,
-            Err(error) => {
-                tracing::error!(vm = %self.name, %error, "whether it is paused could not be stored");
-                return;
-            }
-        };
-        let vm = self.name.to_string();
-        self.daemon.tasks.spawn(async move {
-            if let Err(error) = queued.durable().await {
-                tracing::error!(%vm, %error, "whether it is paused could not be stored");
-            }
-        });
     }
 }
