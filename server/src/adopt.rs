@@ -319,7 +319,7 @@ async fn attach(
     // give a machine in an open migration away, and a worker of a former incarnation was on its way out.
     let open = matches!(held.phase(), Phase::Open | Phase::Quiesced | Phase::Incoming | Phase::Ready);
     // The source of one that was not stopped yet keeps the only copy, also if it says nothing.
-    let only = |error: &ApiError| held.phase() == Phase::Open && error.reason() == crate::worker_link::SILENT;
+    let only = |error: &ApiError| held.phase() == Phase::Open && crate::worker_link::is_mute(error);
     let dispensable = |error: &ApiError| open && !only(error) || error.reason() == "OTHER_INCARNATION";
     WorkerLink::adopt(&daemon.workers, process, &held.vm_uid, held.incarnation, grant, dispensable).await
 }

@@ -36,6 +36,7 @@ use crate::worker_process::WorkerProcess;
 use wire::Way;
 
 pub use console::ConsoleHistory;
+pub use ending::is_mute;
 pub use launch::{Launch, WorkerFactory};
 pub use watching::WeakWorker;
 pub use wire::{SILENT, Told};

@@ -54,7 +54,8 @@ pub struct WorkerProcess {
     settled: AtomicBool,
     /// The console of one that has ended.
     last: Mutex<Option<Box<ConsoleState>>>,
-    ending: tokio::sync::Mutex<()>,
+    /// Held while it is being ended; whether SIGKILL was in vain.
+    ending: tokio::sync::Mutex<bool>,
 }
 
 impl WorkerProcess {
@@ -152,12 +153,17 @@ impl WorkerProcess {
         self.settled.store(true, Ordering::Release);
     }
 
-    /// Ends the process, in order if it lets itself, and removes its runtime directory.
-    pub async fn end(&self) {
-        let _ending = self.ending.lock().await;
+    /// Ends the process, in order if it lets itself, and removes its runtime directory. Says whether it is seen to have
+    /// ended.
+    pub async fn end(&self) -> bool {
+        let mut in_vain = self.ending.lock().await;
         if self.settled.load(Ordering::Acquire) {
             // The directory may be another worker's by now.
-            return;
+            return !self.is_running();
+        }
+        // One that SIGKILL has not ended can only be waited for.
+        if *in_vain && self.is_running() {
+            return false;
         }
         self.signal(Signal::TERM);
         if tokio::time::timeout(TERM, self.exited()).await.is_err() {
@@ -166,7 +172,8 @@ impl WorkerProcess {
             if tokio::time::timeout(KILL, self.exited()).await.is_err() {
                 // The directory stays: it is what shows that this one may still live.
                 tracing::error!(pid = self.pid, "the kernel does not end a worker");
-                return;
+                *in_vain = true;
+                return false;
             }
         }
         self.settled.store(true, Ordering::Release);
@@ -177,12 +184,13 @@ impl WorkerProcess {
             drop(placing.await);
         }
         if !self.is_at_home() {
-            return;
+            return true;
         }
         let dir = self.dir.clone();
         let last = tokio::task::spawn_blocking(move || console_file::read(&dir)).await.unwrap_or_default();
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = last.map(Box::new);
         clear(&self.dir);
+        true
     }
 
     /// Whether the directory is still the one that it was given: somebody who ended it may have made room for the next.
@@ -282,5 +290,57 @@ fn clear(dir: &Path) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => tracing::warn!(dir = %dir.display(), %error, "a runtime directory cannot be removed"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    /// A process that does not end by itself, with a runtime directory in `dir`.
+    fn worker(dir: &Path) -> WorkerProcess {
+        let child = Command::new("sleep").arg("1000").spawn().expect("sleep");
+        let home = dir.join("worker");
+        std::fs::create_dir(&home).expect("mkdir");
+        let pid = child.id();
+        let number = rustix::process::Pid::from_child(&child);
+        let pidfd = rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty()).expect("pidfd");
+        let socket = home.join("worker.sock");
+        WorkerProcess::new(pid, pidfd, Some(child), home, socket).expect("worker")
+    }
+
+    #[tokio::test]
+    async fn one_that_is_kept_has_not_ended_by_being_told_to() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let worker = worker(dir.path());
+        worker.keep();
+        assert!(!worker.end().await, "it lives");
+        assert!(worker.is_running());
+        worker.signal(Signal::KILL);
+        worker.exited().await;
+        assert!(worker.end().await);
+        worker.reap();
+    }
+
+    #[tokio::test]
+    async fn one_that_the_kernel_did_not_end_is_gone_once_it_is_seen_to_be() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let worker = worker(dir.path());
+        *worker.ending.lock().await = true;
+        assert!(!worker.end().await, "SIGKILL was in vain");
+        assert!(worker.is_running() && worker.dir.exists());
+        worker.signal(Signal::KILL);
+        worker.exited().await;
+        assert!(worker.end().await);
+        assert!(!worker.dir.exists(), "its directory says that it may live");
+    }
+
+    #[tokio::test]
+    async fn one_that_is_ended_is_seen_to_have_ended() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let worker = worker(dir.path());
+        assert!(worker.end().await && !worker.is_running() && !worker.dir.exists());
+        assert!(worker.end().await, "twice is no harm");
     }
 }

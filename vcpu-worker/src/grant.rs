@@ -15,6 +15,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
 /// Why a command or a grant is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -283,9 +286,12 @@ impl Rights {
     }
 }
 
-/// The right to run as one word, read by vCPUs at the loop head without a lock.
+/// The right to run as one word, read by vCPUs at the loop head without a lock, and who may make use of it.
 #[derive(Debug, Default)]
-pub struct RunRight(AtomicU64);
+pub struct RunRight {
+    word: AtomicU64,
+    threads: TaskTracker,
+}
 
 impl RunRight {
     const NONE: u64 = 0;
@@ -293,21 +299,32 @@ impl RunRight {
 
     /// Publishes what `rights` says now. Callers hold the lock of `rights`, so that words appear in order.
     pub fn publish(&self, rights: &Rights) {
-        self.0.store(rights.word(), Ordering::SeqCst);
+        self.word.store(rights.word(), Ordering::SeqCst);
     }
 
     /// Whether a vCPU may enter the guest. `now_ns` is only asked for if there is a deadline.
     pub fn allows(&self, now_ns: impl FnOnce() -> u64) -> bool {
-        match self.0.load(Ordering::SeqCst) {
+        match self.word.load(Ordering::SeqCst) {
             Self::NONE => false,
             Self::FOREVER => true,
             deadline => now_ns() < deadline,
         }
     }
 
+    /// A vCPU thread lives for as long as it has this.
+    pub fn enter(&self) -> TaskTrackerToken {
+        self.threads.token()
+    }
+
+    /// Returns once no vCPU thread is left that could use it.
+    pub async fn unused(&self) {
+        self.threads.close();
+        self.threads.wait().await;
+    }
+
     /// CLOCK_BOOTTIME nanoseconds at which the right ends; `None` if there is no right or no end.
     pub fn deadline(&self) -> Option<u64> {
-        match self.0.load(Ordering::SeqCst) {
+        match self.word.load(Ordering::SeqCst) {
             Self::NONE | Self::FOREVER => None,
             deadline => Some(deadline),
         }
@@ -318,6 +335,20 @@ impl RunRight {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn it_is_unused_when_the_last_thread_is_gone() {
+        use std::task::{Context, Waker};
+        let right = RunRight::default();
+        let unused =
+            || std::pin::pin!(right.unused()).poll(&mut Context::from_waker(Waker::noop())).is_ready();
+        assert!(unused(), "nobody has come");
+        let (one, other) = (right.enter(), right.enter());
+        drop(one);
+        assert!(!unused());
+        drop(other);
+        assert!(unused());
+    }
 
     #[derive(Debug, Clone)]
     enum Op {

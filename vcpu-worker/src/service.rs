@@ -139,7 +139,13 @@ impl Worker {
         None
     }
 
-    /// Ends everything that the worker holds, and waits for its threads. May be called more than once.
+    /// Returns once it has ended and none of its vCPU threads is left: nothing of its guest can run any more.
+    pub async fn over(&self) {
+        self.inner.shutdown.cancelled().await;
+        self.inner.right.unused().await;
+    }
+
+    /// Ends everything that the worker holds, and waits for its threads, within a bound. May be called more than once.
     pub async fn close(&self) -> Result<Vec<proto::PmuImage>, WorkerError> {
         // A migration that is being finished holds the lock until the destination answers.
         let (outgoing, incoming) = {

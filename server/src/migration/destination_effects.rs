@@ -20,7 +20,6 @@ use crate::handover::destination::{Effect, Event, Outcome};
 use crate::handover::step::HandoverStep;
 use crate::status::ApiError;
 use crate::vm::command::{Arrival, Command, Outcome as Ended};
-use crate::worker_link::SILENT;
 
 /// How long the guest is given to measure its own hole.
 const GAP: Duration = Duration::from_secs(2);
@@ -56,10 +55,9 @@ impl Incoming {
             Effect::Grant { epoch, run } => self.grant(epoch, run).await,
             Effect::SealWorker { epoch } => self.seal(epoch).await,
             Effect::EndWorker => {
-                if let Some(worker) = self.worker.take() {
-                    worker.end().await;
+                if self.end_worker().await {
+                    self.worker = None;
                 }
-                self.work.events.push_back(Event::WorkerDied);
             }
             Effect::Done(_) => {}
         }
@@ -184,22 +182,38 @@ impl Incoming {
             Err(error) => error,
         };
         tracing::error!(vm = %self.handle.name, epoch, %error, "the machine entered but its worker does not run it");
-        if error.reason() == SILENT {
-            // It may live, with the only copy: it is asked until it answers or its death is seen.
+        if worker.may_live(&error).await {
+            // With the only copy: it is asked until it answers or its death is seen.
             return self.retry(Event::GrantFailed).await;
         }
         self.work.failed_grants += 1;
         let status = worker.status().await;
         if status.is_ok_and(|s| s.state() == worker_status::State::Ended) {
             // The guest has ended by itself: nothing of it can run any more.
+            self.work.lost.get_or_insert(error);
+            self.work.events.push_back(Event::WorkerDied);
         } else if self.work.failed_grants < GRANTS {
-            return self.retry(Event::GrantFailed).await;
+            self.retry(Event::GrantFailed).await;
         } else {
-            // In thread isolation the end of its threads is the proof.
-            worker.end().await;
+            self.work.lost.get_or_insert(error);
+            self.end_worker().await;
         }
-        self.work.lost.get_or_insert(error);
-        self.work.events.push_back(Event::WorkerDied);
+    }
+
+    /// Ends the worker. That is its death only once it is seen, which [`Incoming::next`] waits for if ending it took too
+    /// long: nothing else proves that it does not run. Says whether it is seen.
+    async fn end_worker(&mut self) -> bool {
+        let gone = match &self.worker {
+            Some(worker) => worker.end().await,
+            None => true,
+        };
+        (self.work.death_heard, self.work.ending) = (gone, !gone);
+        if gone {
+            self.work.events.push_back(Event::WorkerDied);
+        } else {
+            tracing::error!(vm = %self.handle.name, "a worker was ended and may still live; waiting");
+        }
+        gone
     }
 
     async fn seal(&mut self, epoch: u64) {
@@ -209,14 +223,15 @@ impl Incoming {
                 "the source committed another state than this copy has",
             )
         });
-        if let Some(worker) = self.worker.clone() {
-            if worker.seal(&self.id.to_string(), epoch).await.is_ok() {
-                return self.work.events.push_back(Event::WorkerSealed);
-            }
-            worker.end().await;
+        if let Some(worker) = self.worker.clone()
+            && worker.seal(&self.id.to_string(), epoch).await.is_ok()
+        {
+            return self.work.events.push_back(Event::WorkerSealed);
+        }
+        // Its end is as good a proof that it never runs.
+        if self.end_worker().await {
             self.worker = None;
         }
-        self.work.events.push_back(Event::WorkerDied);
     }
 
     /// It runs: says so, then makes the records follow and tells the source the hole as the guest saw it.

@@ -53,6 +53,8 @@ pub(super) struct Work {
     pub(super) left: bool,
     shutdown_heard: bool,
     pub(super) death_heard: bool,
+    /// The worker was ended and is not seen to be dead.
+    pub(super) ending: bool,
     pub(super) failed_grants: u32,
     pub(super) ready: Option<Ready>,
     pub(super) go: Option<Go>,
@@ -96,6 +98,7 @@ impl Work {
             left: false,
             shutdown_heard: false,
             death_heard: false,
+            ending: false,
             failed_grants: 0,
             ready: None,
             go: None,
@@ -208,6 +211,7 @@ impl Incoming {
         };
         let text = format!("the worker cannot run the copy: {problem}");
         self.work.why.get_or_insert(ApiError::internal("WORKER_FAILED", text));
+        // It was never granted: it does not run, whether or not it is seen to end.
         worker.end().await;
         self.worker = None;
         false
@@ -222,8 +226,10 @@ impl Incoming {
             if let Some(event) = self.work.events.pop_front() {
                 return Some(event);
             }
-            // Once it has been adopted, its death is its actor's to see.
-            let worker = self.worker.clone().filter(|_| !self.work.adopted && !self.work.death_heard);
+            // Once it has been adopted, its death is its actor's to see; unless it is ended here.
+            let work = &self.work;
+            let heeded = !work.death_heard && (!work.adopted || work.ending);
+            let worker = self.worker.clone().filter(|_| heeded);
             let work = &mut self.work;
             let lease = work.lease.unwrap_or_else(tokio::time::Instant::now);
             let (listening, leased) = (work.talk.is_some(), work.lease.is_some());
@@ -234,7 +240,7 @@ impl Incoming {
                 Some(answer) = work.jobs.next(), if !work.jobs.is_empty() => self.answered(answer),
                 order = work.ear.hear() => self.forced(order),
                 () = died(worker.as_ref()), if worker.is_some() => {
-                    self.work.death_heard = true;
+                    (self.work.death_heard, self.work.ending) = (true, false);
                     if let Some(worker) = worker {
                         let why = worker.obituary().await;
                         self.work.lost.get_or_insert_with(|| why.clone());
@@ -246,9 +252,9 @@ impl Incoming {
                     self.work.lease = None;
                     self.work.events.push_back(Event::LeaseExpired);
                 }
-                () = self.daemon.shutdown.cancelled(), if !work.shutdown_heard => {
+                () = self.daemon.shutdown.cancelled(), if !work.shutdown_heard || work.ending => {
                     self.work.shutdown_heard = true;
-                    if matches!(self.work.machine.state(), State::Receiving) {
+                    if matches!(self.work.machine.state(), State::Receiving) && !self.work.ending {
                         self.fail(Event::WorkerFailed, ApiError::shutting_down());
                     } else {
                         self.work.left = true;

@@ -112,11 +112,19 @@ struct Copy {
 }
 
 impl Copy {
-    async fn end(&mut self) -> source::Event {
-        if let Some(worker) = self.worker.take() {
-            worker.end().await;
+    /// Ends it, and waits until that is seen: nothing else proves that it does not run. None if the daemon ends first.
+    async fn end(&mut self, daemon: &Daemon) -> Option<source::Event> {
+        if let Some(worker) = &self.worker
+            && !worker.end().await
+        {
+            tracing::error!(migration = %self.id, pid = worker.pid(), "a worker was ended and may still live; waiting");
+            tokio::select! {
+                () = worker.died() => drop(worker.end().await),
+                () = daemon.shutdown.cancelled() => return None,
+            }
         }
-        source::Event::WorkerDied
+        self.worker = None;
+        Some(source::Event::WorkerDied)
     }
 
     /// Until it has served every page; none if the daemon ends first.
@@ -128,7 +136,7 @@ impl Copy {
                 () = worker.died() => {
                     let why = worker.obituary().await;
                     self.unserved = Some(super::source_end::source_lost(why.message()));
-                    return Some(self.end().await);
+                    return self.end(daemon).await;
                 }
                 () = daemon.shutdown.cancelled() => return None,
             };
@@ -157,7 +165,7 @@ impl Copy {
             Ok(()) => Some(source::Event::WorkerSealed),
             Err(error) => {
                 tracing::error!(migration = %self.id, %error, "a worker cannot be sealed and is ended");
-                Some(self.end().await)
+                self.end(daemon).await
             }
         }
     }
@@ -171,7 +179,7 @@ impl Copy {
             Ok(_) => Some(source::Event::Granted),
             Err(error) => {
                 tracing::error!(migration = %self.id, %error, "a worker does not run on and is ended");
-                Some(self.end().await)
+                self.end(daemon).await
             }
         }
     }
@@ -240,7 +248,7 @@ async fn settle_source(
                 }
                 // What the last daemon had not stored of it died with that.
                 Effect::SealWorker { epoch } => events.push_back(copy.seal(&settler.daemon, epoch).await?),
-                Effect::EndWorker => events.push_back(copy.end().await),
+                Effect::EndWorker => events.push_back(copy.end(&settler.daemon).await?),
                 Effect::Grant { epoch, run } => {
                     events.push_back(copy.grant(&settler.daemon, epoch, run).await?);
                 }

@@ -22,7 +22,6 @@ use crate::handover::step::HandoverStep;
 use crate::handover::{self, Digest};
 use crate::peer::{Peer, VERSION};
 use crate::status::ApiError;
-use crate::worker_link::SILENT;
 
 /// Goal if none is given.
 const MAX_BLACKOUT: Duration = Duration::from_millis(300);
@@ -60,9 +59,7 @@ impl Source {
             Effect::EndWorker => {
                 self.show(Shown::Committed, "runs on the destination; releasing");
                 self.work.source_cores = self.lease.worker.cores().to_vec();
-                self.work.death_heard = true;
-                self.lease.worker.end().await;
-                self.work.events.push_back(Event::WorkerDied);
+                self.end_worker().await;
             }
             // The API refuses by the `committed` flag.
             Effect::RefuseCancel | Effect::Done(_) => {}
@@ -327,23 +324,33 @@ impl Source {
             return;
         };
         tracing::error!(vm = %self.handle.name, epoch, %error, "the worker does not run on");
-        if error.reason() == SILENT {
-            // It may live, with the only copy: it is asked until it answers or its death is seen.
+        if self.lease.worker.may_live(&error).await {
+            // With the only copy: it is asked until it answers or its death is seen.
             return self.retry(Event::GrantFailed).await;
         }
         self.work.failed_grants += 1;
         let status = self.lease.worker.status().await;
         if status.is_ok_and(|s| s.state() == worker_status::State::Ended) {
             // The guest has ended by itself: nothing of it can run any more.
+            self.work.lost.get_or_insert(error);
+            self.work.events.push_back(Event::WorkerDied);
         } else if self.work.failed_grants < GRANTS {
-            return self.retry(Event::GrantFailed).await;
+            self.retry(Event::GrantFailed).await;
         } else {
-            // In thread isolation the end of its threads is the proof.
-            self.work.death_heard = true;
-            self.lease.worker.end().await;
+            self.work.lost.get_or_insert(error);
+            self.end_worker().await;
         }
-        self.work.lost.get_or_insert(error);
-        self.work.events.push_back(Event::WorkerDied);
+    }
+
+    /// Ends the worker. That is its death only once it is seen, which [`Source::next`] waits for if ending it took too
+    /// long: nothing else proves that it does not run.
+    async fn end_worker(&mut self) {
+        self.work.death_heard = self.lease.worker.end().await;
+        if self.work.death_heard {
+            self.work.events.push_back(Event::WorkerDied);
+        } else {
+            tracing::error!(vm = %self.handle.name, pid = self.lease.worker.pid(), "a worker was ended and may still live; waiting");
+        }
     }
 
     /// Ends dirty tracking and the data sockets.
@@ -356,7 +363,7 @@ impl Source {
     async fn seal(&mut self, epoch: u64) {
         self.cancel_copy().await;
         while let Err(error) = self.lease.worker.seal(&self.id.to_string(), epoch).await {
-            if error.reason() == SILENT {
+            if self.lease.worker.may_live(&error).await {
                 if self.work.backoff.pause(&self.daemon.shutdown).await {
                     continue;
                 }
@@ -364,9 +371,7 @@ impl Source {
                 return;
             }
             tracing::error!(vm = %self.handle.name, epoch, %error, "the worker cannot be sealed and is ended");
-            self.work.death_heard = true;
-            self.lease.worker.end().await;
-            return self.work.events.push_back(Event::WorkerDied);
+            return self.end_worker().await;
         }
         self.work.events.push_back(Event::WorkerSealed);
     }

@@ -1,16 +1,17 @@
 //! Whether a worker lives, why it died, and how it is let go or ended.
 //!
-//! Invariants: dead means that its process is seen to have ended, never that it does not answer; its resources are given
-//! back only after its threads are joined, or its process has ended or has been sent SIGKILL in vain.
+//! Invariants: dead means that its process is seen to have ended, or its threads, never that it does not answer nor that
+//! it was told to end; its resources are given back only after that, or once ending it was in vain.
 
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use vpmu_proto::worker::worker_service_server::WorkerService as _;
 use vpmu_proto::worker::*;
 
 use super::WorkerLink;
-use super::wire::{self, unary};
+use super::wire::{self, Way, unary};
 use crate::status::ApiError;
 use crate::worker_process::WorkerProcess;
 
@@ -26,6 +27,11 @@ const BROKEN: [&str; 5] = [
     // HTTP/2's word to a client that gave up too many calls, as of a worker that was frozen meanwhile.
     "WORKER_RESOURCE_EXHAUSTED",
 ];
+
+/// Whether an error of a call to a process has no words of the worker's own.
+pub fn is_mute(error: &ApiError) -> bool {
+    error.reason() == super::SILENT || BROKEN.contains(&error.reason())
+}
 
 impl WorkerLink {
     /// Whether its machine goes on when the daemon ends: at an upgrade every process does.
@@ -46,11 +52,13 @@ impl WorkerLink {
         tokio::time::timeout(GONE, process.exited()).await.is_ok()
     }
 
-    /// Returns once its process has ended; never in thread isolation, where nothing but the daemon's end can.
+    /// Returns once nothing of it can run any more: its process has ended or, in thread isolation, it was ended and its
+    /// threads are gone.
     pub async fn died(&self) {
-        match &self.inner.process {
-            Some(process) => process.exited().await,
-            None => std::future::pending().await,
+        match (&self.inner.process, &self.inner.way) {
+            (Some(process), _) => process.exited().await,
+            (None, Way::Here(worker)) => worker.over().await,
+            (None, Way::There(_)) => std::future::pending().await,
         }
     }
 
@@ -62,7 +70,10 @@ impl WorkerLink {
     /// Whether an error has no words of the worker's own while it may live: that says as little as silence. Waits a little
     /// for the process's end, so that asking again needs no pause.
     pub async fn may_live(&self, error: &ApiError) -> bool {
-        error.reason() == super::SILENT || BROKEN.contains(&error.reason()) && !self.is_dead().await
+        match &self.inner.process {
+            Some(_) if BROKEN.contains(&error.reason()) => !self.is_dead().await,
+            _ => error.reason() == super::SILENT,
+        }
     }
 
     /// Why a call failed: the end of the worker's process, if that is why.
@@ -93,14 +104,17 @@ impl WorkerLink {
         Ok(answer?.pmu)
     }
 
-    /// Ends the worker without asking it anything; its threads are joined.
-    pub async fn end(&self) {
+    /// Ends the worker without asking it anything; its threads are joined. Says whether nothing of it can run any more:
+    /// one of which that is not known may live until [`Self::died`] says otherwise.
+    pub async fn end(&self) -> bool {
         if let Some(thread) = self.inner.thread.lock().await.take() {
             thread.join().await;
         }
-        if let Some(process) = &self.inner.process {
-            process.end().await;
-        }
+        let gone = match &self.inner.process {
+            Some(process) => process.end().await,
+            None => self.died().now_or_never().is_some(),
+        };
         drop(self.inner.grant.lock().unwrap_or_else(PoisonError::into_inner).take());
+        gone
     }
 }

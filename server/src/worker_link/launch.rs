@@ -175,7 +175,7 @@ impl WorkerLink {
         let status = match attached {
             Ok(answer) => answer.status.unwrap_or_default(),
             Err(error) => {
-                if dispensable(&error) {
+                if dispensable(&error) || !process.is_running() {
                     process.end().await;
                 }
                 process.keep();

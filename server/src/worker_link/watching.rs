@@ -8,7 +8,7 @@ use vpmu_proto::worker::worker_service_server::WorkerService as _;
 use vpmu_proto::worker::*;
 
 use super::wire::{self, streaming};
-use super::{Inner, SILENT, Told, WorkerLink};
+use super::{Inner, Told, WorkerLink};
 use crate::status::ApiError;
 
 /// A worker as who watches it holds it.
@@ -21,9 +21,10 @@ impl WeakWorker {
             let Some(inner) = self.0.upgrade() else {
                 return Err(ApiError::internal("WORKER_GONE", "the worker was let go before it answered"));
             };
-            // Each call waits for its deadline: there is no need to pause between them.
-            match (WorkerLink { inner }).watch_events().await {
-                Err(error) if error.reason() == SILENT => {}
+            let worker = WorkerLink { inner };
+            // Each call waits for its deadline, or for the process to end: there is no need to pause between them.
+            match worker.watch_events().await {
+                Err(error) if worker.may_live(&error).await => {}
                 answer => return answer,
             }
         }

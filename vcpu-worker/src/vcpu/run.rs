@@ -45,6 +45,8 @@ pub(super) fn thread(
     inbox: Receiver<Request>,
     ready: &SyncSender<Result<Arc<dyn Kick>, WorkerError>>,
 ) {
+    let right = Arc::clone(&setup.right);
+    let _lives = right.enter();
     // Before it is pinned: housekeeping leaves it alone from here on.
     let _registered = VcpuThread::register();
     match Driver::new(setup, shared, inbox) {

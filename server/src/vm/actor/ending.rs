@@ -16,14 +16,14 @@ use vpmu_proto::worker::{GuestEnd, WorkerEvent, guest_end, worker_status};
 use super::{Actor, restarting};
 use crate::status::ApiError;
 use crate::vm::command::Command;
-use crate::worker_link::{SILENT, WorkerLink};
+use crate::worker_link::WorkerLink;
 
 impl Actor {
     /// Forwards the worker's events to the mailbox. One that does not answer may live, with the only copy: it is asked
     /// until it answers, or says by its end that it does not.
     pub(super) async fn follow_worker(&self, worker: &WorkerLink) -> Result<(), ApiError> {
         let first = match worker.watch_events().await {
-            Err(error) if error.reason() == SILENT => None,
+            Err(error) if worker.may_live(&error).await => None,
             answer => Some(answer?),
         };
         let worker = worker.downgrade();
