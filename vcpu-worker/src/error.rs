@@ -130,6 +130,14 @@ pub enum WorkerError {
         /// The bound.
         within: Duration,
     },
+    /// The guest does not come to a place where its state can be read whole.
+    #[error(
+        "vCPU {vcpu} does not get past a software exception (INT3), without which its state is not whole: the machine runs on; try again"
+    )]
+    Unsettled {
+        /// vCPU index.
+        vcpu: u32,
+    },
     /// A migration.
     #[error("migration {id}: {message}")]
     Migration {
@@ -193,6 +201,7 @@ impl WorkerError {
             Self::Placement { back: Ok(()), .. } => "PLACEMENT_FAILED",
             Self::Placement { back: Err(_), .. } => "PLACEMENT_UNCERTAIN",
             Self::Deadline { .. } => "WORKER_TIMEOUT",
+            Self::Unsettled { .. } => "VCPU_UNSETTLED",
             Self::Cancelled { .. } => "CANCELLED",
             Self::BadState { .. } => "STATE_REJECTED",
             Self::Backing(e) => e.reason(),
@@ -223,6 +232,7 @@ impl WorkerError {
             | Self::Placement { .. }
             | Self::Lazy(_) => Code::Internal,
             Self::Deadline { .. } => Code::DeadlineExceeded,
+            Self::Unsettled { .. } => Code::Unavailable,
             Self::Migration { .. } => Code::Aborted,
             Self::Cancelled { .. } => Code::Cancelled,
             Self::Snapshot(error) => snapshot_code(error),

@@ -24,6 +24,8 @@ mod counting;
 mod kernel_pmu_tests;
 pub mod request;
 mod run;
+#[cfg(test)]
+mod settle_tests;
 pub mod state;
 pub mod stats;
 pub mod throttle;

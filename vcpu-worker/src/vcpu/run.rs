@@ -84,6 +84,8 @@ struct Driver {
     run_replies: Vec<Reply<u64>>,
     cpu_seen: u64,
     finishing: bool,
+    /// What is read of its state is all of it: it was left in no place where KVM keeps some for itself.
+    whole: bool,
     throttle: Arc<Throttle>,
     throttle_seen: u64,
     fifo: Option<u8>,
@@ -127,6 +129,7 @@ impl Driver {
             run_replies: Vec::new(),
             cpu_seen: 0,
             finishing: false,
+            whole: true,
             throttle,
             throttle_seen: 0,
             fifo,
@@ -426,6 +429,9 @@ impl Driver {
                 self.fail(&error);
                 return request.refuse(WorkerError::Pmu { vcpu: self.index, message });
             }
+            if *effect == Effect::FinishPending && self.must_go_on(&request) {
+                return request.refuse(WorkerError::Unsettled { vcpu: self.index });
+            }
         }
         // Finishing an instruction may have ended the guest, and that stands.
         if !(self.state == State::Ended && next == State::Paused) {
@@ -458,19 +464,31 @@ impl Driver {
         }
     }
 
+    /// Whether a pause is refused: who asks for one may read the state next. A guest that ends, or has no right to run,
+    /// stops all the same.
+    fn must_go_on(&self, request: &Request) -> bool {
+        let refusable = matches!(request, Request::Pause(Some(_)));
+        let refused =
+            refusable && !self.whole && self.state == State::Running && self.right.allows(boottime_ns);
+        if refused {
+            tracing::warn!(
+                vcpu = self.index,
+                "the guest does not get past a software exception: it is not paused"
+            );
+        }
+        refused
+    }
+
     /// Finishes a half-done instruction, and goes on for moments until state can be read whole. A guest that never
-    /// comes to such a place, or has no right to run any more, is left where it is.
+    /// comes to such a place, or has no right to run any more, is left where it is, and known not to be whole.
     fn settle(&mut self) -> Result<(), WorkerError> {
         self.finish_pending()?;
         for round in 0..=SETTLE_TRIES {
-            if self.state != State::Running || !self.right.allows(boottime_ns) || self.vcpu.settled()? {
+            if self.state != State::Running {
                 break;
             }
-            if round == SETTLE_TRIES {
-                tracing::error!(
-                    vcpu = self.index,
-                    "the guest does not get past a software exception: one may be lost if it moves now"
-                );
+            self.whole = self.vcpu.settled()?;
+            if self.whole || round == SETTLE_TRIES || !self.right.allows(boottime_ns) {
                 break;
             }
             self.counting.enter()?;
@@ -557,6 +575,9 @@ impl Driver {
     }
 
     fn save(&mut self) -> Result<super::request::Saved, WorkerError> {
+        if !self.whole {
+            return Err(WorkerError::Unsettled { vcpu: self.index });
+        }
         let pieces = self.vcpu.save()?;
         Ok((pieces, self.image()?))
     }
@@ -566,6 +587,7 @@ impl Driver {
             LoadFrom::Initial(regs) => {
                 self.vcpu.set_initial(&regs)?;
                 self.vcpu.set_runnable()?;
+                self.whole = true;
             }
             LoadFrom::Saved { pieces, pmu } => {
                 let kernel = self.vcpu.has_pmu();
@@ -582,6 +604,7 @@ impl Driver {
                     None => {}
                 }
                 self.vcpu.restore(&pieces)?;
+                self.whole = true;
                 if let (true, Some(image)) = (kernel, &pmu) {
                     self.restore_kernel_pmu(image)?;
                 }
