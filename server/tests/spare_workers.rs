@@ -79,6 +79,12 @@ fn lives(identity: &Identity) -> bool {
     Identity::of(identity.pid).is_ok_and(|now| now == *identity)
 }
 
+/// VMs that a process holds.
+fn vms(identity: &Identity) -> usize {
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", identity.pid)).expect("its descriptors").flatten();
+    fds.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.ends_with("anon_inode:kvm-vm"))).count()
+}
+
 async fn until_gone(identity: &Identity) {
     let begin = Instant::now();
     while lives(identity) {
@@ -93,9 +99,12 @@ async fn a_spare_becomes_a_machines_worker_for_good() {
     let run = Run::of(dir.path());
     let mut host = Host::start(dir.path(), &OPTIONS).await;
     let spare = run.until_spare(None).await;
+    let kvm = vcpu_worker::host::probe().kvm.is_ok();
+    assert_eq!(vms(&spare), usize::from(kvm), "a VM without memory, made ahead");
     host.create("a", probe_spec(1, 32)).await;
     let vm = host.start_vm("a").await;
     assert_eq!(vm.worker_pid, spare.pid, "the one that waited");
+    assert_eq!(vms(&spare), usize::from(vm.hypervisor == "kvm"), "that one is used");
     let comm = std::fs::read_to_string(format!("/proc/{}/comm", spare.pid)).expect("its name");
     assert_eq!(comm.trim(), "vm-a");
     let next = run.until_spare(Some(&spare)).await;

@@ -247,6 +247,13 @@ async fn serve(args: &Args) -> io::Result<()> {
     let held = args.runtime_dir.as_ref().map(std::fs::File::open).transpose()?.map(Arc::new);
     let runtime_dir = held.as_ref().map(|dir| PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())));
     let listener = listen(args).map_err(|e| failed("listening on", &shown, &e))?;
+    if args.spare {
+        let filter = args.pmu_mode != "kvm";
+        let made = tokio::task::spawn_blocking(move || crate::hypervisor::kvm::prepare(filter)).await;
+        if let Ok(Err(error)) = made {
+            tracing::debug!(%error, "this worker's machine will be made when it is asked for");
+        }
+    }
     // Last: who has read it may rename the directory.
     if let (Some(dir), Some(named)) = (&runtime_dir, &args.runtime_dir) {
         Identity::of(std::process::id())?

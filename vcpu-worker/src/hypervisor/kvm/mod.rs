@@ -1,5 +1,6 @@
 //! The real thing: a virtual machine on /dev/kvm.
 //!
+//! - [`shell`] makes what every VM is, ahead or in its place.
 //! - [`mod@vcpu`] runs a vCPU and translates its exits; [`kick`] gets it out again.
 //! - [`cpuid`] and [`features`] decide what CPUID shows; [`msr_filter`] makes PMU MSR accesses exits.
 //! - [`dirty`] tracks written pages; [`state`] saves and restores.
@@ -12,6 +13,7 @@ mod dirty;
 pub mod features;
 mod kick;
 mod msr_filter;
+mod shell;
 mod state;
 mod vcpu;
 
@@ -20,10 +22,10 @@ mod tests;
 
 pub use cpuid::{CpuidDifference, CpuidPmu};
 pub use dirty::DirtyMode;
+pub use shell::prepare;
 pub(crate) use vcpu::{KvmVcpu, initial_sregs};
 
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
 
 use kvm_bindings::*;
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -37,13 +39,6 @@ use crate::sys::{self, failed};
 
 /// Largest number of vCPUs that we make: 255 is the broadcast id of an 8-bit APIC.
 pub const MAX_VCPUS: u32 = 255;
-
-/// Three pages below the BIOS, as every VMM has them, for real mode on processors that cannot run it natively.
-const TSS_ADDRESS: usize = 0xfffb_d000;
-/// One page for the same purpose.
-const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
-/// See [`KvmVm::new`].
-const SRCU_QUIET: Duration = Duration::from_micros(30);
 
 /// How a VM is made.
 #[derive(Debug, Clone, Default)]
@@ -147,9 +142,6 @@ impl std::fmt::Debug for KvmVm {
     }
 }
 
-/// Held while a VM is created.
-static CREATING: Mutex<()> = Mutex::new(());
-
 impl KvmVm {
     /// Makes the VM: in-kernel interrupt controllers and timer, memory, PMU policy. vCPUs come later.
     pub fn new(memory: GuestMemory, options: KvmOptions) -> Result<Arc<Self>, HvError> {
@@ -160,33 +152,14 @@ impl KvmVm {
             });
         }
         let system = system()?;
-        let fd = {
-            // It takes every lock of this process's address space: whoever wants that at the same time only spins.
-            let _turn = CREATING.lock();
-            uninterrupted(|| system.kvm.create_vm()).map_err(failed("KVM_CREATE_VM"))?
-        };
-        // Both before any vCPU; processors that run real mode natively ignore them.
-        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        fd.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
-        let made = Instant::now();
-        if options.filter_pmu_msrs {
-            msr_filter::disable_pmu(&fd)?;
-            // Setting the filter waits for an SRCU grace period. That takes tens of microseconds instead of some
-            // milliseconds only before the interrupt controller registers its devices (callbacks on the same SRCU)
-            // and when 25 us (srcutree.exp_holdoff) have passed since the last grace period.
-            while made.elapsed() < SRCU_QUIET {
-                std::hint::spin_loop();
-            }
-            msr_filter::filter_pmu(&fd)?;
-        }
+        let mut shell = shell::take(system, options.filter_pmu_msrs)?;
         if let (Some(shape), Some(filter)) = (&options.kernel_pmu, &options.kernel_filter) {
-            crate::kvm_pmu::set_event_filter(&fd, shape.vendor, filter)?;
+            crate::kvm_pmu::set_event_filter(&shell.fd, shape.vendor, filter)?;
         }
-        let ring_entries = dirty::enable_rings(&fd, options.dirty, options.vcpus)?;
-        let dirty = dirty::DirtyLog::new(&fd, &memory, ring_entries > 0)?;
-        fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        fd.create_pit2(pit).map_err(failed("KVM_CREATE_PIT2"))?;
+        let ring_entries = dirty::enable_rings(&shell.fd, options.dirty, options.vcpus)?;
+        let dirty = dirty::DirtyLog::new(&shell.fd, &memory, ring_entries > 0)?;
+        shell.complete()?;
+        let fd = shell.fd;
         let xsave_size = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let sregs2 = fd.check_extension_raw(KVM_CAP_SREGS2.into()) > 0;
         let tsc_shift = state::TscShift::new();

@@ -3,6 +3,7 @@
 
 use std::time::Instant;
 
+use super::super::shell::{IDENTITY_MAP_ADDRESS, SRCU_QUIET, TSS_ADDRESS};
 use super::*;
 
 fn median(mut samples: Vec<f64>) -> f64 {
