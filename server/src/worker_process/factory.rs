@@ -57,6 +57,17 @@ pub enum Found {
     Nothing,
 }
 
+/// Ends a worker; an error if it is not seen to have ended: its place is not free.
+async fn ended(old: &WorkerProcess) -> io::Result<()> {
+    if old.end().await {
+        return Ok(());
+    }
+    Err(io::Error::other(format!(
+        "its former worker, process {}, does not end; try again when it has",
+        old.pid
+    )))
+}
+
 impl Processes {
     /// Those of a vpmud that does not run: to look at what it left, not to start any.
     pub fn of_stopped(run_dir: PathBuf) -> Self {
@@ -143,7 +154,7 @@ impl Processes {
         for name in self.names_of(uid)? {
             if let Found::Live(old) = self.find(&name)? {
                 tracing::warn!(uid, pid = old.pid, "a worker that nobody holds is ended");
-                old.end().await;
+                ended(&old).await?;
             }
             self.clear(&name);
         }
@@ -192,7 +203,7 @@ impl Processes {
     ) -> io::Result<(Channel, WorkerProcess)> {
         let dir = format!("{uid}.{incarnation}");
         if let Found::Live(old) = self.find(&dir)? {
-            old.end().await;
+            ended(&old).await?;
         }
         self.clear(&dir);
         self.start_in(&dir, name)
