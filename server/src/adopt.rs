@@ -13,7 +13,14 @@
 //! | Incoming, Ready | with a right to run | sealed, Uncertain | – |
 //! | Deleted, Released and all else, none | any | ended | – |
 //!
-//! Invariant: when recovery begins, each machine has at most one live worker and it has this daemon's term.
+//! A worker that does not answer is not dead. Where its row needs no word of it (Owned, Entered, Open, a renewal) the
+//! journal is settled at once and its actor waits for it; from Quiesced on who settles its migration does. The rest of the
+//! daemon waits for none.
+//!
+//! Invariant: when recovery begins, each machine has at most one live worker, which obeys this daemon's term or has not
+//! answered.
+
+mod worth;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -29,6 +36,8 @@ use crate::vm::command::Command;
 use crate::worker_link::{ConsoleHistory, WorkerLink};
 use crate::worker_process::{Found, WorkerProcess};
 
+pub use worth::{Worth, worth};
+
 /// What became of a worker while no daemon looked.
 pub enum Survivor {
     /// It lives and obeys this daemon.
@@ -38,7 +47,7 @@ pub enum Survivor {
         /// What it says of itself.
         status: Box<WorkerStatus>,
     },
-    /// It was attached and has not answered since: it may hold the only copy.
+    /// It does not answer: it may hold the only copy.
     Silent {
         /// The way to it.
         worker: WorkerLink,
@@ -63,9 +72,13 @@ impl Survivor {
                 let end = worker.death("it ended while it was asked").await.end;
                 Self::Dead { end, console: worker.last_output().await }
             }
-            Err(error) => {
+            Err(error) if worker.may_live(&error).await => {
                 tracing::warn!(pid = worker.pid(), %error, "a worker does not say what it is");
                 Self::Silent { worker }
+            }
+            Err(error) => {
+                worker.keep();
+                Self::Refused(error)
             }
         }
     }
@@ -176,13 +189,14 @@ async fn inherit(daemon: &Arc<Daemon>, held: OwnershipRecord, process: WorkerPro
             return None;
         }
     };
-    if status.state() != worker_status::State::Ready {
+    // If it is silent nobody else has a copy, whatever its own is.
+    if status.as_ref().is_some_and(|status| status.state() != worker_status::State::Ready) {
         worker.end().await;
         return None;
     }
     let record = OwnershipRecord { epoch: heir.epoch + 1, phase: Phase::Owned as i32, ..heir };
     match daemon.store.append_ownership(record).await {
-        Ok(_) => Some(Survivor::Live { worker, status: Box::new(status) }),
+        Ok(_) => Some(found(worker, status)),
         Err(error) => {
             tracing::error!(%uid, %error, "the new worker of a machine cannot be made its owner");
             worker.keep();
@@ -205,12 +219,26 @@ async fn close_renewals(daemon: &Arc<Daemon>, survivors: &[(String, Survivor)]) 
     Ok(())
 }
 
-/// Workers in a migration that another host may decide: each holds what may become the last copy.
-pub type Copies = BTreeMap<String, WorkerLink>;
+/// A worker in a migration that another host may decide: it holds what may become the last copy.
+pub struct Holder {
+    /// The way to it.
+    pub worker: WorkerLink,
+    /// It has said what it is; else it does not answer.
+    pub known: bool,
+}
 
-/// The rows "HandedOver": one that runs is ended, every other keeps its copy. The rows "Incoming" and "Ready": a complete
-/// copy was perhaps promised, an incomplete one is of no use.
-async fn keep_copy(daemon: &Arc<Daemon>, uid: &str, process: WorkerProcess) -> Option<WorkerLink> {
+/// Such workers, by machine.
+pub type Copies = BTreeMap<String, Holder>;
+
+fn found(worker: WorkerLink, status: Option<WorkerStatus>) -> Survivor {
+    match status {
+        Some(status) => Survivor::Live { worker, status: Box::new(status) },
+        None => Survivor::Silent { worker },
+    }
+}
+
+/// The rows "HandedOver", "Incoming" and "Ready".
+async fn keep_copy(daemon: &Arc<Daemon>, uid: &str, process: WorkerProcess) -> Option<Holder> {
     let held = daemon.store.ownership(uid).unwrap_or_default();
     let pid = process.pid();
     let (worker, status) = match attach(daemon, &held, process).await {
@@ -220,29 +248,28 @@ async fn keep_copy(daemon: &Arc<Daemon>, uid: &str, process: WorkerProcess) -> O
             return None;
         }
     };
-    let arriving = matches!(held.phase(), Phase::Incoming | Phase::Ready);
-    match status.state() {
-        worker_status::State::Ready if arriving && status.granted_epoch == 0 => Some(worker),
-        _ if arriving && status.granted_epoch > 0 => {
-            seal_uncertain(daemon, held, &worker, &status).await;
-            None
-        }
-        worker_status::State::Running => {
+    let Some(status) = status else {
+        tracing::warn!(%uid, pid, "a worker with a copy that moves does not answer; it is asked until it does");
+        return Some(Holder { worker, known: false });
+    };
+    match worth(held.phase(), &status) {
+        Worth::Copy => return Some(Holder { worker, known: true }),
+        Worth::Unrecorded => seal_uncertain(daemon, held, &worker, &status).await,
+        Worth::Runaway => {
             tracing::error!(%uid, pid, "CRITICAL: a machine that was handed over runs here; it is ended");
             worker.end().await;
-            None
         }
-        worker_status::State::Paused | worker_status::State::Sealed if !arriving => Some(worker),
-        state => {
-            tracing::warn!(%uid, pid, state = state.as_str_name(), "a worker holds no copy any more; it is ended");
+        Worth::Ended | Worth::Nothing => {
+            let state = status.state().as_str_name();
+            tracing::warn!(%uid, pid, state, "a worker holds no copy any more; it is ended");
             worker.end().await;
-            None
         }
     }
+    None
 }
 
 /// It was granted what the journal does not know: records were lost, and its copy may be the newest there is.
-async fn seal_uncertain(
+pub async fn seal_uncertain(
     daemon: &Arc<Daemon>,
     held: OwnershipRecord,
     worker: &WorkerLink,
@@ -286,27 +313,40 @@ async fn settle(
             return Some(Survivor::Refused(error));
         }
     };
-    let whole = [worker_status::State::Running, worker_status::State::Paused, worker_status::State::Sealed];
-    if held.phase() == Phase::Quiesced && !is_renewal(daemon, &held) && whole.contains(&status.state()) {
+    let holds = status.as_ref().is_none_or(|status| worth(Phase::Quiesced, status) == Worth::Copy);
+    if held.phase() == Phase::Quiesced && !is_renewal(daemon, &held) && holds {
         // Nothing was committed; but a destination that was forced to own it meanwhile is obeyed.
-        copies.insert(uid.to_owned(), worker);
+        copies.insert(uid.to_owned(), Holder { worker, known: status.is_some() });
         return None;
     }
     if matches!(held.phase(), Phase::Open | Phase::Quiesced)
-        && let Err(error) = abort(daemon, held, &worker, &status).await
+        && let Err(error) = abort(daemon, held, &worker, status.as_ref()).await
     {
-        tracing::error!(%uid, pid, %error, "a worker in an open migration was ended");
-        worker.end().await;
+        if status.is_none() {
+            tracing::error!(%uid, pid, %error, "an open migration whose worker does not answer cannot be aborted");
+            worker.keep();
+        } else {
+            tracing::error!(%uid, pid, %error, "a worker in an open migration was ended");
+            worker.end().await;
+        }
         return Some(Survivor::Refused(error));
     }
-    Some(Survivor::Live { worker, status: Box::new(status) })
+    Some(found(worker, status))
 }
 
+/// Whether a worker that refuses this daemon is of no use. Recovery may give a machine in an open migration away, and a
+/// worker of a former incarnation was on its way out; every other stays until its machine is started, stopped or deleted.
+pub fn dispensable(phase: Phase, refusal: &ApiError) -> bool {
+    let open = matches!(phase, Phase::Open | Phase::Quiesced | Phase::Incoming | Phase::Ready);
+    open || refusal.reason() == "OTHER_INCARNATION"
+}
+
+/// Without a status it does not answer.
 async fn attach(
     daemon: &Arc<Daemon>,
     held: &OwnershipRecord,
     process: WorkerProcess,
-) -> Result<(WorkerLink, WorkerStatus), ApiError> {
+) -> Result<(WorkerLink, Option<WorkerStatus>), ApiError> {
     let record = daemon.store.get_vm(&held.vm_uid).and_then(|r| r.vm).unwrap_or_default();
     let name = crate::names::VmName::parse("name", &record.name, "");
     let owner = name.map_or_else(|_| held.vm_uid.clone(), |name| name.vm().to_owned());
@@ -314,14 +354,11 @@ async fn attach(
         process.keep();
         return Err(ApiError::internal("OWNERSHIP_UNCERTAIN", "the store knows nothing of this machine"));
     };
-    let grant = |cores: Vec<u32>| -> Grant { daemon.capacity.adopt(&owner, &spec, cores) };
-    // Unreachable is not dead: such a worker stays until its machine is started, stopped or deleted. But recovery may
-    // give a machine in an open migration away, and a worker of a former incarnation was on its way out.
-    let open = matches!(held.phase(), Phase::Open | Phase::Quiesced | Phase::Incoming | Phase::Ready);
-    // The source of one that was not stopped yet keeps the only copy, also if it says nothing.
-    let only = |error: &ApiError| held.phase() == Phase::Open && crate::worker_link::is_mute(error);
-    let dispensable = |error: &ApiError| open && !only(error) || error.reason() == "OTHER_INCARNATION";
-    WorkerLink::adopt(&daemon.workers, process, &held.vm_uid, held.incarnation, grant, dispensable).await
+    let (capacity, cores) = (Arc::clone(&daemon.capacity), record.vcpu_cores);
+    let grant = move |cores: Vec<u32>| -> Grant { capacity.adopt(&owner, &spec, cores) };
+    let refused = |error: &ApiError| dispensable(held.phase(), error);
+    let vm = (&*held.vm_uid, held.incarnation);
+    WorkerLink::adopt(&daemon.workers, process, vm, cores, grant, refused).await
 }
 
 /// The source alone decides until it has committed: it keeps the machine, durably, before anything is asked.
@@ -329,10 +366,12 @@ async fn abort(
     daemon: &Arc<Daemon>,
     held: OwnershipRecord,
     worker: &WorkerLink,
-    status: &WorkerStatus,
+    status: Option<&WorkerStatus>,
 ) -> Result<(), ApiError> {
     use worker_status::State as S;
-    if !matches!(status.state(), S::Running | S::Paused | S::Sealed | S::Ended) {
+    if let Some(status) = status
+        && !matches!(status.state(), S::Running | S::Paused | S::Sealed | S::Ended)
+    {
         return Err(ApiError::internal(
             "WORKER_NOT_WHOLE",
             format!("the worker is {}, which no machine that leaves is", status.state().as_str_name()),
@@ -347,7 +386,10 @@ async fn abort(
         ..held
     };
     daemon.store.append_ownership(next).await?;
-    if let Err(error) = worker.cancel_migration(&id).await {
+    // One that does not answer is told when it does.
+    if status.is_some()
+        && let Err(error) = worker.cancel_migration(&id).await
+    {
         tracing::info!(migration = %id, %error, "the copy had ended already");
     }
     Ok(())
@@ -357,9 +399,16 @@ async fn abort(
 pub async fn after_recovery(daemon: &Arc<Daemon>, survivors: Vec<(String, Survivor)>) {
     for (uid, survivor) in survivors {
         let Some(handle) = daemon.registry.by_uid(&uid) else {
-            if let Survivor::Live { worker, .. } | Survivor::Silent { worker } = survivor {
-                tracing::warn!(%uid, "a worker without a machine is ended");
-                worker.end().await;
+            match survivor {
+                Survivor::Live { worker, .. } => {
+                    tracing::warn!(%uid, "a worker without a machine is ended");
+                    worker.end().await;
+                }
+                Survivor::Silent { worker } => {
+                    tracing::warn!(%uid, "a worker without a machine does not answer; it is left alone");
+                    worker.keep();
+                }
+                Survivor::Dead { .. } | Survivor::Refused(_) => {}
             }
             continue;
         };

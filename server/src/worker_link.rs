@@ -36,7 +36,6 @@ use crate::worker_process::WorkerProcess;
 use wire::Way;
 
 pub use console::ConsoleHistory;
-pub use ending::is_mute;
 pub use launch::{Launch, WorkerFactory};
 pub use watching::WeakWorker;
 pub use wire::{SILENT, Told};
@@ -57,6 +56,8 @@ struct Inner {
     outlives: bool,
     /// Deadline of an ordinary command.
     command: Duration,
+    /// What must be asked of it before anything else.
+    first: Option<launch::First>,
     /// After what uses it, so that the last clone's drop ends that first.
     grant: Mutex<Option<Grant>>,
 }

@@ -4,8 +4,6 @@
 
 mod support;
 
-use std::path::Path;
-use std::process::Command;
 use std::time::Instant;
 
 use rustix::process::Signal;
@@ -90,19 +88,6 @@ fn word(host: &str) -> Evidence {
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").expect("a boot id");
     let boot_id = boot_id.trim().to_owned();
     Evidence::Attestation(Attestation { host_id: host.to_owned(), boot_id, epoch: 0 })
-}
-
-/// `vpmud store fence`: the token, or what it said.
-fn fence(dir: &Path, more: &[&str]) -> Result<String, String> {
-    let vpmud = std::env::var_os("VPMU_TEST_VPMUD").unwrap_or_else(|| env!("CARGO_BIN_EXE_vpmud").into());
-    let mut command = Command::new(vpmud);
-    command.args(["store", "fence", "--vm", "vm", "--state-dir"]).arg(dir.join("state")).args(more);
-    let done = command.output().expect("runs");
-    if done.status.success() {
-        return Ok(String::from_utf8(done.stdout).expect("text").trim().to_owned());
-    }
-    assert_eq!(done.status.code(), Some(1));
-    Err(String::from_utf8(done.stderr).expect("text"))
 }
 
 fn token(text: &str) -> Evidence {

@@ -21,6 +21,7 @@ mod destination_effects;
 mod destination_run;
 pub mod force;
 pub mod hold;
+mod kept;
 pub mod later;
 pub mod limits;
 pub mod outcome;

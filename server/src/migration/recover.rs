@@ -22,9 +22,9 @@ use vpmu_proto::api::virtual_machine::State;
 use vpmu_proto::store::ownership_record::Phase;
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
 
-use super::resume::Resumed;
+use super::resume::{Resumed, Shown, Waited};
 use super::settle;
-use crate::adopt::{Copies, Survivor};
+use crate::adopt::{Copies, Holder, Survivor};
 use crate::daemon::Daemon;
 use crate::handover::recovery::{Action, Records, Worker, decide};
 use crate::handover::source::{Cause, Outcome as Decided};
@@ -72,19 +72,24 @@ pub async fn recover(daemon: &Arc<Daemon>, mut copies: Copies) -> Result<(), Api
     for later in open {
         match later {
             Later::Source(held) => {
-                let copy = copies.remove(&held.vm_uid);
-                daemon.tasks.spawn(settle_source(Arc::clone(daemon), held, None, copy))
+                let holder = copies.remove(&held.vm_uid);
+                daemon.tasks.spawn(settle_source(Arc::clone(daemon), held, None, holder))
             }
             Later::Destination(held, over) => {
                 daemon.tasks.spawn(settle_destination(Arc::clone(daemon), held, over))
             }
-            Later::Arrival(arrival, over) => daemon.tasks.spawn(go_on(Arc::clone(daemon), arrival, over)),
+            Later::Arrival(held, arrival, over) => {
+                daemon.tasks.spawn(go_on(Arc::clone(daemon), held, arrival, over))
+            }
+            Later::Silent(held, shown, worker, over) => {
+                daemon.tasks.spawn(wait(Arc::clone(daemon), held, shown, worker, over))
+            }
         };
     }
-    for (uid, copy) in copies {
+    for (uid, Holder { worker, .. }) in copies {
         // Its machine could not be brought back: who knows what the copy is worth keeps it.
-        tracing::error!(%uid, pid = copy.pid(), "a worker with a copy is left alone: its machine could not be brought back");
-        copy.keep();
+        tracing::error!(%uid, pid = worker.pid(), "a worker with a copy is left alone: its machine could not be brought back");
+        worker.keep();
     }
     Ok(())
 }
@@ -93,7 +98,8 @@ pub async fn recover(daemon: &Arc<Daemon>, mut copies: Copies) -> Result<(), Api
 enum Later {
     Source(OwnershipRecord),
     Destination(OwnershipRecord, CancellationToken),
-    Arrival(Box<Resumed>, CancellationToken),
+    Arrival(OwnershipRecord, Box<Resumed>, CancellationToken),
+    Silent(OwnershipRecord, Box<Shown>, WorkerLink, CancellationToken),
 }
 
 async fn recover_one(
@@ -103,19 +109,10 @@ async fn recover_one(
     copies: &mut Copies,
 ) -> Result<Option<Later>, ApiError> {
     if matches!(held.phase(), Phase::Incoming | Phase::Ready)
-        && let Some(worker) = copies.remove(&held.vm_uid)
+        && let Some(holder) = copies.remove(&held.vm_uid)
+        && let Some(later) = resume_destination(daemon, record.clone(), &held, holder).await?
     {
-        match Resumed::new(daemon, record.clone(), held.clone(), &worker).await {
-            Ok(arrival) => {
-                let over = CancellationToken::new();
-                daemon.migrations.settling().insert(held.vm_uid.clone(), over.clone());
-                return Ok(Some(Later::Arrival(Box::new(arrival), over)));
-            }
-            Err(error) => {
-                tracing::error!(uid = %held.vm_uid, %error, "a copy that outlived the last vpmud cannot be used");
-                worker.end().await;
-            }
-        }
+        return Ok(Some(later));
     }
     let stored = record
         .as_ref()
@@ -161,6 +158,45 @@ async fn recover_one(
     Ok(None)
 }
 
+/// None if the copy is of no use: then it is as if its worker were dead.
+async fn resume_destination(
+    daemon: &Arc<Daemon>,
+    record: Option<VmRecord>,
+    held: &OwnershipRecord,
+    holder: Holder,
+) -> Result<Option<Later>, ApiError> {
+    let Holder { worker, known } = holder;
+    let over = CancellationToken::new();
+    let settling = || drop(daemon.migrations.settling().insert(held.vm_uid.clone(), over.clone()));
+    let resumed =
+        if known { Some(Resumed::new(daemon, record.clone(), held.clone(), &worker).await) } else { None };
+    let error = match resumed {
+        Some(Ok(arrival)) => {
+            settling();
+            return Ok(Some(Later::Arrival(held.clone(), Box::new(arrival), over)));
+        }
+        Some(Err(error)) if !worker.may_live(&error).await => error,
+        // What it is worth is known once it answers.
+        Some(Err(_)) | None => match Shown::new(daemon, record, held.clone()) {
+            Ok(shown) => {
+                settling();
+                return Ok(Some(Later::Silent(held.clone(), Box::new(shown), worker, over)));
+            }
+            Err(error) => {
+                tracing::error!(uid = %held.vm_uid, %error, "a worker that does not answer is left alone: its machine cannot be shown");
+                worker.keep();
+                return Err(error);
+            }
+        },
+    };
+    tracing::error!(uid = %held.vm_uid, %error, "a copy that outlived the last vpmud cannot be used");
+    if worker.end().await {
+        return Ok(None);
+    }
+    worker.keep();
+    Err(error)
+}
+
 async fn resume_source(
     daemon: &Arc<Daemon>,
     record: VmRecord,
@@ -184,7 +220,7 @@ async fn resume_source(
             held.clone(),
             State::MigratingOut,
             "IN_DOUBT",
-            "vpmud was restarted in the middle of a migration; asking the destination",
+            "vpmud was restarted in the middle of a migration; asking its worker, if one lives, and the destination",
         )?,
     }
     Ok(Some(Later::Source(held)))
@@ -284,19 +320,17 @@ fn fail(migration: &mut vpmu_proto::api::Migration, reason: &str, message: &str)
     migration.end_time = Some(crate::ops::now());
 }
 
-/// A source without its worker. `unseen` is the machine's record if it is not shown yet.
-/// `copy`: its worker, if that outlived the last daemon.
+/// `unseen` is the machine's record if it is not shown yet. `holder`: its worker, if that outlived the last daemon.
 async fn settle_source(
     daemon: Arc<Daemon>,
     held: OwnershipRecord,
     unseen: Option<VmRecord>,
-    copy: Option<WorkerLink>,
+    holder: Option<Holder>,
 ) {
     let (uid, committed) = (held.vm_uid.clone(), held.phase() == Phase::HandedOver);
-    let was_dead = copy.is_none();
-    let Some(settled_as) = settle::source(Arc::clone(&daemon), held, copy).await else { return };
-    let settle::Settled { outcome: decided, held, worker: copy, unserved } = settled_as;
-    if decided == Decided::Moved && (was_dead || unserved.is_some()) {
+    let Some(settled_as) = settle::source(Arc::clone(&daemon), held, holder).await else { return };
+    let settle::Settled { outcome: decided, held, worker: copy, died, unserved } = settled_as;
+    if decided == Decided::Moved && (died || unserved.is_some()) {
         super::released::tell(&daemon, &held);
     }
     if decided == Decided::Uncertain
@@ -440,10 +474,40 @@ async fn end_migration(
 }
 
 /// A destination whose copy outlived its daemon.
-async fn go_on(daemon: Arc<Daemon>, arrival: Box<Resumed>, over: CancellationToken) {
-    let uid = arrival.uid();
+async fn go_on(daemon: Arc<Daemon>, held: OwnershipRecord, arrival: Box<Resumed>, over: CancellationToken) {
     Box::pin(arrival.run()).await;
-    daemon.migrations.settling().remove(&uid);
+    daemon.migrations.settling().remove(&held.vm_uid);
+    over.cancel();
+}
+
+/// The same whose worker does not answer: what it is decides how it goes on.
+async fn wait(
+    daemon: Arc<Daemon>,
+    held: OwnershipRecord,
+    shown: Box<Shown>,
+    worker: WorkerLink,
+    over: CancellationToken,
+) {
+    let told = match Box::pin(shown.wait(worker)).await {
+        Waited::Whole(arrival) => return go_on(daemon, held, arrival, over).await,
+        Waited::Left => return,
+        Waited::Lost(handle) => match settle::destination(Arc::clone(&daemon), held.clone()).await {
+            Some((outcome, ownership)) => {
+                tracing::info!(vm = %handle.name, ?outcome, "an arrival whose worker was lost is settled");
+                handle.tell(|reply| Command::DropIncoming { ownership, reply }).await
+            }
+            None => return,
+        },
+        Waited::Uncertain(handle) => {
+            let ownership = daemon.store.ownership(&held.vm_uid).unwrap_or_else(|| held.clone());
+            let outcome = Outcome::Stayed { ownership, lost: why(Decided::Uncertain, false) };
+            handle.tell(|reply| Command::EndMigration { outcome, reply }).await
+        }
+    };
+    if let Err(error) = told {
+        tracing::error!(uid = %held.vm_uid, %error, "what an arrival came to could not be shown");
+    }
+    daemon.migrations.settling().remove(&held.vm_uid);
     over.cancel();
 }
 

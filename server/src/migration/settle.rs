@@ -1,13 +1,13 @@
 //! What a restart interrupted is brought to its end by the same machines, without a worker (in thread isolation that died
-//! with its daemon) or, at a source that had handed over, with the one that outlived it. With nothing to wait for but the
-//! other host, or a worker that still serves pages after a post-copy, one effect is done after the other.
+//! with its daemon) or, at a source, with the one that outlived it (`kept`). With nothing to wait for but the other host,
+//! or a worker that still serves pages after a post-copy, one effect is done after the other; a worker that owes an
+//! answer keeps nothing else waiting.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tonic::Code;
 use vpmu_proto::api::virtual_machine::DesiredState;
 use vpmu_proto::peer::SourceMessage;
 use vpmu_proto::peer::destination_message::Message as FromDestination;
@@ -16,7 +16,9 @@ use vpmu_proto::store::OwnershipRecord;
 
 use super::answer::ask;
 use super::force::Ear;
+use super::kept::Kept;
 use super::record::{Backoff, Written, write};
+use crate::adopt::Holder;
 use crate::daemon::Daemon;
 use crate::handover::force::Claim;
 use crate::handover::recovery::Worker;
@@ -80,18 +82,15 @@ impl Settler {
 pub(super) async fn source(
     daemon: Arc<Daemon>,
     held: OwnershipRecord,
-    worker: Option<WorkerLink>,
+    holder: Option<Holder>,
 ) -> Option<Settled> {
-    let mut copy = Copy { worker, id: held.migration_id.clone(), unserved: None };
-    let settled = settle_source(Arc::clone(&daemon), held, &mut copy).await;
-    if settled.is_none()
-        && let Some(worker) = copy.worker.as_ref().filter(|worker| {
-            worker.outlives_daemon(daemon.upgrading.load(std::sync::atomic::Ordering::SeqCst))
-        })
-    {
-        worker.keep();
-    }
-    settled.map(|(outcome, held)| Settled { outcome, held, worker: copy.worker, unserved: copy.unserved })
+    let mut kept = Kept::new(&daemon, holder, &held.migration_id, held.phase());
+    let Some((outcome, held)) = settle_source(daemon, held, &mut kept).await else {
+        kept.leave();
+        return None;
+    };
+    let (died, unserved) = (kept.died, kept.unserved.take());
+    Some(Settled { outcome, held, worker: kept.into_worker(), died, unserved })
 }
 
 /// How the source's side ended.
@@ -100,128 +99,25 @@ pub(super) struct Settled {
     pub(super) held: OwnershipRecord,
     /// It runs, or is paused, under a grant.
     pub(super) worker: Option<WorkerLink>,
+    /// The worker was dead before its machine was released.
+    pub(super) died: bool,
     /// Post-copy: why not all of the memory has followed.
     pub(super) unserved: Option<ApiError>,
-}
-
-/// A worker that outlived its daemon, until it is ended.
-struct Copy {
-    worker: Option<WorkerLink>,
-    id: String,
-    unserved: Option<ApiError>,
-}
-
-impl Copy {
-    /// Ends it, and waits until that is seen: nothing else proves that it does not run. None if the daemon ends first.
-    async fn end(&mut self, daemon: &Daemon) -> Option<source::Event> {
-        if let Some(worker) = &self.worker
-            && !worker.end().await
-        {
-            tracing::error!(migration = %self.id, pid = worker.pid(), "a worker was ended and may still live; waiting");
-            tokio::select! {
-                () = worker.died() => drop(worker.end().await),
-                () = daemon.shutdown.cancelled() => return None,
-            }
-        }
-        self.worker = None;
-        Some(source::Event::WorkerDied)
-    }
-
-    /// Until it has served every page; none if the daemon ends first.
-    async fn follow(&mut self, daemon: &Daemon) -> Option<source::Event> {
-        loop {
-            let Some(worker) = &self.worker else { return Some(source::Event::WorkerDied) };
-            let answer = tokio::select! {
-                answer = worker.wait_drained(&self.id) => answer,
-                () = worker.died() => {
-                    let why = worker.obituary().await;
-                    self.unserved = Some(super::source_end::source_lost(why.message()));
-                    return self.end(daemon).await;
-                }
-                () = daemon.shutdown.cancelled() => return None,
-            };
-            match answer {
-                Ok(answer) if answer.over => {
-                    self.unserved =
-                        (!answer.problem.is_empty()).then(|| super::source_end::unserved(&answer.problem));
-                    return Some(source::Event::Drained);
-                }
-                Ok(_) => {}
-                // It had ended before this daemon began, or is of a build that has no post-copy.
-                Err(error) if matches!(error.code(), Code::FailedPrecondition | Code::Unimplemented) => {
-                    return Some(source::Event::Drained);
-                }
-                Err(error) => {
-                    tracing::warn!(migration = %self.id, %error, "a worker does not say how far it is with serving pages");
-                    tokio::time::sleep(daemon.limits.ask).await;
-                }
-            }
-        }
-    }
-
-    async fn seal(&mut self, daemon: &Daemon, epoch: u64) -> Option<source::Event> {
-        let Some(worker) = &self.worker else { return Some(source::Event::WorkerDied) };
-        match until_answered(daemon, worker, || worker.seal(&self.id, epoch)).await? {
-            Ok(()) => Some(source::Event::WorkerSealed),
-            Err(error) => {
-                tracing::error!(migration = %self.id, %error, "a worker cannot be sealed and is ended");
-                self.end(daemon).await
-            }
-        }
-    }
-
-    async fn grant(&mut self, daemon: &Daemon, epoch: u64, run: bool) -> Option<source::Event> {
-        let Some(worker) = &self.worker else { return Some(source::Event::WorkerDied) };
-        if let Err(error) = worker.cancel_migration(&self.id).await {
-            tracing::info!(migration = %self.id, %error, "the copy had ended already");
-        }
-        match until_answered(daemon, worker, || worker.grant(epoch, run)).await? {
-            Ok(_) => Some(source::Event::Granted),
-            Err(error) => {
-                tracing::error!(migration = %self.id, %error, "a worker does not run on and is ended");
-                self.end(daemon).await
-            }
-        }
-    }
-}
-
-/// The answer of a worker that may hold the only copy: one that is silent is asked again, each time for a command's
-/// deadline, until it answers or is seen to have ended. None if the daemon ends first.
-async fn until_answered<T, F>(
-    daemon: &Daemon,
-    worker: &WorkerLink,
-    call: impl Fn() -> F,
-) -> Option<Result<T, ApiError>>
-where
-    F: Future<Output = Result<T, ApiError>>,
-{
-    loop {
-        let answer = tokio::select! {
-            answer = call() => answer,
-            () = daemon.shutdown.cancelled() => return None,
-        };
-        match answer {
-            Err(error) if worker.may_live(&error).await => {
-                tracing::warn!(%error, "a worker with a copy is asked again");
-            }
-            answer => return Some(answer),
-        }
-    }
 }
 
 async fn settle_source(
     daemon: Arc<Daemon>,
     held: OwnershipRecord,
-    copy: &mut Copy,
+    kept: &mut Kept,
 ) -> Option<(source::Outcome, OwnershipRecord)> {
     use source::{Effect, Event, State as S};
     let wanted = daemon.registry.by_uid(&held.vm_uid).map(|h| h.view().vm.desired_state());
     let handover = Handover::of(&held, &daemon.host.host_id, wanted != Some(DesiredState::Paused));
-    let condition =
-        if copy.worker.is_some() { Worker::Sealed { epoch: handover.epoch } } else { Worker::Dead };
+    // As long as it has not answered nothing is decided that depends on it.
+    let condition = if kept.is_there() { Worker::Sealed { epoch: handover.epoch } } else { Worker::Dead };
     let (mut machine, first) = source::Source::recovered(handover, &held, condition)?;
     // It knows by itself whether it serves pages.
-    machine.postcopy = copy.worker.is_some();
+    machine.postcopy = kept.is_there();
     let voice = daemon.migrations.answers.voice(&held.migration_id, machine.answer());
     let ear = Ear::of(&daemon, &held.vm_uid);
     let mut settler = Settler { daemon, held, backoff: Backoff::new(), asked: false, ear };
@@ -240,6 +136,8 @@ async fn settle_source(
                     });
                     super::hold::at(&settler.daemon.hold_at, true, step);
                 }
+                // What the answer means depends on the worker: it is asked for once that is known.
+                Effect::AskPeer if kept.is_asked() && matches!(machine.state(), S::Resolving { .. }) => {}
                 Effect::AskPeer => {
                     events.push_back(Event::PeerAnswered(settler.ask(&machine.handover).await));
                 }
@@ -247,11 +145,9 @@ async fn settle_source(
                     events.push_back(go(&settler.daemon, &machine.handover, epoch, digest).await);
                 }
                 // What the last daemon had not stored of it died with that.
-                Effect::SealWorker { epoch } => events.push_back(copy.seal(&settler.daemon, epoch).await?),
-                Effect::EndWorker => events.push_back(copy.end(&settler.daemon).await?),
-                Effect::Grant { epoch, run } => {
-                    events.push_back(copy.grant(&settler.daemon, epoch, run).await?);
-                }
+                Effect::SealWorker { epoch } => kept.seal(epoch),
+                Effect::EndWorker => events.push_back(kept.end().await?),
+                Effect::Grant { epoch, run } => events.push_back(kept.grant(epoch, run).await?),
                 Effect::PersistPmu => events.push_back(Event::PmuPersisted),
                 // Without a stream: a destination that waits asks. The others begin a migration, or answer a user
                 // who cannot reach this one.
@@ -269,12 +165,20 @@ async fn settle_source(
             return None;
         }
         if events.is_empty() && machine.is_followed() {
-            events.push_back(copy.follow(&settler.daemon).await?);
+            events.push_back(kept.follow().await?);
         }
         let event = tokio::select! {
             biased;
             claim = forced(&mut settler.ear, &machine), if matches!(machine.state(), S::Resolving { .. } | S::HandedOver { .. }) => {
                 Event::Forced(claim)
+            }
+            answer = kept.answer(), if kept.is_asked() => {
+                let Some(event) = kept.heard(answer?).await? else {
+                    // The question that waited for it.
+                    effects = vec![Effect::AskPeer];
+                    continue;
+                };
+                event
             }
             event = next(&settler.daemon, &mut events) => event?,
         };

@@ -29,7 +29,7 @@ const BROKEN: [&str; 5] = [
 ];
 
 /// Whether an error of a call to a process has no words of the worker's own.
-pub fn is_mute(error: &ApiError) -> bool {
+pub(super) fn is_mute(error: &ApiError) -> bool {
     error.reason() == super::SILENT || BROKEN.contains(&error.reason())
 }
 

@@ -1,18 +1,20 @@
 //! How a worker comes to be held: started for a machine that it builds, or taken over from a former daemon.
 //!
-//! Invariants: a link is given out only of a worker that has attached with this daemon's term, so that commands of an
-//! earlier one are refused there; a start that fails leaves no worker and no grant behind.
+//! Invariants: nothing is asked of a worker before it has attached with this daemon's term, so that commands of an earlier
+//! one are refused there; a start that fails leaves no worker and no grant behind.
 
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
 use vcpu_worker::in_process::InProcessWorker;
 use vpmu_proto::api::VirtualMachineSpec;
 use vpmu_proto::worker::worker_service_server::WorkerService as _;
 use vpmu_proto::worker::*;
 
+use super::ending::is_mute;
 use super::wire::{self, Way, call, client, unary};
 use super::{Inner, WorkerLink};
 use crate::capacity::Grant;
@@ -67,6 +69,14 @@ pub struct Launch<'a> {
     pub beside: bool,
 }
 
+/// How a worker that was found is attached.
+pub(super) struct First {
+    request: AttachRequest,
+    /// What it holds, by the cores that it says its vCPUs are on.
+    grant: Box<dyn Fn(Vec<u32>) -> Grant + Send + Sync>,
+    attached: OnceCell<()>,
+}
+
 impl WorkerLink {
     /// Starts a worker, attaches to it and builds the machine, paused.
     pub async fn launch(
@@ -108,6 +118,7 @@ impl WorkerLink {
                 process,
                 outlives: !factory.processes.stop_vms,
                 command: factory.command,
+                first: None,
             }),
         };
         let built = async {
@@ -153,38 +164,26 @@ impl WorkerLink {
         }
     }
 
-    /// Takes over a process that a former daemon of the same store started. One that does not obey is ended if it is
-    /// `dispensable`, and left alone otherwise.
+    /// Takes over a process that a former daemon of the same store started. One that refuses is ended if it is
+    /// `dispensable`, and left alone otherwise. Of one that does not answer nothing is known: it may live, and is
+    /// attached before the first call that it answers. `cores`: where its vCPUs are until it says where.
     pub async fn adopt(
         factory: &WorkerFactory,
         process: WorkerProcess,
-        vm_uid: &str,
-        incarnation: u64,
-        grant: impl FnOnce(Vec<u32>) -> Grant,
+        (vm_uid, incarnation): (&str, u64),
+        cores: Vec<u32>,
+        grant: impl Fn(Vec<u32>) -> Grant + Send + Sync + 'static,
         dispensable: impl FnOnce(&ApiError) -> bool,
-    ) -> Result<(Self, WorkerStatus), ApiError> {
+    ) -> Result<(Self, Option<WorkerStatus>), ApiError> {
         let fence = Fence { vm_uid: vm_uid.to_owned(), incarnation, term: factory.term };
-        let client = client(process.connect());
-        let attach = AttachRequest {
+        let request = AttachRequest {
             store_id: factory.store_id.clone(),
             vm_uid: vm_uid.to_owned(),
             incarnation,
             term: factory.term,
         };
-        let attached = call(factory.command, client.clone().attach(attach)).await;
-        let status = match attached {
-            Ok(answer) => answer.status.unwrap_or_default(),
-            Err(error) => {
-                if dispensable(&error) || !process.is_running() {
-                    process.end().await;
-                }
-                process.keep();
-                return Err(error);
-            }
-        };
-        let cores: Vec<u32> = status.vcpus.iter().map(|v| v.core).collect();
         let inner = Inner {
-            way: Way::There(client),
+            way: Way::There(client(process.connect())),
             fence,
             seq: AtomicU64::new(0),
             cores: Mutex::new(cores.as_slice().into()),
@@ -193,7 +192,45 @@ impl WorkerLink {
             process: Some(process),
             outlives: !factory.processes.stop_vms,
             command: factory.command,
+            first: Some(First { request, grant: Box::new(grant), attached: OnceCell::new() }),
         };
-        Ok((Self { inner: Arc::new(inner) }, status))
+        let link = Self { inner: Arc::new(inner) };
+        let mut status = None;
+        match link.attached_as(|found| status = Some(found)).await {
+            Ok(()) => Ok((link, status)),
+            Err(error) if link.may_live(&error).await => Ok((link, None)),
+            Err(error) => {
+                // One that has no word of its own, and does not live, has ended.
+                if dispensable(&error) || is_mute(&error) {
+                    link.end().await;
+                }
+                link.keep();
+                Err(error)
+            }
+        }
+    }
+
+    /// Attaches to it if it has not been yet: it obeys this daemon from then on, and no earlier one.
+    pub(super) async fn attached(&self) -> Result<(), ApiError> {
+        self.attached_as(drop).await
+    }
+
+    async fn attached_as(&self, told: impl FnOnce(WorkerStatus)) -> Result<(), ApiError> {
+        let (Some(first), Way::There(client)) = (&self.inner.first, &self.inner.way) else { return Ok(()) };
+        let attaching = async || {
+            let answer = call(self.inner.command, client.clone().attach(first.request.clone())).await?;
+            let status = answer.status.unwrap_or_default();
+            let cores: Vec<u32> = status.vcpus.iter().map(|v| v.core).collect();
+            let mut held = self.inner.grant.lock().unwrap_or_else(PoisonError::into_inner);
+            // None if it was ended meanwhile.
+            if held.is_some() && *self.cores() != *cores {
+                *self.inner.cores.lock().unwrap_or_else(PoisonError::into_inner) = cores.as_slice().into();
+                *held = Some((first.grant)(cores));
+            }
+            drop(held);
+            told(status);
+            Ok(())
+        };
+        first.attached.get_or_try_init(attaching).await.copied()
     }
 }

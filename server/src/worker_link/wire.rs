@@ -33,7 +33,10 @@ macro_rules! unary {
             wire::Way::Here(worker) => {
                 wire::call($deadline, wire::guarded(worker.$method(tonic::Request::new($request)))).await
             }
-            wire::Way::There(client) => wire::call($deadline, client.clone().$method($request)).await,
+            wire::Way::There(client) => match $link.attached().await {
+                Ok(()) => wire::call($deadline, client.clone().$method($request)).await,
+                Err(error) => Err(error),
+            },
         }
     };
 }
@@ -50,6 +53,7 @@ macro_rules! streaming {
                 wire::Told(wire::guarded_stream(wire::call(within, apart).await?))
             }
             wire::Way::There(client) => {
+                $link.attached().await?;
                 wire::Told(Box::pin(wire::call(within, client.clone().$method($request)).await?))
             }
         })

@@ -7,6 +7,7 @@ pub mod guest;
 pub mod load;
 pub mod netns;
 pub mod wire;
+pub mod workers;
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -372,6 +373,19 @@ pub async fn spawn_under(
     }
     let status = child.wait().await.expect("reaped");
     Err((status.code(), std::fs::read_to_string(dir.join("log")).expect("log")))
+}
+
+/// `vpmud store fence`: the token, or what it said.
+pub fn fence(dir: &Path, more: &[&str]) -> Result<String, String> {
+    let vpmud = std::env::var_os("VPMU_TEST_VPMUD").unwrap_or_else(|| env!("CARGO_BIN_EXE_vpmud").into());
+    let mut command = std::process::Command::new(vpmud);
+    command.args(["store", "fence", "--vm", "vm", "--state-dir"]).arg(dir.join("state")).args(more);
+    let done = command.output().expect("runs");
+    if done.status.success() {
+        return Ok(String::from_utf8(done.stdout).expect("text").trim().to_owned());
+    }
+    assert_eq!(done.status.code(), Some(1));
+    Err(String::from_utf8(done.stderr).expect("text"))
 }
 
 pub fn name(id: &str) -> String {

@@ -123,16 +123,25 @@ impl Actor {
         self.worker = Some(worker.clone());
         let running = match row {
             Row::Adopt => status.state() == worker_status::State::Running,
-            Row::Grant { run } => match worker.grant(epoch, run).await {
-                Ok(_) => run,
-                // It may run by now, or may yet: only its own word tells.
-                Err(error) if worker.may_live(&error).await => {
-                    self.worker = None;
-                    self.wait_for_answer(worker);
-                    return Ok(());
+            Row::Grant { run } => {
+                let migration = self.ownership.migration_id.clone();
+                // One that was silent when its migration was aborted has not heard of that.
+                if !migration.is_empty()
+                    && let Err(error) = worker.cancel_migration(&migration).await
+                {
+                    tracing::info!(migration, %error, "the copy had ended already");
                 }
-                Err(error) => return self.give_up(&error).await,
-            },
+                match worker.grant(epoch, run).await {
+                    Ok(_) => run,
+                    // It may run by now, or may yet: only its own word tells.
+                    Err(error) if worker.may_live(&error).await => {
+                        self.worker = None;
+                        self.wait_for_answer(worker);
+                        return Ok(());
+                    }
+                    Err(error) => return self.give_up(&error).await,
+                }
+            }
             Row::Ended => {
                 let incarnation = self.ownership.incarnation;
                 let event = WorkerEvent { state: status.state, end: status.end };
