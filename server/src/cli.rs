@@ -49,7 +49,7 @@ enum HostCommand {
     /// Says what this host can do for guests' performance counters, and what to change. Exits with 1 if something stops the mode.
     Check(crate::host_check::HostCheckArgs),
     /// Takes the controllers of workers' cgroups back, so that a vpmud can be started in their parent again. For the unit's
-    /// ExecStopPost=.
+    /// ExecStopPost=. The daemon's empty leaf (vpmud-daemon; daemon of earlier versions) is removed.
     ReleaseCgroup(crate::cgroup::controllers::ReleaseArgs),
 }
 

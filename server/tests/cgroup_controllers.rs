@@ -114,7 +114,7 @@ async fn workers_get_the_controllers_that_the_daemons_cgroup_can_hand_down() {
     let Some(delegated) = Delegated::new("controllers").await else { return };
     let mut host = Host::start_under(dir.path(), &delegated.starter(), &OPTIONS).await;
     let daemon = host.child.id().expect("running");
-    assert!(cgroup_of(daemon).ends_with("-controllers/daemon"), "{}", cgroup_of(daemon));
+    assert!(cgroup_of(daemon).ends_with("-controllers/vpmud-daemon"), "{}", cgroup_of(daemon));
     assert_eq!(words(&delegated.dir, "cgroup.subtree_control"), delegated.offered);
     host.create("a", probe_spec(1, 16)).await;
     let vm = host.start_vm("a").await;
@@ -189,10 +189,12 @@ async fn a_units_cgroup_gets_controllers_only_if_the_unit_asks() {
     assert_eq!(host.terminate().await, 0);
     let on = [&OPTIONS[..], &["--cgroup-controllers", "on"]].concat();
     host.restart_with(&on).await;
-    assert!(cgroup_of(host.child.id().expect("running")).ends_with("vpmud.service/daemon"));
+    assert!(cgroup_of(host.child.id().expect("running")).ends_with("vpmud.service/vpmud-daemon"));
     assert_eq!(words(&delegated.dir, "cgroup.subtree_control"), delegated.offered);
     // As systemd runs an ExecStopPost= of a unit that is delegated.
     assert_eq!(host.terminate().await, 0);
+    let old = delegated.dir.join("daemon");
+    std::fs::create_dir(&old).expect("an earlier version's");
     let control = delegated.dir.join(".control");
     std::fs::create_dir(&control).expect("made");
     let script = format!("echo $$ >{}/cgroup.procs && exec \"$@\"", control.display());
@@ -202,4 +204,5 @@ async fn a_units_cgroup_gets_controllers_only_if_the_unit_asks() {
         .expect("runs");
     assert!(released.status.success(), "{released:?}");
     assert!(words(&delegated.dir, "cgroup.subtree_control").is_empty());
+    assert!(!old.exists() && !delegated.dir.join("vpmud-daemon").exists(), "a leaf is left");
 }

@@ -14,8 +14,12 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Where the daemon goes.
-pub(super) const LEAF: &str = "daemon";
+/// Where the daemon goes. Nobody else's cgroup is called so.
+pub(super) const LEAF: &str = "vpmud-daemon";
+/// Where earlier versions went; others may have one of that name.
+const OLD_LEAF: &str = "daemon";
+/// How the names of workers' cgroups begin.
+const WORKERS: &str = "vpmud-";
 /// systemd's name for commands of a unit that run beside its service.
 const CONTROL: &str = ".control";
 /// What workers are to have, if it can be had.
@@ -101,9 +105,22 @@ fn plan(seen: &Seen, mode: Controllers, elsewhere: &[&str]) -> Plan {
 /// Where the workers' cgroups lie, for a daemon in this one.
 pub(super) fn parent_of_workers(own: PathBuf) -> PathBuf {
     match own.parent() {
-        Some(parent) if own.ends_with(LEAF) => parent.to_owned(),
+        Some(parent) if own.ends_with(LEAF) || is_old_leaf(&own) => parent.to_owned(),
         _ => own,
     }
+}
+
+/// Whether an earlier version made it, for itself: nobody but a unit makes cgroups below the unit's, and elsewhere workers
+/// lie beside it. A daemon that was upgraded in place is in it still.
+fn is_old_leaf(leaf: &Path) -> bool {
+    let Some(parent) = leaf.parent().filter(|_| leaf.ends_with(OLD_LEAF)) else { return false };
+    let mut beside = std::fs::read_dir(parent).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    is_unit(parent) || beside.any(|name| name != LEAF && name.to_string_lossy().starts_with(WORKERS))
+}
+
+fn is_unit(dir: &Path) -> bool {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    UNITS.iter().any(|kind| name.ends_with(kind))
 }
 
 /// Hands down to the workers' cgroups below `parent` what can be; returns what they then have.
@@ -129,14 +146,13 @@ pub(super) fn provide(parent: &Path, mode: Controllers, elsewhere: &[&str]) -> V
 }
 
 fn look(parent: &Path) -> Seen {
-    let name = parent.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let own = std::process::id().to_string();
     let (ours, others): (Vec<_>, Vec<_>) =
         words(parent, "cgroup.procs").into_iter().partition(|pid| *pid == own);
     Seen {
         // Only the root has no type (cgroup-v2.rst).
         root: !parent.join("cgroup.type").exists(),
-        unit: UNITS.iter().any(|kind| name.ends_with(kind)),
+        unit: is_unit(parent),
         available: words(parent, "cgroup.controllers"),
         enabled: words(parent, "cgroup.subtree_control"),
         inside: !ours.is_empty(),
@@ -158,8 +174,8 @@ fn enter_leaf(parent: &Path) -> io::Result<()> {
     std::fs::write(leaf.join("cgroup.procs"), std::process::id().to_string())
 }
 
-/// Takes every controller back, so that a process can be put into `dir` again; the workers below stay. Returns what it
-/// handed down.
+/// Takes every controller back, so that a process can be put into `dir` again; the workers below stay. The daemon's leaf,
+/// also an earlier version's, goes if nothing is in it. Returns what it handed down.
 ///
 /// # Errors
 /// If the kernel refuses it.
@@ -168,6 +184,15 @@ pub fn release(dir: &Path) -> io::Result<Vec<String>> {
     let off: Vec<_> = enabled.iter().map(|controller| format!("-{controller}")).collect();
     if !off.is_empty() {
         std::fs::write(dir.join("cgroup.subtree_control"), off.join(" "))?;
+    }
+    let old = dir.join(OLD_LEAF);
+    for leaf in [Some(dir.join(LEAF)), is_old_leaf(&old).then_some(old)].into_iter().flatten() {
+        // The kernel removes none that has a process or a cgroup in it, and the next daemon makes its own again.
+        if let Err(error) = std::fs::remove_dir(&leaf)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::debug!(leaf = %leaf.display(), %error, "a leaf stays");
+        }
     }
     Ok(enabled)
 }
@@ -268,6 +293,34 @@ mod tests {
     fn workers_lie_beside_the_daemons_leaf() {
         let at = |path: &str| parent_of_workers(PathBuf::from(path));
         assert_eq!(at("/sys/fs/cgroup/a/vpmud.service"), Path::new("/sys/fs/cgroup/a/vpmud.service"));
-        assert_eq!(at("/sys/fs/cgroup/a/vpmud.service/daemon"), Path::new("/sys/fs/cgroup/a/vpmud.service"));
+        assert_eq!(
+            at("/sys/fs/cgroup/a/vpmud.service/vpmud-daemon"),
+            Path::new("/sys/fs/cgroup/a/vpmud.service")
+        );
+        assert_eq!(at("/no/where/vpmud-daemon"), Path::new("/no/where"));
+    }
+
+    /// Of an earlier version: taken for the daemon's only where it surely is.
+    #[test]
+    fn an_old_leaf_is_known_by_its_unit_or_by_the_workers_beside_it() {
+        let at = |path: PathBuf| parent_of_workers(path);
+        let unit = PathBuf::from("/sys/fs/cgroup/a/vpmud.service");
+        assert_eq!(at(unit.join("daemon")), unit);
+        let dir = tempfile::tempdir().expect("tempdir");
+        let leaf = dir.path().join("daemon");
+        std::fs::create_dir(&leaf).expect("made");
+        assert_eq!(at(leaf.clone()), leaf, "somebody else's may be called so");
+        release(dir.path()).expect("nothing to release");
+        assert!(leaf.exists());
+        std::fs::create_dir(dir.path().join("vpmud-0123abcd-uid")).expect("made");
+        assert_eq!(at(leaf.clone()), dir.path());
+        // In use: it stays. Empty: it goes, with this version's.
+        std::fs::create_dir(leaf.join("x")).expect("made");
+        std::fs::create_dir(dir.path().join(LEAF)).expect("made");
+        release(dir.path()).expect("nothing to release");
+        assert!(leaf.exists() && !dir.path().join(LEAF).exists());
+        std::fs::remove_dir(leaf.join("x")).expect("removed");
+        release(dir.path()).expect("nothing to release");
+        assert!(!leaf.exists() && dir.path().join("vpmud-0123abcd-uid").exists());
     }
 }
