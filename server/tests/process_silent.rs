@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use rustix::process::{Signal, kill_process};
 use support::workers::*;
 use support::*;
+use tonic::Code;
 use vcpu_worker::process::Identity;
+use vpmu_proto::api::force_owner_request::Evidence;
 use vpmu_proto::api::virtual_machine::State;
 use vpmu_proto::api::*;
 
@@ -225,4 +227,57 @@ async fn a_silent_copy_that_dies_is_given_back() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     pair.runs_in_one_place(0, epoch).await;
+}
+
+/// The source had handed over. Its worker was sealed before that, so that it keeps nobody waiting: the machine runs on the
+/// destination, and the source hears so. It may have pages that the destination lacks, and is ended once it says no.
+#[tokio::test]
+async fn a_silent_worker_does_not_hold_up_what_it_was_sealed_for() {
+    let mut pair = Pair::on_the_way(true, "after:source-persist-handed-over").await;
+    pair.a.kill_at_hold().await;
+    let worker = pair.silence(0);
+    pair.a.restart_with(&SHORT).await;
+    pair.b.until("vm", "RUNNING", is(State::Running)).await;
+    until_logged(&pair.a, "a worker does not say how far it is with serving pages", 2).await;
+    assert!(lives(&worker), "a silent worker was ended");
+    signal(&worker, Signal::CONT);
+    until_gone(&worker).await;
+    pair.a.until("vm", "MOVED", is(State::Moved)).await;
+    let epoch = pair.vm.epoch + 1;
+    pair.runs_in_one_place(1, epoch).await;
+}
+
+/// The destination is dead for good and the source's worker silent: whoever takes the machine by force, with the proof
+/// that it never ran there, is heard at once, and it goes on in that worker when it answers.
+#[tokio::test]
+async fn a_machine_is_forced_while_its_worker_is_silent() {
+    for (point, epochs) in [("after:source-persist-handed-over", 3), ("before:source-persist-handed-over", 2)]
+    {
+        let mut pair = Pair::on_the_way(true, point).await;
+        pair.a.kill_at_hold().await;
+        pair.b.kill().await;
+        let token = fence(&pair.b.dir, &["--end-worker"]).expect("fenced");
+        let worker = pair.silence(0);
+        pair.a.restart_with(&SHORT).await;
+        until_logged(&pair.a, ASKED, 2).await;
+        let request = ForceOwnerRequest {
+            name: name("vm"),
+            evidence: Some(Evidence::FenceToken(token)),
+            reason: "it burnt".to_owned(),
+        };
+        // It is on its way, which is all that can be said of it yet.
+        let answer = pair.a.migrations().await.force_owner(request.clone()).await;
+        expect_error(answer, Code::Unavailable, "FORCE_UNDER_WAY");
+        assert!(lives(&worker), "{point}: a silent worker was ended");
+        signal(&worker, Signal::CONT);
+        let back = pair.a.until("vm", "RUNNING", is(State::Running)).await;
+        assert_eq!((back.worker_pid, back.epoch), (worker.pid, pair.vm.epoch + epochs), "{point}: {back:?}");
+        until_beyond(&pair.a, "vm", &pair.before).await;
+        let again =
+            pair.a.migrations().await.force_owner(request).await.expect("the same again").into_inner();
+        assert_eq!(again.epoch, back.epoch);
+        pair.a.delete("vm").await;
+        assert!(pair.workers.iter().all(|w| w.alive().is_empty()), "{point}");
+        assert_eq!(pair.a.terminate().await, 0);
+    }
 }

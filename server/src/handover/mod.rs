@@ -36,7 +36,8 @@
 //!             AskPeer                     reconnect, Resolve; repeat with back-off     PeerAnswered(..)
 //!             Grant{epoch, run}           worker.Grant                                 Granted or GrantFailed
 //!             CancelCopy                  worker.CancelMigration                       none
-//!             SealWorker{epoch}           worker.Seal                                  WorkerSealed or WorkerDied
+//!             SealWorker{epoch}           worker.Seal; other events are told           WorkerSealed or WorkerDied
+//!                                           meanwhile, a later order waits for it
 //!             EndWorker                   worker.Shutdown, then proven gone            WorkerDied
 //!             RefuseCancel                answer FAILED_PRECONDITION                   none
 //!             Done(outcome)               the machine is over                          none

@@ -19,7 +19,7 @@
 //!   a commit there of which this journal knows nothing, or a refused HandedOver:
 //!   ─▶ Doubting: worker sealed ─▶ SavingUncertain: Uncertain durable ─▶ Over(Uncertain)
 //!   after a restart: in Quiesced ─▶ Resolving: the peer is asked ─▶ Aborting, Committing or Doubting;
-//!   in HandedOver ─▶ Resealing: worker sealed ─▶ HandedOver
+//!   in HandedOver ─▶ HandedOver: the worker is sealed again, the peer is asked, and neither waits for the other
 //! ```
 //!
 //! Invariants
@@ -74,10 +74,6 @@ pub enum State {
         digest: Digest,
         pmu: bool,
         dead: bool,
-    },
-    /// After a restart: the worker is sealed again before Go.
-    Resealing {
-        digest: Digest,
     },
     HandedOver {
         digest: Digest,

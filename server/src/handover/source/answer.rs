@@ -10,7 +10,7 @@ impl Source {
     pub fn answer(&self) -> PeerAnswer {
         use State as S;
         match self.state {
-            S::Resealing { digest } | S::HandedOver { digest, .. } => PeerAnswer::Committed(Some(digest)),
+            S::HandedOver { digest, .. } => PeerAnswer::Committed(Some(digest)),
             S::Releasing | S::SavingReleased | S::TakingBack { .. } => PeerAnswer::Committed(None),
             S::Over(Outcome::Moved) => PeerAnswer::Committed(None),
             S::Granting { epoch, outcome: Outcome::Forced } | S::Discarding { epoch } => {

@@ -25,11 +25,6 @@ impl Source {
                 _ => self.repeat(event),
             },
             (S::Resolving { .. }, E::WorkerDied) => (S::Resolving { dead: true }, vec![Effect::AskPeer]),
-            (S::Resealing { digest }, E::WorkerSealed | E::WorkerDied) => {
-                let dead = event == E::WorkerDied;
-                let (entered, drained) = (false, false);
-                (S::HandedOver { digest, pmu: true, dead, entered, drained }, vec![Effect::AskPeer])
-            }
             (S::HandedOver { .. }, _) => self.handed_over(event),
             (S::Releasing, E::WorkerDied) => (S::SavingReleased, self.persist(Phase::Released)),
             (S::SavingReleased, E::Persisted(Phase::Released)) => (

@@ -32,7 +32,6 @@ impl Source {
         let dead = match self.state {
             _ if claim.epoch < self.handover.returned() => return (self.state, vec![]),
             S::Resolving { dead } | S::HandedOver { dead, entered: false, .. } => dead,
-            S::Resealing { .. } => false,
             _ => return (self.state, vec![]),
         };
         let state = S::Forcing { epoch: claim.epoch, copy: claim.copy && !dead, dead };

@@ -1,8 +1,9 @@
 //! The source after a restart of its daemon in the middle of a migration.
 //!
 //! Invariant: nothing that the former daemon may have promised is taken back. A migration that is only
-//! open is aborted; from Quiesced on the destination is asked first, and with HandedOver the worker is sealed again
-//! before Go is repeated.
+//! open is aborted; from Quiesced on the destination is asked first. With HandedOver the worker is sealed again, and Go
+//! is repeated without waiting for that: HandedOver is written only after the worker's seal, which is for good, or its
+//! proven death.
 
 use super::super::Handover;
 use super::super::recovery::Worker;
@@ -32,14 +33,10 @@ impl Source {
             Phase::HandedOver => {
                 // A commit whose digest cannot be read matches no copy, so the destination gives the machine back.
                 let digest = super::super::digest(&record.digest).unwrap_or_default();
-                if dead {
-                    let (entered, drained) = (false, false);
-                    let state = State::HandedOver { digest, pmu: true, dead, entered, drained };
-                    (state, vec![Effect::AskPeer])
-                } else {
-                    let epoch = machine.handover.epoch;
-                    (State::Resealing { digest }, vec![Effect::SealWorker { epoch }])
-                }
+                let (entered, drained) = (false, false);
+                let state = State::HandedOver { digest, pmu: true, dead, entered, drained };
+                let seal = (!dead).then_some(Effect::SealWorker { epoch: machine.handover.epoch });
+                (state, seal.into_iter().chain([Effect::AskPeer]).collect())
             }
             _ => return None,
         };
