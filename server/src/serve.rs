@@ -163,6 +163,9 @@ async fn serve(
     let isolated = config.isolation == crate::config::Isolation::Process;
     let run_dir =
         std::path::absolute(config.state_dir.join("run")).map_err(io("cannot find the state directory"))?;
+    if let Err(error) = tokio::task::spawn_blocking(crate::worker_process::sweep_consoles).await {
+        tracing::error!(%error, "looking for consoles that were left");
+    }
     let cgroups = if isolated {
         crate::cgroup::Cgroups::discover(store.store_id(), &run_dir, config.cgroup_controllers)
     } else {

@@ -27,6 +27,7 @@ use vpmu_proto::worker::{ConsoleState, GuestEnd};
 
 use crate::config::MAX_SOCKET_PATH;
 
+pub use console_file::sweep as sweep_consoles;
 pub use factory::{Found, Processes};
 
 /// How long a worker may take to end in order.

@@ -210,7 +210,7 @@ async fn a_worker_whose_directory_is_deleted_while_its_daemon_is_dead_ends() {
     let _workers = Workers::of(dir.path());
     let mut host = Host::start(dir.path(), &OPTIONS).await;
     let mut started = Vec::new();
-    for id in ["kept", "lost"] {
+    for id in ["kept", "lost", "dead"] {
         host.create(id, probe_spec(1, 16)).await;
         let vm = host.start_vm(id).await;
         started.push((identity(&vm), dir.path().join("state/run").join(&vm.uid)));
@@ -225,14 +225,27 @@ async fn a_worker_whose_directory_is_deleted_while_its_daemon_is_dead_ends() {
     assert!(!console.exists(), "{} is left", console.display());
     let told = std::io::read_to_string(log).expect("read");
     assert!(told.contains("its runtime directory was deleted"), "{told:?}");
+    // One that could not clean up after itself: the next daemon does.
+    let (dead, dead_dir) = &started[2];
+    let of_dead = std::fs::canonicalize(dead_dir.join("console")).expect("its console");
+    kill_process(pid(dead.pid), Signal::KILL).expect("SIGKILL");
+    until_gone(dead).await;
+    std::fs::remove_dir_all(dead_dir).expect("deleted");
+    let of_kept = std::fs::canonicalize(started[0].1.join("console")).expect("its console");
 
     host.restart().await;
+    assert!(!of_dead.exists() && of_kept.exists(), "{} and {}", of_dead.display(), of_kept.display());
+    for console in [&console, &of_dead] {
+        let note = format!("{}.of", console.display());
+        assert!(std::fs::symlink_metadata(&note).is_err(), "{note} is left");
+    }
     let kept = host.until("kept", "RUNNING", is(State::Running)).await;
     assert_eq!(kept.worker_pid, started[0].0.pid);
     let lost = host.get("lost").await;
     assert_eq!((lost.observed_state(), lost.worker_pid), (State::Stopped, 0), "{lost:?}");
     host.delete("kept").await;
     host.delete("lost").await;
+    host.delete("dead").await;
     assert_eq!(host.terminate().await, 0);
 }
 

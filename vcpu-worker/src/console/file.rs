@@ -9,15 +9,17 @@
 //! | 64.. | byte `n` of the output, at `n` modulo [`HISTORY`] |
 //!
 //! Invariants: the oldest byte moves on before any byte is overwritten, and the next one after it was written, so that at
-//! every moment at which the process can be killed all between the two is right. A page is allocated by a write, which can
+//! every moment at which the process can be killed all between the two is right. Whoever has it mapped has it locked (flock,
+//! shared), so that nobody takes it for left behind. A page is allocated by a write, which can
 //! fail, before it is stored to through the mapping, where a full file system would kill the process.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read as _};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
+use rustix::fs::{FlockOperation, flock};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, VolatileMemory as _};
 use vpmu_proto::worker::ConsoleState;
@@ -55,6 +57,10 @@ impl FileRing {
     /// Makes an existing file an empty ring.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let file = File::options().read(true).write(true).open(path)?;
+        if !is_own_file(&file.metadata()?) {
+            return Err(io::Error::other("the console's file is no file of this user"));
+        }
+        flock(&file, FlockOperation::NonBlockingLockShared)?;
         file.set_len(0)?;
         file.set_len(SIZE as u64)?;
         let map =
@@ -147,16 +153,22 @@ impl FileRing {
     }
 }
 
-/// What a worker that has ended, or one that lives, had written; none if there is no such file. Whoever wrote it is not
-/// trusted. Blocks.
+fn is_own_file(known: &Metadata) -> bool {
+    known.is_file() && known.uid() == rustix::process::geteuid().as_raw()
+}
+
+/// What a worker that has ended, or one that lives, had written; none if there is no such file of this user's. Whoever wrote
+/// it is not trusted, and no link is followed. Blocks.
 pub fn last_output(path: &Path) -> Option<ConsoleState> {
-    let known = std::fs::metadata(path).ok()?;
-    if !known.is_file() || known.len() != SIZE as u64 {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = File::options().read(true).custom_flags(flags).open(path).ok()?;
+    let known = file.metadata().ok()?;
+    if !is_own_file(&known) || known.len() != SIZE as u64 {
         return None;
     }
     // No more of it, should it grow meanwhile.
     let mut bytes = Vec::with_capacity(SIZE + 1);
-    File::open(path).ok()?.take(SIZE as u64 + 1).read_to_end(&mut bytes).ok()?;
+    file.take(SIZE as u64 + 1).read_to_end(&mut bytes).ok()?;
     parse(&bytes)
 }
 
@@ -195,6 +207,29 @@ mod tests {
             }
             prop_assert_eq!(parse(&bytes[..cut]), None);
         }
+    }
+
+    #[test]
+    fn no_link_is_followed_and_nothing_but_a_file_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("console"), dir.path().join("link"));
+        File::create(&file).unwrap();
+        drop(FileRing::open(&file).unwrap());
+        assert!(last_output(&file).is_some());
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert_eq!(last_output(&link), None);
+        assert_eq!(last_output(dir.path()), None);
+        assert_eq!(last_output(Path::new("/dev/zero")), None);
+    }
+
+    #[test]
+    fn it_is_locked_for_as_long_as_it_is_mapped() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let ring = FileRing::open(file.path()).unwrap();
+        let taken = || flock(file.as_file(), FlockOperation::NonBlockingLockExclusive);
+        assert!(taken().is_err(), "somebody has it");
+        drop(ring);
+        taken().unwrap();
     }
 
     #[test]
