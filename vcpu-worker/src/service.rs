@@ -271,13 +271,10 @@ impl Inner {
             incoming.cancel();
             incoming.joined().await;
         }
-        let Some(machine) = machine else { return Ok(Vec::new()) };
-        if self.own_process {
-            // The process ends next, and takes the VM with it in half the time: closed by a process that still has its
-            // address space, KVM waits for a grace period for each slot of its own.
-            std::mem::forget(Arc::clone(machine.vm()));
+        match machine {
+            Some(machine) => machine.stop().await,
+            None => Ok(Vec::new()),
         }
-        machine.stop().await
     }
 }
 
