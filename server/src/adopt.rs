@@ -11,11 +11,12 @@
 //! | Committing, HandedOver | any but one that runs | attached; its copy is kept | sealed again, Go sent again, until released or given back |
 //! | Incoming, Ready | complete | attached; its copy is kept | stays ready, and the source is asked |
 //! | Incoming, Ready | with a right to run | sealed, Uncertain | – |
+//! | Uncertain; none, in a store with holes | any | left alone | – |
 //! | Deleted, Released and all else, none | any | ended | – |
 //!
 //! A worker that does not answer is not dead. Where its row needs no word of it (Owned, Entered, Open, a renewal) the
-//! journal is settled at once and its actor waits for it; from Quiesced on who settles its migration does. The rest of the
-//! daemon waits for none.
+//! journal is settled at once and its actor waits for it; from Quiesced on who settles its migration does. The
+//! start itself waits for one deadline of a call, whatever their number.
 //!
 //! Invariant: when recovery begins, each machine has at most one live worker, which obeys this daemon's term or has not
 //! answered.
@@ -25,6 +26,7 @@ mod worth;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use futures_util::StreamExt as _;
 use vpmu_proto::store::OwnershipRecord;
 use vpmu_proto::store::ownership_record::Phase;
 use vpmu_proto::worker::{GuestEnd, WorkerStatus, worker_status};
@@ -37,6 +39,12 @@ use crate::worker_link::{ConsoleHistory, WorkerLink};
 use crate::worker_process::{Found, WorkerProcess};
 
 pub use worth::{Worth, worth};
+
+/// Machines whose workers are looked at together.
+const AT_ONCE: usize = 32;
+
+/// The worker of a machine that leaves is no whole machine.
+const NOT_WHOLE: &str = "WORKER_NOT_WHOLE";
 
 /// What became of a worker while no daemon looked.
 pub enum Survivor {
@@ -96,10 +104,19 @@ pub async fn before_recovery(daemon: &Arc<Daemon>) -> Result<(Vec<(String, Survi
         machines.entry(uid).or_default().push(name);
     }
     let (mut survivors, mut copies) = (Vec::new(), Copies::new());
-    for (uid, names) in machines {
-        let found = sort_out(daemon, &uid, names, &mut copies).await?;
-        survivors.extend(found.map(|survivor| (uid, survivor)));
+    // Many at once: each that does not answer takes its deadline.
+    let mut sorted = futures_util::stream::iter(machines)
+        .map(|(uid, names)| async move {
+            let mut held = Copies::new();
+            let found = sort_out(daemon, &uid, names, &mut held).await;
+            (uid, found, held)
+        })
+        .buffer_unordered(AT_ONCE);
+    while let Some((uid, found, held)) = sorted.next().await {
+        copies.extend(held);
+        survivors.extend(found?.map(|survivor| (uid, survivor)));
     }
+    drop(sorted);
     close_renewals(daemon, &survivors).await?;
     Ok((survivors, copies))
 }
@@ -117,6 +134,9 @@ async fn sort_out(
     let own = format!("{uid}.{}", held.incarnation);
     let next = format!("{uid}.{}", held.incarnation + 1);
     let (mut live, mut dead) = (BTreeMap::new(), None);
+    // Which copy counts is not known: nothing of such a machine is ended, or started, by itself.
+    let uncertain = held.phase() == Phase::Uncertain
+        || held.phase() == Phase::Unspecified && !daemon.store.damaged().is_empty();
     for name in names {
         match processes.find(&name) {
             Ok(Found::Live(process)) => drop(live.insert(name, *process)),
@@ -136,6 +156,17 @@ async fn sort_out(
                 ));
             }
         }
+    }
+    if uncertain && !live.is_empty() {
+        for (name, process) in live {
+            tracing::error!(
+                name,
+                pid = process.pid(),
+                "a worker of a machine that is uncertain is left alone"
+            );
+            process.keep();
+        }
+        return Ok(None);
     }
     let current = live.remove(&own).or_else(|| live.remove(uid));
     let heir = live.remove(&next).filter(|_| current.is_none() && is_renewal(daemon, &held));
@@ -319,11 +350,18 @@ async fn settle(
         copies.insert(uid.to_owned(), Holder { worker, known: status.is_some() });
         return None;
     }
+    let open = held.phase() == Phase::Open;
     if matches!(held.phase(), Phase::Open | Phase::Quiesced)
         && let Err(error) = abort(daemon, held, &worker, status.as_ref()).await
     {
-        if status.is_none() {
-            tracing::error!(%uid, pid, %error, "an open migration whose worker does not answer cannot be aborted");
+        if error.reason() != NOT_WHOLE && status.is_some() && open {
+            // The record's fault, not the worker's: who settles its migration writes it until it is durable.
+            tracing::error!(%uid, pid, %error, "that a migration is aborted cannot be journalled; its machine runs on");
+            copies.insert(uid.to_owned(), Holder { worker, known: true });
+            return None;
+        }
+        if status.is_none() || error.reason() != NOT_WHOLE {
+            tracing::error!(%uid, pid, %error, "an open migration cannot be aborted; its worker is left alone");
             worker.keep();
         } else {
             tracing::error!(%uid, pid, %error, "a worker in an open migration was ended");
@@ -373,7 +411,7 @@ async fn abort(
         && !matches!(status.state(), S::Running | S::Paused | S::Sealed | S::Ended)
     {
         return Err(ApiError::internal(
-            "WORKER_NOT_WHOLE",
+            NOT_WHOLE,
             format!("the worker is {}, which no machine that leaves is", status.state().as_str_name()),
         ));
     }
@@ -385,14 +423,14 @@ async fn abort(
         digest: Vec::new(),
         ..held
     };
-    daemon.store.append_ownership(next).await?;
-    // One that does not answer is told when it does.
+    let journalled = daemon.store.append_ownership(next).await;
+    // One that does not answer is told when it does. The copy is given up whatever becomes of the record.
     if status.is_some()
         && let Err(error) = worker.cancel_migration(&id).await
     {
         tracing::info!(migration = %id, %error, "the copy had ended already");
     }
-    Ok(())
+    Ok(journalled.map(drop)?)
 }
 
 /// Gives what was found to the machines' actors.

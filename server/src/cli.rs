@@ -110,8 +110,8 @@ struct ServeArgs {
     /// own. Process isolation only.
     #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
     cgroup_controllers: crate::cgroup::controllers::Controllers,
-    /// Whether the host's processors are kept from sleeping while a machine starts or stands still to move (up to 2 s at a
-    /// time, through /dev/cpu_dma_latency).
+    /// Whether the host's processors are kept from sleeping while a machine starts, and while a migration begins or the
+    /// machine stands still (up to 2 s at a time, through /dev/cpu_dma_latency).
     #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
     keep_awake: crate::awake::KeepAwake,
     /// Worker processes (3 MiB each) kept ready, so that a machine's start need not wait for one: 0 to 16. The systemd unit

@@ -163,9 +163,8 @@ async fn serve(
     let isolated = config.isolation == crate::config::Isolation::Process;
     let run_dir =
         std::path::absolute(config.state_dir.join("run")).map_err(io("cannot find the state directory"))?;
-    if let Err(error) = tokio::task::spawn_blocking(crate::worker_process::sweep_consoles).await {
-        tracing::error!(%error, "looking for consoles that were left");
-    }
+    // Nobody waits for it: it looks at what others have left, too.
+    drop(tokio::task::spawn_blocking(crate::worker_process::sweep_consoles));
     let cgroups = if isolated {
         crate::cgroup::Cgroups::discover(store.store_id(), &run_dir, config.cgroup_controllers)
     } else {

@@ -241,8 +241,13 @@ impl Drop for WorkerProcess {
         if self.settled.load(Ordering::Acquire) {
             return;
         }
+        // One that was found may hold a machine that runs: a start that fails, whatever for, ends none. The next daemon
+        // finds it again.
+        let Some(mut child) = self.child.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return;
+        };
         self.signal(Signal::KILL);
-        if let Some(mut child) = self.child.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        {
             // Takes as long as the kernel needs to free a VM. The directory tells the next start that it is dead.
             drop(std::thread::Builder::new().name("reap".to_owned()).spawn(move || child.wait()));
         }
@@ -335,6 +340,20 @@ mod tests {
         worker.exited().await;
         assert!(worker.end().await);
         assert!(!worker.dir.exists(), "its directory says that it may live");
+    }
+
+    /// A start that fails drops what it had found of machines that run.
+    #[tokio::test]
+    async fn one_that_was_found_outlives_being_dropped() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let started = worker(dir.path());
+        let pidfd = rustix::io::fcntl_dupfd_cloexec(started.pidfd.get_ref(), 3).expect("pidfd");
+        let (home, socket) = (started.dir.clone(), started.socket.clone());
+        drop(WorkerProcess::new(started.pid, pidfd, None, home, socket).expect("found"));
+        assert!(started.is_running(), "dropped, not ended");
+        started.signal(Signal::KILL);
+        started.exited().await;
+        started.reap();
     }
 
     #[tokio::test]

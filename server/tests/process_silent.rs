@@ -238,7 +238,7 @@ async fn a_silent_worker_does_not_hold_up_what_it_was_sealed_for() {
     let worker = pair.silence(0);
     pair.a.restart_with(&SHORT).await;
     pair.b.until("vm", "RUNNING", is(State::Running)).await;
-    until_logged(&pair.a, "a worker does not say how far it is with serving pages", 2).await;
+    until_logged(&pair.a, ASKED, 3).await;
     assert!(lives(&worker), "a silent worker was ended");
     signal(&worker, Signal::CONT);
     until_gone(&worker).await;

@@ -221,7 +221,11 @@ impl Machine {
     pub async fn run(&self) -> Result<u64, WorkerError> {
         let entered = self.ask("running the vCPUs", |v| v.ask(Request::Run)).await?;
         if self.end().is_some() {
-            // The guest ended on one vCPU before another had entered, which the end's pause came too early for.
+            // The guest ended on one vCPU before another had entered, which the end's pause came too early for. One that
+            // cannot be refused comes first: nobody saves this guest.
+            for vcpu in &self.vcpus {
+                vcpu.send(Request::Pause(None))?;
+            }
             self.ask("pausing the vCPUs of a guest that has ended", |v| {
                 v.ask(|reply| Request::Pause(Some(reply)))
             })

@@ -176,12 +176,22 @@ impl Incoming {
         self.daemon.migrations.incoming().remove(&self.id);
     }
 
-    /// Applies an event. A worker that is not well is noticed before Entered is written: then the machine goes back.
+    /// Applies an event. A worker that is not well is noticed before Entered is written: then the machine goes back. One
+    /// that says nothing has the copy that was promised: the event waits for its answer.
     async fn apply(&mut self, event: Event) -> Vec<Effect> {
         let ready = matches!(self.work.machine.state(), State::Ready { .. });
-        if ready && matches!(self.work.machine.step(event).0, State::Entering { .. }) && !self.well().await {
-            self.work.events.push_front(event);
-            return self.work.machine.apply(Event::WorkerDied);
+        if ready && matches!(self.work.machine.step(event).0, State::Entering { .. }) {
+            match self.well().await {
+                Some(true) => self.work.backoff.reset(),
+                Some(false) => {
+                    self.work.events.push_front(event);
+                    return self.work.machine.apply(Event::WorkerDied);
+                }
+                None => {
+                    self.retry(event).await;
+                    return Vec::new();
+                }
+            }
         }
         self.work.machine.apply(event)
     }
@@ -193,9 +203,10 @@ impl Incoming {
         self.work.asked = Some((Instant::now(), AbortOnDropHandle::new(asked)));
     }
 
-    /// Whether the worker could run the copy; one that could not is ended, so that it never will.
-    async fn well(&mut self) -> bool {
-        let Some(worker) = self.worker.clone() else { return false };
+    /// Whether the worker could run the copy; one that could not is ended, so that it never will. None: it does not say,
+    /// and may live.
+    async fn well(&mut self) -> Option<bool> {
+        let Some(worker) = self.worker.clone() else { return Some(false) };
         let asked = self.work.asked.take().filter(|(at, _)| at.elapsed() < FRESH);
         let status = match asked {
             Some((_, answer)) => match answer.await {
@@ -205,8 +216,12 @@ impl Incoming {
             None => worker.status().await,
         };
         let problem = match status {
-            Ok(status) if status.state() != worker_status::State::Ended => return true,
+            Ok(status) if status.state() != worker_status::State::Ended => return Some(true),
             Ok(_) => "its guest has ended".to_owned(),
+            Err(error) if worker.may_live(&error).await => {
+                tracing::warn!(vm = %self.handle.name, %error, "the worker with the copy does not answer; it is asked again");
+                return None;
+            }
             Err(error) => error.to_string(),
         };
         let text = format!("the worker cannot run the copy: {problem}");
@@ -214,7 +229,7 @@ impl Incoming {
         // It was never granted: it does not run, whether or not it is seen to end.
         worker.end().await;
         self.worker = None;
-        false
+        Some(false)
     }
 
     /// The next thing that happens; none if the daemon ends and nothing is left to be done before.

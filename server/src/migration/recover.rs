@@ -68,7 +68,10 @@ pub async fn recover(daemon: &Arc<Daemon>, mut copies: Copies) -> Result<(), Api
             "the journal knows nothing of this machine; it is neither started nor removed by itself",
         )?;
     }
-    end_migrations(daemon).await?;
+    if let Err(error) = end_migrations(daemon).await {
+        // History; the machines are what counts.
+        tracing::error!(%error, "migrations that were cut off are not shown as ended");
+    }
     for later in open {
         match later {
             Later::Source(held) => {
@@ -120,7 +123,10 @@ async fn recover_one(
         .map_or(State::Unspecified, VirtualMachine::observed_state);
     match (decide(Some(&held), Worker::Dead, Records::Whole), record) {
         (Action::Fail, Some(record)) => own(daemon, record, held, stored)?,
-        (Action::ResumeSource, Some(record)) => return resume_source(daemon, record, held).await,
+        (Action::ResumeSource, Some(record)) => {
+            let holds = copies.contains_key(&held.vm_uid);
+            return resume_source(daemon, record, held, holds).await;
+        }
         (Action::ResumeDestination, Some(record)) if held.phase() == Phase::Entered => {
             // It is owned here: nothing is asked.
             let arrived = settle::destination(Arc::clone(daemon), held.clone()).await;
@@ -168,26 +174,34 @@ async fn resume_destination(
     let Holder { worker, known } = holder;
     let over = CancellationToken::new();
     let settling = || drop(daemon.migrations.settling().insert(held.vm_uid.clone(), over.clone()));
-    let resumed =
-        if known { Some(Resumed::new(daemon, record.clone(), held.clone(), &worker).await) } else { None };
-    let error = match resumed {
-        Some(Ok(arrival)) => {
-            settling();
-            return Ok(Some(Later::Arrival(held.clone(), Box::new(arrival), over)));
-        }
-        Some(Err(error)) if !worker.may_live(&error).await => error,
+    let ready = if known { Some(Resumed::ready(daemon, &worker, &held.migration_id).await) } else { None };
+    let ready = match ready {
+        Some(Err(error)) if !worker.may_live(&error).await => Err(error),
+        Some(Ok(ready)) => Ok(Some(ready)),
         // What it is worth is known once it answers.
-        Some(Err(_)) | None => match Shown::new(daemon, record, held.clone()) {
-            Ok(shown) => {
-                settling();
-                return Ok(Some(Later::Silent(held.clone(), Box::new(shown), worker, over)));
+        Some(Err(_)) | None => Ok(None),
+    };
+    let error = match ready {
+        Ok(ready) => {
+            let shown = Shown::new(daemon, record, held.clone()).and_then(|shown| match ready {
+                Some(ready) => Resumed::of(shown, ready, &worker)
+                    .map(|arrival| Later::Arrival(held.clone(), Box::new(arrival), over.clone())),
+                None => Ok(Later::Silent(held.clone(), Box::new(shown), worker.clone(), over.clone())),
+            });
+            match shown {
+                Ok(later) => {
+                    settling();
+                    return Ok(Some(later));
+                }
+                Err(error) => {
+                    // Nothing that the copy is to blame for.
+                    tracing::error!(uid = %held.vm_uid, %error, "a worker with a copy is left alone: its machine cannot be shown");
+                    worker.keep();
+                    return Err(error);
+                }
             }
-            Err(error) => {
-                tracing::error!(uid = %held.vm_uid, %error, "a worker that does not answer is left alone: its machine cannot be shown");
-                worker.keep();
-                return Err(error);
-            }
-        },
+        }
+        Err(error) => error,
     };
     tracing::error!(uid = %held.vm_uid, %error, "a copy that outlived the last vpmud cannot be used");
     if worker.end().await {
@@ -201,10 +215,12 @@ async fn resume_source(
     daemon: &Arc<Daemon>,
     record: VmRecord,
     held: OwnershipRecord,
+    holds: bool,
 ) -> Result<Option<Later>, ApiError> {
     match held.phase() {
-        // Nobody needs to be asked: the abort is durable before anything is served.
-        Phase::Open => {
+        // Nobody needs to be asked: the abort is durable before anything is served. (It was for one whose worker lives;
+        // where that failed it is tried again beside everything else.)
+        Phase::Open if !holds => {
             let aborting = daemon.tasks.spawn(settle_source(Arc::clone(daemon), held, Some(record), None));
             if tokio::time::timeout(ABORT, aborting).await.is_err() {
                 tracing::error!(

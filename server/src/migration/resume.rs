@@ -166,18 +166,8 @@ fn bad(text: &str) -> ApiError {
 }
 
 impl Resumed {
-    /// Shows the machine as arriving again, and makes it reachable for its source.
-    pub(super) async fn new(
-        daemon: &Arc<Daemon>,
-        record: Option<VmRecord>,
-        held: OwnershipRecord,
-        worker: &WorkerLink,
-    ) -> Result<Self, ApiError> {
-        let ready = Self::ready(daemon, worker, &held.migration_id).await?;
-        Self::of(Shown::new(daemon, record, held)?, ready, worker)
-    }
-
-    fn of(shown: Shown, ready: Ready, worker: &WorkerLink) -> Result<Self, ApiError> {
+    /// Makes a machine that is shown as arriving again reachable for its source.
+    pub(super) fn of(shown: Shown, ready: Ready, worker: &WorkerLink) -> Result<Self, ApiError> {
         let Shown { daemon, handle, record, held, id, run, ear } = shown;
         let digest =
             handover::digest(&ready.state_digest).ok_or_else(|| bad("its digest has not 32 bytes"))?;
@@ -204,7 +194,11 @@ impl Resumed {
     }
 
     /// What the worker has received.
-    async fn ready(daemon: &Daemon, worker: &WorkerLink, migration: &str) -> Result<Ready, ApiError> {
+    pub(super) async fn ready(
+        daemon: &Daemon,
+        worker: &WorkerLink,
+        migration: &str,
+    ) -> Result<Ready, ApiError> {
         let mut progress = worker.watch_incoming(migration).await?;
         let told = tokio::time::timeout(daemon.limits.command, progress.message()).await;
         let told = told.map_err(|_| ApiError::internal(crate::worker_link::SILENT, "it does not answer"))?;

@@ -1,7 +1,7 @@
 //! What a restart interrupted is brought to its end by the same machines, without a worker (in thread isolation that died
 //! with its daemon) or, at a source, with the one that outlived it (`kept`). With nothing to wait for but the other host,
-//! or a worker that still serves pages after a post-copy, one effect is done after the other; a worker that owes an
-//! answer keeps nothing else waiting.
+//! or a worker that still serves pages after a post-copy, one effect is done after the other; a worker that has not
+//! said what it is, or owes its seal, keeps nothing else waiting. Once it is granted, or serves pages, its answer is.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -164,7 +164,8 @@ async fn settle_source(
         if settler.daemon.shutdown.is_cancelled() {
             return None;
         }
-        if events.is_empty() && machine.is_followed() {
+        // What it was asked before is heard first.
+        if events.is_empty() && machine.is_followed() && !kept.is_asked() {
             events.push_back(kept.follow().await?);
         }
         let event = tokio::select! {

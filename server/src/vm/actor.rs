@@ -33,6 +33,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use vpmu_proto::api::virtual_machine::State;
 use vpmu_proto::api::{PmuShape, VirtualMachine};
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
@@ -77,8 +78,8 @@ pub(crate) struct Actor {
     migration: Option<ActiveMigration>,
     /// What waits for the end of a migration.
     deferred: VecDeque<Command>,
-    /// Its worker is asked what it is and has not answered: it may run.
-    waiting: bool,
+    /// Its worker is asked what it is and has not answered: it may run. Cancelled once who asks has let it go.
+    waiting: Option<CancellationToken>,
     /// When the record is to be stored that an answer was given before.
     record_due: Option<Instant>,
     /// PMU images, the newest, that the store took no writes for.
@@ -113,7 +114,7 @@ impl Actor {
             console: Arc::default(),
             migration: None,
             deferred: VecDeque::new(),
-            waiting: false,
+            waiting: None,
             record_due: None,
             unstored: None,
             mailbox,

@@ -1,5 +1,7 @@
 //! What users ask of a machine: start, stop, delete.
 
+use std::time::Duration;
+
 use uuid::Uuid;
 use vpmu_proto::api::virtual_machine::{DesiredState, State};
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
@@ -16,6 +18,9 @@ use crate::vm::command::Reply;
 use crate::vm::restart::Event;
 use crate::vm::transitions::Action;
 use crate::worker_link::{Launch, WorkerLink};
+
+/// How long a worker that was waited for may take to be let go once it has ended.
+const FREED: Duration = Duration::from_secs(1);
 
 impl Actor {
     /// Begins an operation and answers with its id; none if the caller was refused.
@@ -47,6 +52,7 @@ impl Actor {
         let previous = (self.state(), self.vm.reason.clone(), self.vm.message.clone());
         // A failed machine may still have its worker.
         self.retire_worker("stop").await;
+        self.end_silent().await?;
         self.show(State::Starting);
         let spec = self.vm.spec.clone().unwrap_or_default();
         let grant = match self.daemon.capacity.grant(self.name.vm(), &spec) {
@@ -248,7 +254,16 @@ impl Actor {
         Ok(())
     }
 
-    /// Ends a process that outlived a daemon and refused the next one.
+    /// A start ends a worker that did not answer, and has its cores and memory back before it asks for them.
+    async fn end_silent(&mut self) -> Result<(), ApiError> {
+        let Some(over) = self.waiting.take() else { return Ok(()) };
+        self.end_unheld().await?;
+        // Who waits for it sees its end by itself; if not in time, the start may be refused for want of resources.
+        let _ = tokio::time::timeout(FREED, over.cancelled()).await;
+        Ok(())
+    }
+
+    /// Ends a process that outlived a daemon and refused the next one, or does not answer it.
     pub(super) async fn end_unheld(&self) -> Result<(), ApiError> {
         self.daemon.workers.processes.end_unheld(&self.vm.uid).await.map_err(|e| {
             ApiError::internal(

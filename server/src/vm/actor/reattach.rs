@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 use vpmu_proto::api::VirtualMachine;
 use vpmu_proto::api::virtual_machine::{DesiredState, State};
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
@@ -58,13 +59,17 @@ impl Actor {
             // Settling a migration may have decided since this actor was made.
             self.ownership = held;
         }
+        if self.worker.is_some() && matches!(survivor, Survivor::Dead { .. } | Survivor::Refused(_)) {
+            // Of a worker that was waited for; the machine has been started since, with another.
+            return Ok(());
+        }
         let owned = matches!(self.ownership.phase(), Phase::Owned | Phase::Entered);
         let unwanted = self.vm.desired_state() == DesiredState::Stopped;
         // Recovery shows a machine that had run, or may have, as ended with the last daemon.
         // One that a migration gave back is shown as what it was on its way to.
         let had_run = ["HOST_RESTARTED", SILENT].contains(&&*self.vm.reason)
             || !matches!(self.state(), State::Stopped | State::Failed);
-        self.waiting = false;
+        self.waiting = None;
         match survivor {
             // The user has ended it, and nobody could say so; or a start that was not acknowledged had not come far.
             Survivor::Live { worker, status } if owned && (unwanted || !had_run && useless(&status)) => {
@@ -196,7 +201,8 @@ impl Actor {
     /// The machine is shown as failed, and whoever starts, stops or deletes it ends the worker; the restart policy does
     /// not. Until then the worker is asked, and what it answers is what the machine is.
     fn wait_for_answer(&mut self, worker: WorkerLink) {
-        self.waiting = true;
+        let over = CancellationToken::new();
+        self.waiting = Some(over.clone());
         let message =
             "its worker outlived vpmud and does not answer; it is asked until it does, or stop the machine";
         self.edit(State::Failed, SILENT, message, |_| {});
@@ -214,9 +220,18 @@ impl Actor {
                     }
                 }
             };
-            let told = tokio::select! {
-                () = daemon.shutdown.cancelled() => false,
-                survivor = answered => match to_self.upgrade() {
+            let heard = tokio::select! {
+                () = daemon.shutdown.cancelled() => None,
+                survivor = answered => Some(survivor),
+            };
+            if matches!(heard, Some(Survivor::Dead { .. })) {
+                // Its cores and memory are free before anybody hears of it.
+                worker.end().await;
+                over.cancel();
+            }
+            let told = match heard {
+                None => false,
+                Some(survivor) => match to_self.upgrade() {
                     Some(sender) => {
                         let (reply, _nobody) = oneshot::channel();
                         sender.send(Command::Reattach { survivor: Box::new(survivor), reply }).await.is_ok()

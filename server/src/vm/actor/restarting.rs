@@ -66,7 +66,13 @@ impl Actor {
     pub(super) fn restart_in(&self) -> Option<Duration> {
         let here = matches!(self.ownership.phase(), Phase::Owned | Phase::Entered);
         let down = matches!(self.state(), State::Stopped | State::Failed);
-        if !here || !down || self.migration.is_some() || self.worker.is_some() || self.waiting || self.gone {
+        if !here
+            || !down
+            || self.migration.is_some()
+            || self.worker.is_some()
+            || self.waiting.is_some()
+            || self.gone
+        {
             return None;
         }
         match &self.vm.next_restart_time {
