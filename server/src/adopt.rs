@@ -169,7 +169,8 @@ async fn sort_out(
         return Ok(None);
     }
     let current = live.remove(&own).or_else(|| live.remove(uid));
-    let heir = live.remove(&next).filter(|_| current.is_none() && is_renewal(daemon, &held));
+    let inherits = current.is_none() && is_renewal(daemon, &held);
+    let heir = if inherits { live.remove(&next) } else { None };
     for (name, process) in live {
         tracing::info!(
             name,
