@@ -1,5 +1,5 @@
-//! Worker processes that wait for a machine: started, confined, listening and with the VM made but for its memory and vCPUs
-//! before anybody asks for one, because that is most of what a process costs a start.
+//! Worker processes that wait for a machine: started, confined, connected to and with the VM made but for its memory and
+//! vCPUs before anybody asks for one, because that is most of what a process costs a start.
 //!
 //! ```text
 //!   refill ──▶ made (run/spare…) ──claim: renamed to run/UID──▶ a machine's worker ──given its machine──▶ lifeline dropped
@@ -33,6 +33,8 @@ pub struct Spare {
     pub process: WorkerProcess,
     /// Breaks when the daemon ends; dropped once the worker has its machine.
     pub lifeline: OwnedFd,
+    /// The connection to it, over which a call has gone already.
+    pub channel: tonic::transport::Channel,
 }
 
 /// Those of one daemon.

@@ -46,7 +46,8 @@ pub struct WorkerProcess {
     dir: PathBuf,
     /// That very directory, under whatever name: its own name another worker's may have by now.
     home: Option<File>,
-    socket: PathBuf,
+    /// Where it listens; a spare's moves when it is claimed, and connections made before that are made anew there.
+    socket: Arc<Mutex<PathBuf>>,
     sandbox: String,
     /// The worker ends if this breaks before it has a machine: it was a spare.
     lifeline: Mutex<Option<OwnedFd>>,
@@ -76,6 +77,7 @@ impl WorkerProcess {
         let sandbox = std::fs::read_to_string(dir.join("sandbox")).unwrap_or_default();
         let sandbox = crate::status::clip(&sandbox, 256);
         let home = File::open(&dir).ok();
+        let socket = Arc::new(Mutex::new(socket));
         Ok(Self { pid, pidfd, child, dir, home, socket, sandbox, lifeline, placing, settled, last, ending })
     }
 
@@ -91,7 +93,7 @@ impl WorkerProcess {
 
     /// Makes a spare the worker of the machine whose runtime directory this is to be. It ends by itself if this process
     /// does before [`Self::has_machine`].
-    fn claim(mut self, dir: &Path, lifeline: OwnedFd) -> io::Result<(Channel, Self)> {
+    fn claim(mut self, dir: &Path, lifeline: OwnedFd) -> io::Result<Self> {
         let renamed = std::fs::rename(&self.dir, dir);
         if let Err(error) = renamed {
             let old = self.dir.clone();
@@ -100,9 +102,9 @@ impl WorkerProcess {
             return Err(error);
         }
         dir.clone_into(&mut self.dir);
-        self.socket = socket_of(dir);
+        *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = socket_of(dir);
         *self.lifeline.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(lifeline);
-        Ok((self.connect(), self))
+        Ok(self)
     }
 
     /// It has its machine: from now on it outlives this process.
@@ -120,10 +122,10 @@ impl WorkerProcess {
 
     /// A connection, made when it is first used.
     pub fn connect(&self) -> Channel {
-        let socket: Arc<Path> = Arc::from(self.socket.as_path());
+        let socket = Arc::clone(&self.socket);
         let connect = tower::service_fn(move |_: Uri| {
-            let socket = Arc::clone(&socket);
-            async move { UnixStream::connect(&*socket).await.map(TokioIo::new) }
+            let socket = socket.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
         });
         // The address is never looked up: the connector ignores it.
         Endpoint::from_static("http://worker.invalid").connect_with_connector_lazy(connect)
@@ -348,7 +350,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let started = worker(dir.path());
         let pidfd = rustix::io::fcntl_dupfd_cloexec(started.pidfd.get_ref(), 3).expect("pidfd");
-        let (home, socket) = (started.dir.clone(), started.socket.clone());
+        let home = started.dir.clone();
+        let socket = started.socket.lock().expect("socket").clone();
         drop(WorkerProcess::new(started.pid, pidfd, None, home, socket).expect("found"));
         assert!(started.is_running(), "dropped, not ended");
         started.signal(Signal::KILL);

@@ -21,7 +21,7 @@ use rustix::thread::CpuSet;
 
 pub use affinity::pin_current_thread;
 pub use clock::{boot_id, boottime_ns, monotonic_ns, thread_cpu_ns};
-pub use tick::TickTimer;
+pub use tick::{PerfReady, TickTimer};
 pub use topology::Topology;
 
 /// Why KVM cannot be used, and what to do.

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use vpmu_client::api::{
     CpuPlacement, CpuidSpec, CreateVirtualMachineRequest, KernelBoot, MemoryBacking, PmuEventFilter, PmuSpec,
     ProbeBoot, VirtualMachine, VirtualMachineSpec, cpuid_spec, memory_backing, pmu_event_filter, pmu_spec,
-    virtual_machine_spec,
+    virtual_machine, virtual_machine_spec,
 };
 use vpmu_client::{names, units};
 
@@ -197,22 +197,22 @@ enum Restart {
 }
 
 pub(crate) async fn run(context: &Context, args: CreateArgs) -> Result<ExitCode, Failure> {
-    let spec = spec(&args)?;
+    let mut machine = VirtualMachine { spec: Some(spec(&args)?), ..VirtualMachine::default() };
+    if args.start {
+        // One call: its records are made durable while the machine is built.
+        machine.set_desired_state(virtual_machine::DesiredState::Running);
+    }
     let operation = context
         .client
         .create_vm_with(CreateVirtualMachineRequest {
             parent: names::DEFAULT_PROJECT.to_owned(),
             virtual_machine_id: args.name.clone(),
-            virtual_machine: Some(VirtualMachine { spec: Some(spec), ..VirtualMachine::default() }),
+            virtual_machine: Some(machine),
             request_id: uuid::Uuid::new_v4().to_string(),
             validate_only: args.validate_only,
         })
         .await?;
-    let mut machine = vm::finish(context, operation).await?;
-    if args.start {
-        let operation = context.client.start_vm(&args.name).await?;
-        machine = vm::finish(context, operation).await?;
-    }
+    let machine = vm::finish(context, operation).await?;
     vm::show(context, &machine)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -166,14 +166,16 @@ impl Processes {
         self.end_unheld(uid).await?;
         let spare = if self.image().is_none() { self.spares.take() } else { None };
         let started = match spare {
-            Some(spare) => spare.process.claim(&self.run_dir.join(uid), spare.lifeline),
+            Some(Spare { process, lifeline, channel }) => {
+                process.claim(&self.run_dir.join(uid), lifeline).map(|process| (channel, process))
+            }
             None => self.start_in(uid, name),
         };
         self.refill();
         started
     }
 
-    /// A worker that waits for a machine. Blocks.
+    /// A worker that waits for a machine, connected to. Blocks; must be called on a runtime.
     pub(crate) fn make_spare(&self) -> io::Result<Spare> {
         let id = uuid::Uuid::new_v4().to_string();
         let dir = format!("{PREFIX}{}", &id[PREFIX.len()..]);
@@ -191,7 +193,9 @@ impl Processes {
             std::thread::sleep(Duration::from_millis(2));
         }
         self.cgroups.place(&dir.file_name().unwrap_or_default().to_string_lossy(), process.pid, &dir);
-        Ok(Spare { process, lifeline })
+        let channel = process.connect();
+        tokio::runtime::Handle::current().block_on(crate::worker_link::acquaint(channel.clone()));
+        Ok(Spare { process, lifeline, channel })
     }
 
     /// Starts a worker for a machine that has one already, in the runtime directory `UID.INCARNATION`.

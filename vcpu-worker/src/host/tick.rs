@@ -5,7 +5,10 @@
 //! section 8). Where perf is refused (perf_event_paranoid, seccomp) a POSIX timer on the thread's CPU clock does the
 //! same with the kernel's tick as its grain.
 //!
-//! Invariant: used on the thread that made it only (it is not `Send`).
+//! The first event of a host that is bound to a thread waits for RCU grace periods (kernel/events/core.c,
+//! `account_event`): 6 to 24 ms, measured at the start of a machine. A [`PerfReady`] is that first event.
+//!
+//! Invariant: a timer is used on the thread that made it only (it is not `Send`).
 #![allow(unsafe_code)]
 
 use std::io::Error;
@@ -34,6 +37,22 @@ const F_OWNER_TID: libc::c_int = 0;
 struct OwnerEx {
     kind: libc::c_int,
     pid: libc::pid_t,
+}
+
+/// An event that never counts: while it lives, opening a [`TickTimer`] takes microseconds.
+#[derive(Debug)]
+pub struct PerfReady(#[allow(dead_code, reason = "held open")] OwnedFd);
+
+impl PerfReady {
+    /// Bound to the calling thread, whose context switches the kernel looks at from now on. Takes as long as the module
+    /// says, if it is the first.
+    ///
+    /// # Errors
+    ///
+    /// Perf is refused here; timers are POSIX timers then.
+    pub fn hold() -> std::io::Result<Self> {
+        open_event(MAX_PERIOD).map(Self)
+    }
 }
 
 enum Source {
@@ -159,7 +178,8 @@ fn perf_ioctl(fd: &OwnedFd, request: libc::c_ulong, argument: Option<&u64>) -> s
     check(unsafe { libc::ioctl(fd.as_raw_fd(), request, pointer) })
 }
 
-fn open_perf(period: Duration) -> std::io::Result<OwnedFd> {
+/// A disabled event of the calling thread.
+fn open_event(period: Duration) -> std::io::Result<OwnedFd> {
     // struct perf_event_attr, PERF_ATTR_SIZE_VER5 (112 bytes), as words: type and size, config, sample_period,
     // sample_type, read_format, flag bits (0: disabled), wakeup_events, ...
     let mut attr = [0u64; 14];
@@ -175,7 +195,11 @@ fn open_perf(period: Duration) -> std::io::Result<OwnedFd> {
         return Err(Error::last_os_error());
     }
     // SAFETY: just returned by the kernel and owned by nobody else; descriptors fit c_int.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) };
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
+}
+
+fn open_perf(period: Duration) -> std::io::Result<OwnedFd> {
+    let fd = open_event(period)?;
     let owner = OwnerEx { kind: F_OWNER_TID, pid: thread_id() };
     // SAFETY: F_SETOWN_EX reads the structure, alive over the call; the others take integers.
     unsafe {
