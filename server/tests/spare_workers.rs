@@ -79,10 +79,19 @@ fn lives(identity: &Identity) -> bool {
     Identity::of(identity.pid).is_ok_and(|now| now == *identity)
 }
 
+/// What a process's descriptors are, those whose name begins so.
+fn open(pid: u32, kind: &str) -> Vec<PathBuf> {
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors").flatten();
+    let named = fds.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+    named.filter(|name| name.to_string_lossy().starts_with(kind)).collect()
+}
+
 /// VMs that a process holds.
 fn vms(identity: &Identity) -> usize {
-    let fds = std::fs::read_dir(format!("/proc/{}/fd", identity.pid)).expect("its descriptors").flatten();
-    fds.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.ends_with("anon_inode:kvm-vm"))).count()
+    open(identity.pid, "anon_inode:kvm-vm")
+        .into_iter()
+        .filter(|name| name.ends_with("anon_inode:kvm-vm"))
+        .count()
 }
 
 async fn until_gone(identity: &Identity) {
@@ -101,10 +110,12 @@ async fn a_spare_becomes_a_machines_worker_for_good() {
     let spare = run.until_spare(None).await;
     let kvm = vcpu_worker::host::probe().kvm.is_ok();
     assert_eq!(vms(&spare), usize::from(kvm), "a VM without memory, made ahead");
+    let connected = open(spare.pid, "socket:");
     host.create("a", probe_spec(1, 32)).await;
     let vm = host.start_vm("a").await;
     assert_eq!(vm.worker_pid, spare.pid, "the one that waited");
     assert_eq!(vms(&spare), usize::from(vm.hypervisor == "kvm"), "that one is used");
+    assert_eq!(open(spare.pid, "socket:"), connected, "the connection that was made ahead serves it");
     let comm = std::fs::read_to_string(format!("/proc/{}/comm", spare.pid)).expect("its name");
     assert_eq!(comm.trim(), "vm-a");
     let next = run.until_spare(Some(&spare)).await;
@@ -141,4 +152,18 @@ async fn a_spare_that_has_died_is_no_loss() {
     host.delete("a").await;
     assert_eq!(host.terminate().await, 0);
     run.is_empty();
+}
+
+/// The first event of a host makes whoever opens it wait for RCU: no machine's start is that.
+#[tokio::test]
+async fn a_daemon_holds_a_perf_event_where_it_may() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let host = Host::start(dir.path(), &[]).await;
+    let timer = vcpu_worker::host::TickTimer::new(Duration::from_millis(1)).expect("a timer");
+    let allowed = timer.source() == "perf cpu-clock";
+    let begin = Instant::now();
+    while open(host.child.id().expect("running"), "anon_inode:[perf_event]").len() != usize::from(allowed) {
+        assert!(begin.elapsed() < DEADLINE, "perf allowed: {allowed}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }

@@ -335,6 +335,41 @@ async fn a_daemon_that_dies_after_the_decision_has_the_new_worker() {
     }
 }
 
+/// The decision is made, and the new worker says nothing: it is the machine, so it is waited for.
+#[tokio::test]
+async fn a_new_worker_that_is_silent_is_its_machine_once_it_answers() {
+    let options = [&PROCESS[..], &["--handover-timeout", "500"]].concat();
+    let held = [&options[..], &["--hold-at", "after:source-persist-handed-over"]].concat();
+    let Site { _dir, workers, new, host } = site(&held).await;
+    host.create("a", filled(1, 32, 8)).await;
+    let vm = host.start_vm("a").await;
+    until_filled(&host, "a").await;
+    let before = host.live_pmu("a").await;
+    let asking = begin(&host, &new);
+    host.until_held().await;
+    let fresh: Vec<_> = workers.alive().into_iter().filter(|w| w.pid != vm.worker_pid).collect();
+    let [fresh] = fresh.as_slice() else { panic!("{fresh:?}") };
+    let number = rustix::process::Pid::from_raw(fresh.pid.cast_signed()).expect("a pid");
+    rustix::process::kill_process(number, rustix::process::Signal::STOP).expect("stopped");
+    host.signal(rustix::process::Signal::CONT);
+    let waits = host.until("a", "waited for", |vm| vm.reason == "WORKER_TIMEOUT").await;
+    assert_eq!(waits.observed_state(), State::Failed, "{waits:?}");
+    until_reaped(vm.worker_pid).await;
+    let said =
+        tokio::time::timeout(DEADLINE, asking.wait_with_output()).await.expect("in time").expect("ran");
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(said.contains("WORKER_TIMEOUT"), "{said}");
+    assert_eq!(workers.alive(), [fresh.clone()], "nothing of it was ended");
+    rustix::process::kill_process(number, rustix::process::Signal::CONT).expect("goes on");
+    let now = host.until("a", "running", is(State::Running)).await;
+    assert_eq!((now.epoch, now.incarnation), (vm.epoch + 1, vm.incarnation + 1));
+    assert_eq!(now.worker_pid, fresh.pid);
+    until_on(&host, "a", &before).await;
+    verify(&host, "a").await;
+    host.stop_vm("a").await;
+    assert!(workers.alive().is_empty());
+}
+
 #[tokio::test]
 async fn a_machine_on_threads_survives_its_daemon_once_its_new_worker_is_ready() {
     dies(&THREAD, "after:source-persist-quiesced", None).await;

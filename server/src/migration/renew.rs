@@ -13,6 +13,9 @@
 //! | Quiesced | dead (it was threads of the daemon) | the new one, if READY: Owned(e+1, i+1), granted; else the copy is lost |
 //! | Owned(e+1, i+1) | any | ended; the new one is granted e+1 |
 //!
+//! A worker that lives and does not answer its grant is still the machine: the machine's task has it then, and asks it until
+//! it does (`vm::actor::reattach`).
+//!
 //! Invariants: a grant of e+1 goes to the worker whose incarnation the durable record names, and to no other; the new one
 //! cannot write the memory before.
 
@@ -43,7 +46,8 @@ use crate::worker_link::{Launch, WorkerLink};
 const MAP: Duration = Duration::from_secs(15);
 /// Bound on the stop.
 const FINISH: Duration = Duration::from_secs(30);
-/// A worker that refuses this many grants is ended.
+/// A worker that refuses this many grants is ended; one that does not answer as many is left to its machine, which goes on
+/// asking it.
 const GRANTS: u32 = 3;
 
 /// What it came to.
@@ -211,17 +215,19 @@ impl Renewal<'_> {
     async fn enter(self, ready: Ready, begin: Instant) -> Result<Renewed, ApiError> {
         let Ready { worker, finish, progress } = ready;
         let run = !self.lease.paused;
-        let mut granted = worker.grant(self.held.epoch, run).await;
-        for _ in 1..GRANTS {
-            if granted.is_err() {
-                granted = worker.grant(self.held.epoch, run).await;
-            }
-        }
+        let granted = grant(&worker, self.held.epoch, run).await;
         hold::at(&self.daemon.hold_at, true, Some(Step::DestinationGrant));
-        let running = match granted {
+        let heard = match &granted {
+            Ok(_) => true,
+            Err(error) => !worker.may_live(error).await,
+        };
+        let running = match &granted {
             Ok(0) => vcpu_worker::host::monotonic_ns(),
-            Ok(at) => at,
+            Ok(at) => *at,
+            // It is the machine, whatever it did with the grant.
+            Err(_) if !heard => 0,
             Err(error) => {
+                let error = error.clone();
                 // It may have run: the old one's state is no longer the machine's.
                 worker.end().await;
                 self.lease.worker.end().await;
@@ -233,10 +239,12 @@ impl Renewal<'_> {
         let pid = worker.pid();
         let ownership = self.held.clone();
         let images = progress.pmu;
-        let told = self.handle.ask(|reply| Command::Renewed { worker, ownership, images, reply }).await;
+        let told =
+            self.handle.ask(|reply| Command::Renewed { worker, ownership, images, heard, reply }).await;
         hold::at(&self.daemon.hold_at, false, Some(Step::SourceRelease));
         self.lease.worker.end().await;
         told?;
+        granted?;
         let blackout_us = running.saturating_sub(finish.stop_monotonic_ns) / 1000;
         Ok(Renewed { pid, blackout_us, total_us: micros(begin.elapsed()) })
     }
@@ -258,13 +266,7 @@ impl Renewal<'_> {
         if let Err(error) = old.cancel_migration(&self.id.to_string()).await {
             tracing::debug!(vm = %self.handle.name, %error, "the hand-over had ended already");
         }
-        let mut granted = old.grant(self.held.epoch, !self.lease.paused).await;
-        for _ in 1..GRANTS {
-            if granted.is_err() {
-                granted = old.grant(self.held.epoch, !self.lease.paused).await;
-            }
-        }
-        granted.err()
+        grant(old, self.held.epoch, !self.lease.paused).await.err()
     }
 
     fn owned(&self) -> OwnershipRecord {
@@ -309,6 +311,17 @@ impl Renewal<'_> {
             }
         }
     }
+}
+
+/// Asks a few times: it refuses what it has already, and may have been busy.
+async fn grant(worker: &WorkerLink, epoch: u64, run: bool) -> Result<u64, ApiError> {
+    let mut granted = worker.grant(epoch, run).await;
+    for _ in 1..GRANTS {
+        if granted.is_err() {
+            granted = worker.grant(epoch, run).await;
+        }
+    }
+    granted
 }
 
 async fn bounded<T>(

@@ -187,8 +187,8 @@ impl Actor {
                 let result = self.adopt(*arrival).await;
                 let _ = reply.send(result);
             }
-            Command::Renewed { worker, ownership, images, reply } => {
-                let result = self.renewed(worker, ownership, images).await;
+            Command::Renewed { worker, ownership, images, heard, reply } => {
+                let result = self.renewed(worker, ownership, images, heard).await;
                 let _ = reply.send(result);
             }
             Command::DropIncoming { ownership, reply } => {

@@ -132,7 +132,7 @@ pub enum Command {
         /// Durable.
         reply: Reply<()>,
     },
-    /// It has another worker on this host, which runs it, or holds it paused.
+    /// It has another worker on this host, which runs it, or holds it paused, or has not said so yet.
     Renewed {
         /// The worker.
         worker: WorkerLink,
@@ -140,6 +140,8 @@ pub enum Command {
         ownership: OwnershipRecord,
         /// PMU images as restored.
         images: Vec<PmuImage>,
+        /// It has answered its grant; one that has not is asked on.
+        heard: bool,
         /// Durable.
         reply: Reply<()>,
     },

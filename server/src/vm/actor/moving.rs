@@ -58,6 +58,13 @@ impl Actor {
                     // The guest or its worker ended meanwhile: that event, which is next, tells how.
                     return Ok(());
                 }
+                if let Some(worker) = self.worker.take() {
+                    if worker.may_live(&error).await {
+                        self.wait_for_answer(worker);
+                        return Ok(());
+                    }
+                    self.worker = Some(worker);
+                }
                 // The daemon's end is no fault of the machine.
                 let ended = matches!(error.reason(), "HOST_RESTARTED" | "SHUTTING_DOWN");
                 let (state, reason) =
@@ -145,16 +152,23 @@ impl Actor {
         }
     }
 
-    /// The machine runs on another worker of this host; this makes the records follow.
+    /// The machine is another worker of this host, which runs it if it was `heard`; this makes the records follow.
     pub(super) async fn renewed(
         &mut self,
         worker: WorkerLink,
         ownership: OwnershipRecord,
         images: Vec<PmuImage>,
+        heard: bool,
     ) -> Result<(), ApiError> {
         self.migration = None;
         self.vm.migration.clear();
         self.ownership = ownership;
+        if !heard {
+            self.worker = None;
+            let pmu = self.store_pmu(images, &worker.cores(), "migrate-in").await;
+            self.wait_for_answer(worker);
+            return pmu;
+        }
         self.worker = Some(worker.clone());
         let pmu = self.store_pmu(images, &worker.cores(), "migrate-in").await;
         let paused = self.vm.desired_state() == DesiredState::Paused;

@@ -200,14 +200,13 @@ impl Actor {
 
     /// The machine is shown as failed, and whoever starts, stops or deletes it ends the worker; the restart policy does
     /// not. Until then the worker is asked, and what it answers is what the machine is.
-    fn wait_for_answer(&mut self, worker: WorkerLink) {
+    pub(super) fn wait_for_answer(&mut self, worker: WorkerLink) {
         let over = CancellationToken::new();
         self.waiting = Some(over.clone());
-        let message =
-            "its worker outlived vpmud and does not answer; it is asked until it does, or stop the machine";
+        let message = "its worker lives and does not answer; it is asked until it does, or stop the machine";
         self.edit(State::Failed, SILENT, message, |_| {});
         self.announce(Kind::Updated);
-        tracing::warn!(vm = %self.name, pid = worker.pid(), "a worker that outlived vpmud does not answer; it is asked until it does");
+        tracing::warn!(vm = %self.name, pid = worker.pid(), "a worker does not answer; it is asked until it does");
         let to_self = self.to_self.clone();
         let daemon = Arc::clone(&self.daemon);
         self.daemon.tasks.spawn(async move {
