@@ -6,6 +6,7 @@
 
 mod console_file;
 mod factory;
+mod vm_fd;
 
 use std::fs::{DirBuilder, File};
 use std::io;
@@ -37,6 +38,11 @@ pub(crate) const READY: Duration = Duration::from_secs(20);
 /// How long the kernel may take to end one that was killed.
 const KILL: Duration = Duration::from_secs(10);
 
+/// Signals, and how long the process may take to end after each.
+type Steps = &'static [(Signal, Duration)];
+const END: Steps = &[(Signal::TERM, TERM), (Signal::KILL, KILL)];
+const RELEASE: Steps = &[(Signal::KILL, KILL)];
+
 /// A worker's process.
 pub struct WorkerProcess {
     pid: u32,
@@ -56,6 +62,8 @@ pub struct WorkerProcess {
     settled: AtomicBool,
     /// The console of one that has ended.
     last: Mutex<Option<Box<ConsoleState>>>,
+    /// Its VM, from when it is to end until it has.
+    vm: Mutex<Option<vm_fd::VmFd>>,
     /// Held while it is being ended; whether SIGKILL was in vain.
     ending: tokio::sync::Mutex<bool>,
 }
@@ -74,11 +82,26 @@ impl WorkerProcess {
         let (child, settled, ending) =
             (Mutex::new(child), AtomicBool::new(false), tokio::sync::Mutex::default());
         let (placing, lifeline, last) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
+        let vm = Mutex::new(None);
         let sandbox = std::fs::read_to_string(dir.join("sandbox")).unwrap_or_default();
         let sandbox = crate::status::clip(&sandbox, 256);
         let home = File::open(&dir).ok();
         let socket = Arc::new(Mutex::new(socket));
-        Ok(Self { pid, pidfd, child, dir, home, socket, sandbox, lifeline, placing, settled, last, ending })
+        Ok(Self {
+            pid,
+            pidfd,
+            child,
+            dir,
+            home,
+            socket,
+            sandbox,
+            lifeline,
+            placing,
+            settled,
+            last,
+            vm,
+            ending,
+        })
     }
 
     /// Process id.
@@ -156,9 +179,27 @@ impl WorkerProcess {
         self.settled.store(true, Ordering::Release);
     }
 
+    /// It is about to be told to end: nobody waits for the kernel to take its VM apart.
+    pub fn will_end(&self) {
+        let mut vm = self.vm.lock().unwrap_or_else(PoisonError::into_inner);
+        if vm.is_none() {
+            *vm = vm_fd::VmFd::of(self.pid, self.pidfd.get_ref().as_fd());
+        }
+    }
+
     /// Ends the process, in order if it lets itself, and removes its runtime directory. Says whether it is seen to have
     /// ended.
     pub async fn end(&self) -> bool {
+        self.end_by(END).await
+    }
+
+    /// The same at once, of one whose machine is another's for good: it has nothing to put in order, and its console went
+    /// with the machine.
+    pub async fn release(&self) -> bool {
+        self.end_by(RELEASE).await
+    }
+
+    async fn end_by(&self, steps: Steps) -> bool {
         let mut in_vain = self.ending.lock().await;
         if self.settled.load(Ordering::Acquire) {
             // The directory may be another worker's by now.
@@ -168,18 +209,26 @@ impl WorkerProcess {
         if *in_vain && self.is_running() {
             return false;
         }
-        self.signal(Signal::TERM);
-        if tokio::time::timeout(TERM, self.exited()).await.is_err() {
-            tracing::warn!(pid = self.pid, "a worker does not end: SIGKILL");
-            self.signal(Signal::KILL);
-            if tokio::time::timeout(KILL, self.exited()).await.is_err() {
-                // The directory stays: it is what shows that this one may still live.
-                tracing::error!(pid = self.pid, "the kernel does not end a worker");
-                *in_vain = true;
-                return false;
+        self.will_end();
+        let mut ended = false;
+        for &(signal, within) in steps {
+            if signal == Signal::KILL && steps == END {
+                tracing::warn!(pid = self.pid, "a worker does not end: SIGKILL");
+            }
+            self.signal(signal);
+            ended = tokio::time::timeout(within, self.exited()).await.is_ok();
+            if ended {
+                break;
             }
         }
+        if !ended {
+            // The directory stays: it is what shows that this one may still live.
+            tracing::error!(pid = self.pid, "the kernel does not end a worker");
+            *in_vain = true;
+            return false;
+        }
         self.settled.store(true, Ordering::Release);
+        drop(self.vm.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.reap();
         let placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(placing) = placing {
@@ -189,9 +238,12 @@ impl WorkerProcess {
         if !self.is_at_home() {
             return true;
         }
-        let dir = self.dir.clone();
-        let last = tokio::task::spawn_blocking(move || console_file::read(&dir)).await.unwrap_or_default();
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = last.map(Box::new);
+        if steps != RELEASE {
+            let dir = self.dir.clone();
+            let last =
+                tokio::task::spawn_blocking(move || console_file::read(&dir)).await.unwrap_or_default();
+            *self.last.lock().unwrap_or_else(PoisonError::into_inner) = last.map(Box::new);
+        }
         clear(&self.dir);
         true
     }
@@ -365,5 +417,14 @@ mod tests {
         let worker = worker(dir.path());
         assert!(worker.end().await && !worker.is_running() && !worker.dir.exists());
         assert!(worker.end().await, "twice is no harm");
+    }
+
+    #[tokio::test]
+    async fn one_that_is_released_is_ended_though_it_does_not_listen() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let worker = worker(dir.path());
+        worker.signal(Signal::STOP);
+        assert!(worker.release().await && !worker.is_running() && !worker.dir.exists());
+        assert!(worker.release().await && worker.end().await, "again is no harm");
     }
 }

@@ -359,7 +359,7 @@ async fn a_new_worker_that_is_silent_is_its_machine_once_it_answers() {
         tokio::time::timeout(DEADLINE, asking.wait_with_output()).await.expect("in time").expect("ran");
     let said = String::from_utf8_lossy(&said.stdout).into_owned();
     assert!(said.contains("WORKER_TIMEOUT"), "{said}");
-    assert_eq!(workers.alive(), [fresh.clone()], "nothing of it was ended");
+    assert_eq!(workers.alive(), std::slice::from_ref(fresh), "nothing of it was ended");
     rustix::process::kill_process(number, rustix::process::Signal::CONT).expect("goes on");
     let now = host.until("a", "running", is(State::Running)).await;
     assert_eq!((now.epoch, now.incarnation), (vm.epoch + 1, vm.incarnation + 1));

@@ -242,7 +242,7 @@ impl Renewal<'_> {
         let told =
             self.handle.ask(|reply| Command::Renewed { worker, ownership, images, heard, reply }).await;
         hold::at(&self.daemon.hold_at, false, Some(Step::SourceRelease));
-        self.lease.worker.end().await;
+        self.lease.worker.release().await;
         told?;
         granted?;
         let blackout_us = running.saturating_sub(finish.stop_monotonic_ns) / 1000;

@@ -17,7 +17,7 @@ use super::record::{Written, write};
 use super::source::{Bound, Conversation, Job, Source, micros};
 use super::{hold, source_end};
 use crate::config::Address;
-use crate::handover::source::{Effect, Event};
+use crate::handover::source::{Effect, Event, State};
 use crate::handover::step::HandoverStep;
 use crate::handover::{self, Digest};
 use crate::peer::{Peer, VERSION};
@@ -342,10 +342,12 @@ impl Source {
         }
     }
 
-    /// Ends the worker. That is its death only once it is seen, which [`Source::next`] waits for if ending it took too
+    /// Ends the worker, at once if its machine runs elsewhere. That is its death only once it is seen, which [`Source::next`] waits for if ending it took too
     /// long: nothing else proves that it does not run.
     async fn end_worker(&mut self) {
-        self.work.death_heard = self.lease.worker.end().await;
+        let worker = &self.lease.worker;
+        let released = matches!(self.work.machine.state(), State::Releasing);
+        self.work.death_heard = if released { worker.release().await } else { worker.end().await };
         if self.work.death_heard {
             self.work.events.push_back(Event::WorkerDied);
         } else {

@@ -99,6 +99,9 @@ impl WorkerLink {
 
     /// Ends the machine and returns its last PMU images; then ends the worker and gives its resources back.
     pub async fn shutdown(&self) -> Result<Vec<PmuImage>, ApiError> {
+        if let Some(process) = &self.inner.process {
+            process.will_end();
+        }
         let answer = unary!(self, self.inner.command, shutdown, ShutdownRequest { fence: self.fence() });
         self.end().await;
         Ok(answer?.pmu)
@@ -107,11 +110,20 @@ impl WorkerLink {
     /// Ends the worker without asking it anything; its threads are joined. Says whether nothing of it can run any more:
     /// one of which that is not known may live until [`Self::died`] says otherwise.
     pub async fn end(&self) -> bool {
+        self.end_by(async |process| process.end().await).await
+    }
+
+    /// The same of one whose machine is another's for good: a process is killed, it has nothing to put in order.
+    pub async fn release(&self) -> bool {
+        self.end_by(async |process| process.release().await).await
+    }
+
+    async fn end_by(&self, end: impl AsyncFnOnce(&WorkerProcess) -> bool) -> bool {
         if let Some(thread) = self.inner.thread.lock().await.take() {
             thread.join().await;
         }
         let gone = match &self.inner.process {
-            Some(process) => process.end().await,
+            Some(process) => end(process).await,
             None => self.died().now_or_never().is_some(),
         };
         drop(self.inner.grant.lock().unwrap_or_else(PoisonError::into_inner).take());
