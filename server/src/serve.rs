@@ -165,8 +165,13 @@ async fn serve(
         std::path::absolute(config.state_dir.join("run")).map_err(io("cannot find the state directory"))?;
     // Nobody waits for it: it looks at what others have left, too.
     drop(tokio::task::spawn_blocking(crate::worker_process::sweep_consoles));
-    // Kept until this returns: no machine's start waits for what its workers' timers would have to make first.
-    let _perf_ready = tokio::task::spawn_blocking(|| {
+    // Kept until this returns: no machine's start waits for what its workers' timers would have to make first. Not beside
+    // the counters themselves: their owner is to see no other.
+    let beside_counters = host.pmu_mode == "msr";
+    let _perf_ready = tokio::task::spawn_blocking(move || {
+        if beside_counters {
+            return Err(std::io::Error::other("counters are used through msr"));
+        }
         let held = vcpu_worker::host::PerfReady::hold();
         held.inspect_err(
             |error| tracing::debug!(%error, "no perf events: modelled counters run on POSIX timers"),

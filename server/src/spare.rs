@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::worker_link::ACQUAINTED;
 use crate::worker_process::{Processes, READY, WorkerProcess};
 
 /// First characters of a spare's runtime directory; it is as long as a uid, and so is the path of its socket.
@@ -116,7 +117,7 @@ impl Processes {
     pub async fn close_spares(&self) {
         self.spares.closed.store(true, Ordering::Release);
         let mut making = self.spares.making.subscribe();
-        let _ = tokio::time::timeout(READY + AFTER, making.wait_for(|making| !making)).await;
+        let _ = tokio::time::timeout(READY + ACQUAINTED + AFTER, making.wait_for(|making| !making)).await;
         let spares: Vec<_> = self.spares.ready().drain(..).collect();
         futures_util::future::join_all(spares.iter().map(|spare| spare.process.end())).await;
     }

@@ -211,6 +211,13 @@ async fn one(daemon: &Arc<Daemon>, handle: &VmHandle) -> Outcome {
         }
     }
     match Box::pin(crate::migration::renew::renew(daemon, handle)).await {
+        Ok(crate::migration::renew::Renewed { pid, unheard: Some(error), .. }) => {
+            tracing::error!(vm = %handle.name, pid, %error, "a machine's new worker does not answer");
+            let message = format!(
+                "its new worker, process {pid}, has it and does not answer; it is asked until it does, or stop the machine"
+            );
+            Outcome::Stayed { pid, reason: error.reason().to_owned(), message }
+        }
         Ok(done) => Outcome::Moved { pid: done.pid, blackout_us: done.blackout_us, total_us: done.total_us },
         Err(error) => {
             tracing::error!(vm = %handle.name, %error, "a machine stays on its worker");

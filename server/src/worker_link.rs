@@ -38,7 +38,7 @@ use wire::Way;
 pub use console::ConsoleHistory;
 pub use launch::{Launch, WorkerFactory};
 pub use watching::WeakWorker;
-pub(crate) use wire::acquaint;
+pub(crate) use wire::{ACQUAINTED, acquaint};
 pub use wire::{SILENT, Told};
 
 /// A worker; cloned freely, ended by [`WorkerLink::end`] or with its last clone.

@@ -424,7 +424,9 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let worker = worker(dir.path());
         worker.signal(Signal::STOP);
-        assert!(worker.release().await && !worker.is_running() && !worker.dir.exists());
+        // Asked to end in order, it would be waited for as long as that takes.
+        let released = tokio::time::timeout(TERM / 2, worker.release()).await;
+        assert!(released.expect("at once") && !worker.is_running() && !worker.dir.exists());
         assert!(worker.release().await && worker.end().await, "again is no harm");
     }
 }

@@ -336,9 +336,8 @@ async fn a_daemon_that_dies_after_the_decision_has_the_new_worker() {
 }
 
 /// The decision is made, and the new worker says nothing: it is the machine, so it is waited for.
-#[tokio::test]
-async fn a_new_worker_that_is_silent_is_its_machine_once_it_answers() {
-    let options = [&PROCESS[..], &["--handover-timeout", "500"]].concat();
+async fn silent_when_granted(options: &[&str]) {
+    let options = [options, &["--handover-timeout", "500"]].concat();
     let held = [&options[..], &["--hold-at", "after:source-persist-handed-over"]].concat();
     let Site { _dir, workers, new, host } = site(&held).await;
     host.create("a", filled(1, 32, 8)).await;
@@ -354,11 +353,14 @@ async fn a_new_worker_that_is_silent_is_its_machine_once_it_answers() {
     host.signal(rustix::process::Signal::CONT);
     let waits = host.until("a", "waited for", |vm| vm.reason == "WORKER_TIMEOUT").await;
     assert_eq!(waits.observed_state(), State::Failed, "{waits:?}");
-    until_reaped(vm.worker_pid).await;
+    if vm.worker_pid != 0 {
+        until_reaped(vm.worker_pid).await;
+    }
     let said =
         tokio::time::timeout(DEADLINE, asking.wait_with_output()).await.expect("in time").expect("ran");
     let said = String::from_utf8_lossy(&said.stdout).into_owned();
-    assert!(said.contains("WORKER_TIMEOUT"), "{said}");
+    let told = format!("its new worker, process {}, has it", fresh.pid);
+    assert!(said.contains("WORKER_TIMEOUT") && said.contains(&told), "{said}");
     assert_eq!(workers.alive(), std::slice::from_ref(fresh), "nothing of it was ended");
     rustix::process::kill_process(number, rustix::process::Signal::CONT).expect("goes on");
     let now = host.until("a", "running", is(State::Running)).await;
@@ -368,6 +370,12 @@ async fn a_new_worker_that_is_silent_is_its_machine_once_it_answers() {
     verify(&host, "a").await;
     host.stop_vm("a").await;
     assert!(workers.alive().is_empty());
+}
+
+#[tokio::test]
+async fn a_new_worker_that_is_silent_is_its_machine_once_it_answers() {
+    silent_when_granted(&PROCESS).await;
+    silent_when_granted(&THREAD).await;
 }
 
 #[tokio::test]

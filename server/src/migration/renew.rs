@@ -58,6 +58,8 @@ pub struct Renewed {
     pub blackout_us: u64,
     /// Everything, microseconds.
     pub total_us: u64,
+    /// The new worker has the machine and did not answer its grant: why; the machine's task asks it on.
+    pub unheard: Option<ApiError>,
 }
 
 struct Renewal<'a> {
@@ -244,9 +246,8 @@ impl Renewal<'_> {
         hold::at(&self.daemon.hold_at, false, Some(Step::SourceRelease));
         self.lease.worker.release().await;
         told?;
-        granted?;
         let blackout_us = running.saturating_sub(finish.stop_monotonic_ns) / 1000;
-        Ok(Renewed { pid, blackout_us, total_us: micros(begin.elapsed()) })
+        Ok(Renewed { pid, blackout_us, total_us: micros(begin.elapsed()), unheard: granted.err() })
     }
 
     /// The old worker goes on; why not, if it is dead.
@@ -313,7 +314,7 @@ impl Renewal<'_> {
     }
 }
 
-/// Asks a few times: it refuses what it has already, and may have been busy.
+/// Asks a few times: an answer may get lost, and the same right may be given again.
 async fn grant(worker: &WorkerLink, epoch: u64, run: bool) -> Result<u64, ApiError> {
     let mut granted = worker.grant(epoch, run).await;
     for _ in 1..GRANTS {

@@ -117,9 +117,9 @@ pub enum Outcome {
     },
     /// It has no worker: there is nothing to move.
     Idle,
-    /// It stays where it is.
+    /// It stays where it is, or its new worker does not answer yet.
     Stayed {
-        /// Its worker's process; 0 for threads of the daemon.
+        /// The process of the worker that has it; 0 for threads of the daemon.
         pid: u32,
         /// A stable code.
         reason: String,

@@ -24,7 +24,7 @@ use crate::status::ApiError;
 /// The reason of an error that says nothing about the worker but that it did not answer in time: it may live.
 pub const SILENT: &str = "WORKER_TIMEOUT";
 /// How long a worker without a machine may take to refuse a call.
-const ACQUAINTED: Duration = Duration::from_secs(5);
+pub(crate) const ACQUAINTED: Duration = Duration::from_secs(5);
 /// Largest message that is taken from a worker, in bytes.
 const MAX_ANSWER: usize = 16 << 20;
 
@@ -129,8 +129,8 @@ pub(super) fn client(channel: Channel) -> WorkerServiceClient<Channel> {
 }
 
 /// Makes the connection to a worker that has no machine yet, and has a call served over it: the first one costs
-/// milliseconds on either side. It is refused, since nobody has attached; what a worker is that does not answer shows when
-/// it is given a machine.
+/// milliseconds on either side. It is refused, since it does not say who asks; what a worker is that does not answer shows
+/// when it is given a machine.
 pub(crate) async fn acquaint(channel: Channel) {
     let mut client = client(channel);
     let asked = client.get_status(vpmu_proto::worker::GetStatusRequest::default());

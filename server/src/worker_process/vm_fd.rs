@@ -2,8 +2,8 @@
 //!
 //! Whoever closes the last descriptor of a VM waits for SRCU grace periods (virt/kvm/kvm_main.c, `kvm_destroy_vm`), about
 //! 20 ms; as the last thing that a worker does, everybody who waits for its end waits for that. While this process has a
-//! duplicate the worker's ends in 1 ms, with all of the guest's memory; what is left of the VM, a few pages of the
-//! kernel's, is closed on a thread that nobody waits for.
+//! duplicate the worker's ends in 1 ms, and all of the guest's memory is free; what the kernel keeps of the VM and its vCPUs
+//! goes with the duplicate, on a thread that nobody waits for.
 //!
 //! Invariants: a duplicate lets nobody run the guest, whose memory and vCPUs were the worker's (KVM refuses every call from
 //! another process with EIO); it is closed when this is dropped; where the kernel does not give one (another user, Yama, a
@@ -44,5 +44,42 @@ impl Drop for VmFd {
         let fd = self.0.take();
         // Where no thread can be made it is closed here.
         drop(std::thread::Builder::new().name("vm-close".to_owned()).spawn(move || drop(fd)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd as _;
+
+    fn held() -> usize {
+        let open = std::fs::read_dir("/proc/self/fd").expect("descriptors").flatten();
+        open.filter(|fd| is_vm(&fd.path())).count()
+    }
+
+    /// Of this process, which stands for a worker.
+    #[test]
+    fn the_vm_of_a_process_is_held_until_dropped() {
+        let pid = std::process::id();
+        let number = rustix::process::Pid::from_raw(pid.cast_signed()).expect("a pid");
+        let pidfd = rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty()).expect("pidfd");
+        let kvm = match kvm_ioctls::Kvm::new() {
+            Ok(kvm) => kvm,
+            Err(error) if std::env::var_os("VPMU_REQUIRE_KVM").is_none() => {
+                println!("skipped: no /dev/kvm ({error})");
+                return;
+            }
+            Err(error) => panic!("/dev/kvm is required: {error}"),
+        };
+        assert!(VmFd::of(pid, pidfd.as_fd()).is_none(), "there is none");
+        let vm = kvm.create_vm().expect("a VM");
+        let duplicate = VmFd::of(pid, pidfd.as_fd()).expect("it is found");
+        assert_eq!(held(), 2);
+        drop(vm);
+        assert_eq!(held(), 1, "the duplicate");
+        drop(duplicate);
+        while held() > 0 {
+            std::thread::yield_now();
+        }
     }
 }

@@ -109,10 +109,11 @@ fn msr_opens(core: u32) -> bool {
 }
 
 /// Processes with perf events open (software ones look the same from here), or `None` if some processes could not be looked at and none of
-/// the others has any.
+/// the others has any. Those of this program have software ones only ([`super::tick`]), and are left out.
 pub(super) fn perf_users() -> Option<Vec<String>> {
     let mut users = Vec::new();
     let mut hidden = false;
+    let own = program(Path::new("/proc/self"));
     for process in fs::read_dir("/proc").ok()?.flatten() {
         let name = process.file_name();
         let Some(pid) = name.to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
@@ -126,12 +127,20 @@ pub(super) fn perf_users() -> Option<Vec<String>> {
         let is_event = |fd: fs::DirEntry| {
             fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains("[perf_event]"))
         };
-        if pid != std::process::id() && open.flatten().any(is_event) && users.len() < MAX_NAMED {
+        let ours = pid == std::process::id() || own.is_some() && program(&process.path()) == own;
+        if !ours && open.flatten().any(is_event) && users.len() < MAX_NAMED {
             let comm = text(process.path().join("comm")).unwrap_or_default();
             users.push(format!("{comm} (pid {pid})"));
         }
     }
     if hidden && users.is_empty() { None } else { Some(users) }
+}
+
+/// Name of the file that a process runs, also when that has been replaced.
+fn program(process: &Path) -> Option<String> {
+    let exe = fs::read_link(process.join("exe")).ok()?;
+    let name = exe.file_name()?.to_string_lossy().into_owned();
+    Some(name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned())
 }
 
 #[cfg(test)]
@@ -166,8 +175,10 @@ mod tests {
 
     #[test]
     fn a_program_with_a_perf_event_is_found_by_the_name_of_its_descriptor() {
-        // This process has none, and is left out in any case.
+        // This process is left out in any case.
         let me = format!("(pid {})", std::process::id());
         assert!(perf_users().is_none_or(|users| users.iter().all(|user| !user.ends_with(&me))));
+        let own = program(Path::new("/proc/self")).expect("a file");
+        assert!(std::env::current_exe().expect("a file").ends_with(&own), "{own}");
     }
 }

@@ -44,8 +44,8 @@ struct OwnerEx {
 pub struct PerfReady(#[allow(dead_code, reason = "held open")] OwnedFd);
 
 impl PerfReady {
-    /// Bound to the calling thread, whose context switches the kernel looks at from now on. Takes as long as the module
-    /// says, if it is the first.
+    /// Bound to the calling thread, and kept when that ends; every context switch of the host costs the kernel a look
+    /// meanwhile. Takes as long as the module says, if it is the first.
     ///
     /// # Errors
     ///

@@ -58,12 +58,13 @@ impl Actor {
                     // The guest or its worker ended meanwhile: that event, which is next, tells how.
                     return Ok(());
                 }
-                if let Some(worker) = self.worker.take() {
-                    if worker.may_live(&error).await {
-                        self.wait_for_answer(worker);
-                        return Ok(());
-                    }
-                    self.worker = Some(worker);
+                // Threads are joined, below; of a process only its answer or its end tells.
+                if let Some(worker) = self.worker.clone().filter(|worker| worker.pid() != 0)
+                    && worker.may_live(&error).await
+                {
+                    self.worker = None;
+                    self.wait_for_answer(worker);
+                    return Ok(());
                 }
                 // The daemon's end is no fault of the machine.
                 let ended = matches!(error.reason(), "HOST_RESTARTED" | "SHUTTING_DOWN");
