@@ -167,16 +167,13 @@ async fn serve(
     drop(tokio::task::spawn_blocking(crate::worker_process::sweep_consoles));
     // Kept until this returns: no machine's start waits for what its workers' timers would have to make first. Not beside
     // the counters themselves: their owner is to see no other.
-    let beside_counters = host.pmu_mode == "msr";
-    let _perf_ready = tokio::task::spawn_blocking(move || {
-        if beside_counters {
-            return Err(std::io::Error::other("counters are used through msr"));
-        }
+    let hold = || {
         let held = vcpu_worker::host::PerfReady::hold();
         held.inspect_err(
             |error| tracing::debug!(%error, "no perf events: modelled counters run on POSIX timers"),
         )
-    });
+    };
+    let _perf_ready = (host.pmu_mode != "msr").then(|| tokio::task::spawn_blocking(hold));
     let cgroups = if isolated {
         crate::cgroup::Cgroups::discover(store.store_id(), &run_dir, config.cgroup_controllers)
     } else {

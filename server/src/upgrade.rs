@@ -12,8 +12,9 @@
 //! sockets are opened anew: a client that is refused in between (well under a second) tries again.
 //!
 //! Invariants: nothing is changed before the new binary has shown that it speaks this one's protocols; a machine that
-//! cannot move stays on its worker and is reported; if one of them is on threads of the daemon, the daemon stays too; a
-//! new binary that does not come to serve is replaced by the one before, kept in `DIR/vpmud.previous` until then.
+//! cannot move stays on its worker and is reported, as is one whose new worker does not answer yet; if one of the former
+//! is on threads of the daemon, the daemon stays too; a new binary that does not come to serve is replaced by the one
+//! before, kept in `DIR/vpmud.previous` until then.
 
 pub mod command;
 pub mod wire;

@@ -1,8 +1,9 @@
 //! One worker as a process: its connection, its end, and the proof that it has ended. [`Processes`] makes and finds them.
 //!
-//! Invariants: signals go through a pidfd, never to a number that may have been given to another process; a worker that is neither
-//! kept ([`WorkerProcess::keep`]) nor ended is killed when the last holder drops it. It is waited for through its pidfd, so
-//! that an adopted worker, which is no child of this process, is watched in the same way.
+//! Invariants: signals go through a pidfd, never to a number that may have been given to another process; a worker that this
+//! process started, and that is neither kept ([`WorkerProcess::keep`]) nor ended, is killed when the last holder drops it;
+//! one that it found lives on. It is waited for through its pidfd, so that an adopted worker, which is no child of this
+//! process, is watched in the same way.
 
 mod console_file;
 mod factory;
@@ -301,10 +302,8 @@ impl Drop for WorkerProcess {
             return;
         };
         self.signal(Signal::KILL);
-        {
-            // Takes as long as the kernel needs to free a VM. The directory tells the next start that it is dead.
-            drop(std::thread::Builder::new().name("reap".to_owned()).spawn(move || child.wait()));
-        }
+        // Takes as long as the kernel needs to free a VM. The directory tells the next start that it is dead.
+        drop(std::thread::Builder::new().name("reap".to_owned()).spawn(move || child.wait()));
     }
 }
 

@@ -1,8 +1,8 @@
 //! A worker that outlived its daemon with a copy, as who settles its migration holds it, until it is ended.
 //!
 //! Invariants: one that does not answer is asked until it does, or its process is seen to end; while that is about what it
-//! is, or its seal, its holder goes on with everything else; nothing is asked of it before what was asked first is answered; only its end, or a word of its
-//! own, makes it dead.
+//! is, or its seal, its holder goes on with everything else; nothing is asked of it before what was asked first is
+//! answered; only its end, or a word of its own, makes it dead.
 
 use std::sync::Arc;
 
