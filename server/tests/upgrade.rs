@@ -351,14 +351,15 @@ async fn silent_when_granted(options: &[&str]) {
     let number = rustix::process::Pid::from_raw(fresh.pid.cast_signed()).expect("a pid");
     rustix::process::kill_process(number, rustix::process::Signal::STOP).expect("stopped");
     host.signal(rustix::process::Signal::CONT);
+    // Its end first: from threads the daemon is replaced, and nobody can connect for a moment.
+    let said =
+        tokio::time::timeout(DEADLINE, asking.wait_with_output()).await.expect("in time").expect("ran");
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
     let waits = host.until("a", "waited for", |vm| vm.reason == "WORKER_TIMEOUT").await;
     assert_eq!(waits.observed_state(), State::Failed, "{waits:?}");
     if vm.worker_pid != 0 {
         until_reaped(vm.worker_pid).await;
     }
-    let said =
-        tokio::time::timeout(DEADLINE, asking.wait_with_output()).await.expect("in time").expect("ran");
-    let said = String::from_utf8_lossy(&said.stdout).into_owned();
     let told = format!("its new worker, process {}, has it", fresh.pid);
     assert!(said.contains("WORKER_TIMEOUT") && said.contains(&told), "{said}");
     assert_eq!(workers.alive(), std::slice::from_ref(fresh), "nothing of it was ended");
