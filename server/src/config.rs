@@ -240,6 +240,8 @@ pub struct ServeConfig {
     pub keep_awake: crate::awake::KeepAwake,
     /// Worker processes kept ready for machines to come; process isolation only.
     pub spare_workers: u32,
+    /// Threads that serve the API; none for a quarter of the processors.
+    pub api_threads: Option<u32>,
     /// For tests: worker threads of this kind make a forbidden call.
     pub worker_violates: Option<vcpu_worker::sandbox::Kind>,
     /// When memory is handed over instead of copied.

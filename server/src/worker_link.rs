@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `launch` | how a worker comes to be held: started, or taken over from a former daemon |
 //! | `wire` | how a call reaches it: directly or over gRPC, always with a deadline |
+//! | `lane` | a stream for the commands that are to be quick |
 //! | `calls` | commands to its machine, and questions about it |
 //! | `console` | console output and input, and what is left of it |
 //! | `migrating` | commands of a migration, at its source and at its destination |
@@ -20,6 +21,7 @@
 mod calls;
 mod console;
 mod ending;
+mod lane;
 mod launch;
 mod migrating;
 mod watching;
@@ -49,6 +51,7 @@ pub struct WorkerLink {
 
 struct Inner {
     way: Way,
+    lane: Arc<lane::Lane>,
     fence: Fence,
     seq: AtomicU64,
     cores: Mutex<Arc<[u32]>>,

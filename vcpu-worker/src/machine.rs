@@ -4,7 +4,7 @@
 //! vCPU and not their sum. Every wait has a deadline. Invariant: once the guest has ended, no vCPU runs again.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pmu::{Image, Shape};
 use tokio::sync::{Semaphore, watch};
@@ -23,6 +23,7 @@ use crate::vcpu::state::State;
 use crate::vcpu::throttle::Throttle;
 use crate::vcpu::{Left, Listener, VcpuHandle, VcpuLink};
 
+mod answers;
 pub mod build;
 mod lazy;
 pub mod options;
@@ -30,6 +31,7 @@ mod place;
 pub mod snapshot;
 pub mod throttle;
 
+use answers::gather;
 pub use build::BuildOptions;
 
 /// Bound on every command to the vCPUs. Far above what any takes; a host that is out of breath may need it.
@@ -309,36 +311,9 @@ impl Machine {
         send: impl Fn(&VcpuHandle) -> Result<Answer<T>, WorkerError>,
     ) -> Result<Vec<T>, WorkerError> {
         let answers: Vec<_> = self.vcpus.iter().map(send).collect();
+        answers::look(&answers, |vcpu| self.vcpus[vcpu].core());
         gather(what, answers).await
     }
-}
-
-/// Waits for every answer, also when one fails, and returns the first failure.
-async fn gather<T>(
-    what: &'static str,
-    answers: Vec<Result<Answer<T>, WorkerError>>,
-) -> Result<Vec<T>, WorkerError> {
-    let until = tokio::time::Instant::from_std(Instant::now() + COMMAND_DEADLINE);
-    let mut out = Vec::with_capacity(answers.len());
-    let mut failed = None;
-    for answer in answers {
-        let answer = match answer {
-            Ok(answer) => match tokio::time::timeout_at(until, answer).await {
-                Ok(Ok(answer)) => answer,
-                Ok(Err(_)) => Err(WorkerError::Thread {
-                    thread: "vCPU".to_owned(),
-                    problem: format!("it ended while {what}"),
-                }),
-                Err(_) => Err(WorkerError::Deadline { what, within: COMMAND_DEADLINE }),
-            },
-            Err(error) => Err(error),
-        };
-        match answer {
-            Ok(value) => out.push(value),
-            Err(error) => failed = failed.or(Some(error)),
-        }
-    }
-    failed.map_or(Ok(out), Err)
 }
 
 /// Images in vCPU order as messages; guests without a PMU have none.

@@ -26,6 +26,7 @@ use crate::machine::Machine;
 use crate::migrate::{IncomingMigration, OutgoingMigration, Phase};
 use crate::snapshot::write::Progress;
 
+mod command;
 mod console;
 mod create;
 mod events;

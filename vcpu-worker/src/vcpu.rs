@@ -3,9 +3,11 @@
 //! The thread is created paused and lives until `Stop`. Others talk to it through a [`VcpuHandle`]: a bounded inbox, a
 //! kick that gets it out of the guest (hypervisor module's contract: message first, then kick; the thread clears the
 //! kick after an exit and then looks into its inbox, so none is lost), and figures that are read without stopping it.
+//! A thread that is not running waits at its inbox, and looks there once more when it begins to run: it needs no kick,
+//! which would be a signal to handle before it enters the guest.
 //! What it does with a message is the table in [`state`]; what it does in the guest is [`run`].
 
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -111,6 +113,8 @@ impl Shared {
             State::Gone => 3,
         };
         self.state.store(word, Ordering::SeqCst);
+        // Before the next look into the inbox: see `VcpuLink::send`.
+        fence(Ordering::SeqCst);
     }
 }
 
@@ -120,6 +124,7 @@ pub struct VcpuLink {
     index: u32,
     inbox: SyncSender<Request>,
     kick: Arc<dyn Kick>,
+    shared: Arc<Shared>,
 }
 
 impl VcpuLink {
@@ -128,11 +133,15 @@ impl VcpuLink {
         self.kick.kick();
     }
 
-    /// Sends a request and kicks the thread. Never blocks.
+    /// Sends a request, and gets the thread out of the guest for it. Never blocks.
     pub fn send(&self, request: Request) -> Result<(), WorkerError> {
         let problem = match self.inbox.try_send(request) {
             Ok(()) => {
-                self.kick.kick();
+                // Either the thread is seen running, or it sees the request once it is.
+                fence(Ordering::SeqCst);
+                if self.shared.state() == State::Running {
+                    self.kick.kick();
+                }
                 return Ok(());
             }
             Err(TrySendError::Full(_)) => "too many requests wait for it",
@@ -172,7 +181,7 @@ impl VcpuHandle {
             .map_err(|e| failed(e.to_string()))?;
         match started.recv() {
             Ok(Ok(kick)) => {
-                let link = VcpuLink { index, inbox, kick };
+                let link = VcpuLink { index, inbox, kick, shared: Arc::clone(&shared) };
                 Ok(Self { link, shared, thread: Mutex::new(Some(thread)) })
             }
             Ok(Err(error)) => {
@@ -186,7 +195,7 @@ impl VcpuHandle {
         }
     }
 
-    /// Sends a request and kicks the thread. Never blocks.
+    /// Sends a request, and gets the thread out of the guest for it. Never blocks.
     pub fn send(&self, request: Request) -> Result<(), WorkerError> {
         self.link.send(request)
     }

@@ -28,10 +28,15 @@ pub(super) async fn run(runs: u32) -> Result<Vec<Figure>, BenchError> {
         site::launch(client, "pmu", site.spec(64, BUSY)).await?;
         let pmu = measure(client, "pmu", runs).await?;
         host.end().await?;
-        let call = plain.call.median();
-        let target = Target::Over(0.10 + (calls - 1.0) * call);
+        let target = |call: &Samples| Target::Over(0.10 + (calls - 1.0) * call.median());
         let floor = Some((FLOOR, &plain.call));
-        figures.push(Figure::of(format!("pause, {isolation}"), "ms", &plain.pause, floor, target));
+        figures.push(Figure::of(
+            format!("pause, {isolation}"),
+            "ms",
+            &plain.pause,
+            floor,
+            target(&plain.call),
+        ));
         let floor = Some((FLOOR, &pmu.call));
         figures.push(Figure::of(
             format!("pause with the durable PMU record, {isolation}"),
@@ -40,7 +45,7 @@ pub(super) async fn run(runs: u32) -> Result<Vec<Figure>, BenchError> {
             floor,
             Target::None,
         ));
-        figures.push(Figure::of(format!("resume, {isolation}"), "ms", &pmu.resume, floor, target));
+        figures.push(Figure::of(format!("resume, {isolation}"), "ms", &pmu.resume, floor, target(&pmu.call)));
     }
     Ok(figures)
 }

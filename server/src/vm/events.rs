@@ -29,6 +29,9 @@ impl Events {
         // The lock spans the send, so that sequence numbers arrive in order.
         let mut sequence = self.sequence.lock().unwrap_or_else(PoisonError::into_inner);
         *sequence += 1;
+        if self.sender.receiver_count() == 0 {
+            return;
+        }
         let _ = self.sender.send(WatchVirtualMachinesResponse {
             kind: kind as i32,
             virtual_machine: Some(vm.clone()),

@@ -7,10 +7,13 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use vpmu_proto::api::{ProbeReport, VirtualMachineStats};
+use vpmu_proto::worker::command_request::Command;
+use vpmu_proto::worker::command_response::Outcome;
 use vpmu_proto::worker::worker_service_server::WorkerService as _;
 use vpmu_proto::worker::*;
 
-use super::wire::{self, streaming, unary};
+use super::lane::confused;
+use super::wire::{self, Way, streaming, unary};
 use super::{Told, WorkerLink};
 use crate::status::ApiError;
 
@@ -68,14 +71,35 @@ impl WorkerLink {
 
     /// Lets a paused machine run on.
     pub async fn run(&self) -> Result<(), ApiError> {
-        let request = RunRequest { fence: self.fence() };
-        unary!(self, self.inner.command, run, request).map(drop)
+        match self.command(Command::Run(RunRequest { fence: self.fence() })).await? {
+            Outcome::Run(_) => Ok(()),
+            _ => Err(confused()),
+        }
     }
 
     /// Gets every vCPU out and returns the PMU images.
     pub async fn pause(&self) -> Result<Vec<PmuImage>, ApiError> {
-        let request = PauseRequest { fence: self.fence() };
-        Ok(unary!(self, self.inner.command, pause, request)?.pmu)
+        match self.command(Command::Pause(PauseRequest { fence: self.fence() })).await? {
+            Outcome::Pause(answer) => Ok(answer.pmu),
+            _ => Err(confused()),
+        }
+    }
+
+    /// On the stream of commands if it is open; the first one goes as a call and opens it.
+    async fn command(&self, command: Command) -> Result<Outcome, ApiError> {
+        let deadline = self.inner.command;
+        let there = matches!(self.inner.way, Way::There(_));
+        if there && let Some(answered) = self.inner.lane.command(deadline, &command).await {
+            return answered;
+        }
+        let outcome = match command {
+            Command::Run(request) => Outcome::Run(unary!(self, deadline, run, request)?),
+            Command::Pause(request) => Outcome::Pause(unary!(self, deadline, pause, request)?),
+        };
+        if let Way::There(client) = &self.inner.way {
+            self.inner.lane.open(client.clone(), deadline);
+        }
+        Ok(outcome)
     }
 
     /// Begins to write the paused machine to a file. Dropping the stream cancels it.

@@ -110,6 +110,7 @@ impl WorkerLink {
         let link = Self {
             inner: Arc::new(Inner {
                 way,
+                lane: Arc::default(),
                 fence: fence.clone(),
                 seq: AtomicU64::new(0),
                 cores: Mutex::new(cores.as_slice().into()),
@@ -184,6 +185,7 @@ impl WorkerLink {
         };
         let inner = Inner {
             way: Way::There(client(process.connect())),
+            lane: Arc::default(),
             fence,
             seq: AtomicU64::new(0),
             cores: Mutex::new(cores.as_slice().into()),

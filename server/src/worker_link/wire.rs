@@ -12,6 +12,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::{FutureExt as _, StreamExt as _};
+use tokio::time::error::Elapsed;
 use tokio_stream::Stream;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Channel;
@@ -142,8 +143,17 @@ pub(super) async fn call<T>(
     deadline: Duration,
     future: impl Future<Output = Result<Response<T>, Status>>,
 ) -> Result<T, ApiError> {
-    match tokio::time::timeout(deadline, future).await {
-        Ok(Ok(response)) => Ok(response.into_inner()),
+    let answer = tokio::time::timeout(deadline, future).await;
+    answered(deadline, answer).map(Response::into_inner)
+}
+
+/// What a worker answered, or that it did not in time.
+pub(super) fn answered<T>(
+    deadline: Duration,
+    answer: Result<Result<T, Status>, Elapsed>,
+) -> Result<T, ApiError> {
+    match answer {
+        Ok(Ok(answer)) => Ok(answer),
         Ok(Err(status)) => Err(ApiError::from_status("worker", &status)),
         Err(_) => Err(ApiError::unavailable(
             SILENT,

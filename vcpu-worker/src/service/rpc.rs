@@ -7,7 +7,7 @@ use vpmu_proto::api::ProbeReport;
 use vpmu_proto::worker as proto;
 use vpmu_proto::worker::worker_service_server::WorkerService;
 
-use super::{Worker, console, create, events, migration, placement, snapshot};
+use super::{Worker, command, console, create, events, migration, placement, snapshot};
 use crate::error::WorkerError;
 use crate::grant::Grant;
 use crate::migrate::Phase;
@@ -73,6 +73,15 @@ impl WorkerService for Worker {
         let _control = self.inner.control.lock().await;
         let pmu = self.inner.machine()?.pause().await?;
         Ok(Response::new(proto::PauseResponse { pmu }))
+    }
+
+    type CommandStream = command::AnswerStream;
+
+    async fn command(
+        &self,
+        request: Request<tonic::Streaming<proto::CommandRequest>>,
+    ) -> Answer<Self::CommandStream> {
+        Ok(Response::new(command::serve(self, request.into_inner())))
     }
 
     async fn get_status(&self, request: Request<proto::GetStatusRequest>) -> Answer<proto::WorkerStatus> {

@@ -14,6 +14,9 @@ use crate::vm::transitions::Action;
 
 /// How long the record of whether a machine is paused may be behind: one write then stands for several.
 const BEHIND: Duration = Duration::from_millis(20);
+/// The same in thread isolation, where nobody else would know after the daemon's death: not much longer than the write
+/// itself takes.
+const BEHIND_IN_THREAD: Duration = Duration::from_millis(5);
 
 impl Actor {
     pub(super) async fn pause(&mut self) -> Result<VirtualMachine, ApiError> {
@@ -65,8 +68,7 @@ impl Actor {
         if let crate::store::Health::ReadOnly { cause } = self.daemon.store.health() {
             return Err(crate::store::StoreError::ReadOnly { cause }.into());
         }
-        // In thread isolation nobody else would know after the daemon's death.
-        let behind = if self.vm.worker_pid == 0 { Duration::ZERO } else { BEHIND };
+        let behind = if self.vm.worker_pid == 0 { BEHIND_IN_THREAD } else { BEHIND };
         self.record_due.get_or_insert_with(|| Instant::now() + behind);
         Ok(())
     }

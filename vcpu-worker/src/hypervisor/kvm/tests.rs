@@ -3,6 +3,7 @@
 mod figures;
 mod guest;
 mod hops;
+mod inbox;
 mod lazy;
 
 use std::collections::BTreeSet;

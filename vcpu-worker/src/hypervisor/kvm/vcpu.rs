@@ -5,8 +5,9 @@
 //!   run ──► string I/O of n elements: n exits from one entry, each answered in turn, then KVM is entered again
 //! ```
 //!
-//! Invariant: `pending` says what the run page waits for; the guest is not entered while elements of a string are
-//! left.
+//! Invariants: `pending` says what the run page waits for; the guest is not entered while elements of a string are
+//! left. `owed` is false only if KVM_RUN was interrupted after it had finished what an exit had left to do, so that the
+//! state can be read as it is.
 
 use std::sync::Arc;
 
@@ -43,6 +44,8 @@ pub(crate) struct KvmVcpu {
     page: RunPage,
     kicker: Arc<Kicker>,
     pending: Pending,
+    /// KVM may have half of an instruction to finish.
+    owed: bool,
     differences: Vec<CpuidDifference>,
 }
 
@@ -72,6 +75,7 @@ impl KvmVcpu {
             page,
             kicker: Kicker::new(),
             pending: Pending::Nothing,
+            owed: false,
             differences: Vec::new(),
             shared,
         };
@@ -239,12 +243,17 @@ impl Vcpu for KvmVcpu {
             match self.page.enter(&self.fd, || kicker.kicked()) {
                 None => return Ok(Exit::Interrupted),
                 Some(Ok(())) => {
+                    self.owed = true;
                     if let Some(exit) = self.translate()? {
                         return Ok(exit);
                     }
                 }
                 Some(Err(error)) => match error.raw_os_error() {
-                    Some(libc::EINTR) => return Ok(Exit::Interrupted),
+                    // KVM finishes an instruction before it looks for signals (kvm_arch_vcpu_ioctl_run).
+                    Some(libc::EINTR) => {
+                        self.owed = false;
+                        return Ok(Exit::Interrupted);
+                    }
                     // An application processor that just got INIT or SIPI: enter again.
                     Some(libc::EAGAIN) => {}
                     _ => return Err(HvError::Os { call: "KVM_RUN", source: error }),
@@ -281,15 +290,29 @@ impl Vcpu for KvmVcpu {
         if let Some(exit) = self.next_element() {
             return Ok(Some(exit));
         }
-        match self.page.finish(&self.fd) {
+        if !self.owed {
+            return Ok(None);
+        }
+        match self.page.finish(&self.fd).map_err(|error| (error.raw_os_error(), error)) {
             Ok(()) => self.translate(),
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => Ok(None),
-            Err(error) => Err(HvError::Os { call: "KVM_RUN (immediate exit)", source: error }),
+            Err((Some(libc::EINTR), _)) => {
+                self.owed = false;
+                Ok(None)
+            }
+            Err((Some(libc::EAGAIN), _)) => Ok(None),
+            Err((_, error)) => Err(HvError::Os { call: "KVM_RUN (immediate exit)", source: error }),
         }
     }
 
     fn settled(&mut self) -> Result<bool, HvError> {
         const INT3: u8 = 0xcc;
+        const SOFTWARE: [u8; 2] = [3, 4];
+        // KVM does not say whether a software exception waits to be delivered, but it does say which exception was the
+        // last (kvm_vcpu_ioctl_x86_get_vcpu_events).
+        let events = self.fd.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
+        if !SOFTWARE.contains(&events.exception.nr) {
+            return Ok(true);
+        }
         let regs = self.fd.get_regs().map_err(failed("KVM_GET_REGS"))?;
         let at = regs.rip.wrapping_sub(1);
         let place = self.fd.translate_gva(at).map_err(failed("KVM_TRANSLATE"))?;
