@@ -225,6 +225,7 @@ fn serve(config: ServeConfig) -> ExitCode {
     if let Err(error) = vcpu_worker::host::schedule::answer_quickly() {
         tracing::debug!(%error, "calls are answered when the guests' slices have passed");
     }
+    vcpu_worker::host::features::ask();
     let threads = config.api_threads.map_or_else(api_threads, |threads| threads as usize);
     let runtime =
         match tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build() {

@@ -4,10 +4,12 @@
 //! - [`topology`] reads its processors; [`affinity`] pins threads and keeps others off; [`schedule`] sets their class.
 //! - [`pmu`] reads what matters to guests' PMUs, for the host check; [`msr`] takes a core's PMU through the msr driver.
 //! - [`clock`] reads clocks; [`tick`] interrupts a vCPU thread by its own CPU time.
+//! - [`features`] has the processor asked what it can do before that costs a guest anything.
 //! - [`heap`] tells the allocator how to grow where many machines share a process.
 
 pub mod affinity;
 pub mod clock;
+pub mod features;
 pub mod heap;
 pub mod msr;
 pub mod pmu;

@@ -247,7 +247,10 @@ async fn serve(args: &Args) -> io::Result<()> {
     let held = args.runtime_dir.as_ref().map(std::fs::File::open).transpose()?.map(Arc::new);
     let runtime_dir = held.as_ref().map(|dir| PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())));
     let listener = listen(args).map_err(|e| failed("listening on", &shown, &e))?;
+    let asked = tokio::task::spawn_blocking(crate::host::features::ask);
     if args.spare {
+        // Nobody waits for this process yet.
+        drop(asked.await);
         let filter = args.pmu_mode != "kvm";
         let made = tokio::task::spawn_blocking(move || crate::hypervisor::kvm::prepare(filter)).await;
         if let Ok(Err(error)) = made {

@@ -5,6 +5,7 @@
 
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use vpmu_proto::api::{ProbeReport, VirtualMachineStats};
 use vpmu_proto::worker::command_request::Command;
@@ -60,7 +61,10 @@ impl WorkerLink {
     pub async fn grant(&self, epoch: u64, run: bool) -> Result<u64, ApiError> {
         let seq = self.inner.seq.fetch_add(1, Ordering::Relaxed) + 1;
         let request = GrantRequest { fence: self.fence(), epoch, seq, deadline_boottime_ns: 0, run };
-        Ok(unary!(self, self.inner.command, grant, request)?.running_monotonic_ns)
+        match self.command(Command::Grant(request), self.inner.command).await? {
+            Outcome::Grant(answer) => Ok(answer.running_monotonic_ns),
+            _ => Err(confused()),
+        }
     }
 
     /// Takes every right to run at `epoch` and below.
@@ -71,7 +75,10 @@ impl WorkerLink {
 
     /// Lets a paused machine run on.
     pub async fn run(&self) -> Result<(), ApiError> {
-        match self.command(Command::Run(RunRequest { fence: self.fence() })).await? {
+        let outcome =
+            self.command(Command::Run(RunRequest { fence: self.fence() }), self.inner.command).await?;
+        self.open_lane();
+        match outcome {
             Outcome::Run(_) => Ok(()),
             _ => Err(confused()),
         }
@@ -79,27 +86,34 @@ impl WorkerLink {
 
     /// Gets every vCPU out and returns the PMU images.
     pub async fn pause(&self) -> Result<Vec<PmuImage>, ApiError> {
-        match self.command(Command::Pause(PauseRequest { fence: self.fence() })).await? {
+        let request = PauseRequest { fence: self.fence() };
+        let outcome = self.command(Command::Pause(request), self.inner.command).await?;
+        self.open_lane();
+        match outcome {
             Outcome::Pause(answer) => Ok(answer.pmu),
             _ => Err(confused()),
         }
     }
 
-    /// On the stream of commands if it is open; the first one goes as a call and opens it.
-    async fn command(&self, command: Command) -> Result<Outcome, ApiError> {
-        let deadline = self.inner.command;
+    /// On the stream of commands if it is open, else as a call.
+    pub(super) async fn command(&self, command: Command, deadline: Duration) -> Result<Outcome, ApiError> {
         let there = matches!(self.inner.way, Way::There(_));
         if there && let Some(answered) = self.inner.lane.command(deadline, &command).await {
             return answered;
         }
-        let outcome = match command {
+        Ok(match command {
             Command::Run(request) => Outcome::Run(unary!(self, deadline, run, request)?),
             Command::Pause(request) => Outcome::Pause(unary!(self, deadline, pause, request)?),
-        };
+            Command::Grant(request) => Outcome::Grant(unary!(self, deadline, grant, request)?),
+            Command::Finish(request) => Outcome::Finish(unary!(self, deadline, finish_migration, request)?),
+        })
+    }
+
+    /// Has the stream of commands opened, behind the caller's back, if it is not: commands that must be quick may follow.
+    pub(super) fn open_lane(&self) {
         if let Way::There(client) = &self.inner.way {
-            self.inner.lane.open(client.clone(), deadline);
+            self.inner.lane.open(client.clone(), self.inner.command);
         }
-        Ok(outcome)
     }
 
     /// Begins to write the paused machine to a file. Dropping the stream cancels it.

@@ -1,11 +1,11 @@
-//! A stream that carries a worker's pauses and resumes: a message each way. A call of HTTP/2 sends its headers and its
-//! body apart, each of which wakes the worker, and passes five tasks on either side.
+//! A stream that carries the commands to a worker that a guest or a caller waits for: a message each way. A call of
+//! HTTP/2 sends its headers and its body apart, each of which wakes the worker, and passes more tasks on either side.
 //!
 //! ```text
-//!   Closed ──a call was answered──► Opening ──► Open ◄──────────► Busy      one command at a time; another goes as a call
-//!      ▲                               │          │ answered          │
-//!      ├──────────── failed ───────────┘          │                   │
-//!      └───── the stream has ended, or nobody waits for the answer ───┘     Unknown: a worker of a former version
+//!   Closed ──open──► Opening ──► Open ◄──answered──► Busy     one command at a time; another goes as a call
+//!      ▲                │                              │
+//!      ├──── failed ────┘                              │      Opening ──► Unknown: a worker of a former version
+//!      └─ the stream has ended, or nobody waits for the answer
 //! ```
 //!
 //! Invariant: what is read from an open stream answers the command that was sent last. A stream whose answer was not
@@ -178,7 +178,9 @@ mod tests {
     use vpmu_proto::api::virtual_machine_spec::Boot;
     use vpmu_proto::api::{ProbeBoot, VirtualMachineSpec};
     use vpmu_proto::worker::worker_service_server::WorkerServiceServer;
-    use vpmu_proto::worker::{AttachRequest, CreateVmRequest, Fence, GrantRequest, PauseRequest, RunRequest};
+    use vpmu_proto::worker::{
+        AttachRequest, CreateVmRequest, Fence, FinishMigrationRequest, GrantRequest, PauseRequest, RunRequest,
+    };
 
     use super::*;
 
@@ -193,6 +195,7 @@ mod tests {
         _dir: tempfile::TempDir,
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "every request has it as an optional message")]
     fn fence() -> Option<Fence> {
         Some(Fence { vm_uid: "vm".to_owned(), incarnation: 1, term: 1 })
     }
@@ -319,6 +322,24 @@ mod tests {
         assert!(!refused.reason().is_empty());
         let paused = host.lane.command(LONG, &pause()).await.expect("still open").expect("paused");
         assert!(matches!(paused, Outcome::Pause(_)));
+    }
+
+    #[tokio::test]
+    async fn a_grant_and_the_end_of_a_migration_go_the_same_way() {
+        let host = Host::start().await;
+        host.open().await;
+        let grant = GrantRequest { fence: fence(), epoch: 2, seq: 2, deadline_boottime_ns: 0, run: true };
+        let granted = host.lane.command(LONG, &Command::Grant(grant)).await.expect("by the stream");
+        assert!(
+            matches!(&granted, Ok(Outcome::Grant(answer)) if answer.running_monotonic_ns > 0),
+            "{granted:?}"
+        );
+        let finish =
+            FinishMigrationRequest { fence: fence(), migration_id: "none such".to_owned(), epoch: 2 };
+        let refused = host.lane.command(LONG, &Command::Finish(finish)).await.expect("by the stream");
+        let refused = refused.expect_err("there is none");
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+        assert!(!refused.reason().is_empty() && !refused.reason().starts_with("WORKER_"), "{refused}");
     }
 
     #[tokio::test]

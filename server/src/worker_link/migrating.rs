@@ -5,9 +5,12 @@
 
 use std::time::Duration;
 
+use vpmu_proto::worker::command_request::Command;
+use vpmu_proto::worker::command_response::Outcome;
 use vpmu_proto::worker::worker_service_server::WorkerService as _;
 use vpmu_proto::worker::*;
 
+use super::lane::confused;
 use super::wire::{self, streaming, unary};
 use super::{Told, WorkerLink};
 use crate::status::ApiError;
@@ -29,6 +32,8 @@ impl WorkerLink {
         mut request: MigrateOutRequest,
     ) -> Result<Told<MigrateOutProgress>, ApiError> {
         request.fence = self.fence();
+        // For the stop.
+        self.open_lane();
         streaming!(self, migrate_out, request)
     }
 
@@ -56,7 +61,10 @@ impl WorkerLink {
     ) -> Result<FinishMigrationResponse, ApiError> {
         let request =
             FinishMigrationRequest { fence: self.fence(), migration_id: migration_id.to_owned(), epoch };
-        unary!(self, deadline, finish_migration, request)
+        match self.command(Command::Finish(request), deadline).await? {
+            Outcome::Finish(answer) => Ok(answer),
+            _ => Err(confused()),
+        }
     }
 
     /// Source: gives up.
@@ -71,6 +79,8 @@ impl WorkerLink {
         mut request: PrepareIncomingRequest,
     ) -> Result<PrepareIncomingResponse, ApiError> {
         request.fence = self.fence();
+        // For the grant.
+        self.open_lane();
         unary!(self, self.inner.command, prepare_incoming, request)
     }
 

@@ -247,9 +247,11 @@ impl Received {
     /// # Errors
     /// If it could not be sent. The state stays set: the control plane decides.
     pub fn acknowledge(&mut self) -> Result<()> {
-        self.door = None;
+        // The source waits, and its guest stands still: what is closed is closed afterwards.
+        let door = self.door.take();
         let mut conn = self.conn.take().ok_or(DataplaneError::Usage("the source was answered already"))?;
         conn.send(Kind::Applied, self.rounds, 0, 0, &[], &[])?;
+        drop(door);
         conn.stream().shutdown(Shutdown::Write);
         Ok(())
     }

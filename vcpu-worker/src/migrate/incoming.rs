@@ -113,18 +113,27 @@ impl IncomingMigration {
                 let received = mapped.map_err(|e| failed(&id, &e)).and_then(|()| {
                     receive(&id, (incoming, faults), cancel, (&bytes, &gone), (&machine, pmu), &runtime)
                 });
-                let mut arriving = None;
-                let end = match received {
-                    Ok((ready, pages)) => {
-                        arriving = pages;
-                        IncomingState::Ready(ready, false)
-                    }
+                let (ready, mut received, arriving) = match received {
+                    Ok(received) => received,
                     Err(error) => {
                         tracing::warn!(migration = id, %error, "incoming migration failed");
-                        IncomingState::Failed(Arc::new(error))
+                        state.send_replace(IncomingState::Failed(Arc::new(error)));
+                        return;
                     }
                 };
-                state.send_replace(end);
+                // The guest stands still: the daemon hears first, and this core is its before anything is put in order.
+                state.send_replace(IncomingState::Ready(ready, false));
+                match &arriving {
+                    Some(pages) => pages.applied(),
+                    // The state stays set if this is lost: the control planes decide over their own connection.
+                    None => {
+                        if let Err(error) = received.acknowledge() {
+                            tracing::warn!(migration = id, %error, "the source was not told that the state is set");
+                        }
+                    }
+                }
+                std::thread::yield_now();
+                drop(received);
                 if let Some(pages) = arriving {
                     pages.wait(&runtime);
                 }
@@ -192,7 +201,7 @@ fn receive(
     (bytes, gone): (&AtomicU64, &Arc<AtomicBool>),
     (machine, policy): (&Arc<Machine>, RestorePolicy),
     runtime: &Handle,
-) -> Result<(IncomingProgress, Option<Following>), WorkerError> {
+) -> Result<(IncomingProgress, Received, Option<Following>), WorkerError> {
     let mut received = incoming.run(cancel, bytes).map_err(|e| failed(id, &e))?;
     let begin = Instant::now();
     let (pmu, pages) = match set(id, &mut received, (faults, gone), (machine, policy), runtime) {
@@ -203,15 +212,6 @@ fn receive(
         }
     };
     let restore_us = micros(begin.elapsed());
-    // The state stays set if this is lost: the control planes decide over their own connection.
-    match &pages {
-        Some(pages) => pages.applied(),
-        None => {
-            if let Err(error) = received.acknowledge() {
-                tracing::warn!(migration = id, %error, "the source was not told that the state is set");
-            }
-        }
-    }
     let progress = IncomingProgress {
         bytes_received: received.bytes,
         ready: true,
@@ -221,7 +221,7 @@ fn receive(
         pmu_losses: pmu.losses,
         pmu_losses_total: pmu.total,
     };
-    Ok((progress, pages))
+    Ok((progress, received, pages))
 }
 
 type Set = (PmuArrival, Option<Following>);

@@ -27,11 +27,15 @@ pub(super) fn serve(worker: &Worker, commands: Streaming<CommandRequest>) -> Ans
 
 async fn one(worker: Worker, command: Result<CommandRequest, Status>) -> Result<CommandResponse, Status> {
     let outcome = match command?.command {
-        Some(Command::Run(run)) => {
-            worker.run(Request::new(run)).await.map(|done| Outcome::Run(done.into_inner()))
-        }
+        Some(Command::Run(run)) => worker.run(Request::new(run)).await.map(|r| Outcome::Run(r.into_inner())),
         Some(Command::Pause(pause)) => {
-            worker.pause(Request::new(pause)).await.map(|done| Outcome::Pause(done.into_inner()))
+            worker.pause(Request::new(pause)).await.map(|r| Outcome::Pause(r.into_inner()))
+        }
+        Some(Command::Grant(grant)) => {
+            worker.grant(Request::new(grant)).await.map(|r| Outcome::Grant(r.into_inner()))
+        }
+        Some(Command::Finish(finish)) => {
+            worker.finish_migration(Request::new(finish)).await.map(|r| Outcome::Finish(r.into_inner()))
         }
         None => Err(Status::invalid_argument("command: one that this worker knows must be given")),
     };

@@ -277,6 +277,8 @@ impl Driver {
             message: error.to_string(),
         });
         drop(order.reply.send(result));
+        // The guest stands still: who waits for this goes on before anything here is put in order.
+        std::thread::yield_now();
         end
     }
 

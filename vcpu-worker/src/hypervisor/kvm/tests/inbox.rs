@@ -78,7 +78,8 @@ fn a_request_is_noticed_whenever_it_comes() {
     std::thread::scope(|threads| {
         let (a, b, c) = (vcpu.link(), vcpu.link(), vcpu.link());
         threads.spawn(move || (0..ROUNDS).for_each(|_| ask(&a, "run", Request::Run)));
-        threads.spawn(move || (0..ROUNDS).for_each(|_| ask(&b, "pause", |reply| Request::Pause(Some(reply)))));
+        threads
+            .spawn(move || (0..ROUNDS).for_each(|_| ask(&b, "pause", |reply| Request::Pause(Some(reply)))));
         threads.spawn(move || (0..ROUNDS).for_each(|_| ask(&c, "look", Request::Look)));
     });
     ask(&vcpu.link(), "the last pause", |reply| Request::Pause(Some(reply)));
