@@ -33,7 +33,9 @@ fn whole(address: &DataAddress, connections: u16, bytes: u64, live: bool) {
     assert_eq!(received.counts.pages, finish.pages);
     assert_eq!(received.bytes, finish.bytes, "both sides count the same bytes");
     received.acknowledge().expect("acknowledged");
+    assert_eq!(received.acknowledge().expect_err("once").reason(), "DATA_USAGE");
     out.await_applied(Duration::from_secs(30)).expect("applied");
+    drop(received);
     if let DataAddress::Unix(path) = address {
         assert!(!path.exists(), "the socket's path is gone");
     }

@@ -97,9 +97,11 @@ impl WorkerLink {
 
     /// On the stream of commands if it is open, else as a call.
     pub(super) async fn command(&self, command: Command, deadline: Duration) -> Result<Outcome, ApiError> {
-        let there = matches!(self.inner.way, Way::There(_));
-        if there && let Some(answered) = self.inner.lane.command(deadline, &command).await {
-            return answered;
+        if matches!(self.inner.way, Way::There(_)) {
+            self.attached().await?;
+            if let Some(answered) = self.inner.lane.command(deadline, &command).await {
+                return answered;
+            }
         }
         Ok(match command {
             Command::Run(request) => Outcome::Run(unary!(self, deadline, run, request)?),

@@ -3,7 +3,7 @@
 //! ```text
 //! bind -> run: [handshake: until n authenticated connections] -> [rounds, one thread a connection] -> Received
 //!                    any error -> threads joined, the reason sent on every connection, typed error
-//! Received: acknowledge -> Applied sent, closed | reject -> Error sent, closed | drop -> closed
+//! Received: acknowledge -> Applied sent, then drop -> closed | reject -> Error sent, closed | drop -> closed
 //! ```
 //!
 //! Invariants: guest memory is written only by authenticated connections, within checked ranges, and by nobody after
@@ -131,7 +131,7 @@ impl Incoming {
                 let Received { state, digest, counts, rounds, bytes, .. } = received;
                 // Connections other than 0 close here.
                 let conn = conns.into_iter().next();
-                Ok(Received { state, digest, counts, rounds, bytes, conn, door })
+                Ok(Received { state, digest, counts, rounds, bytes, conn, door, answered: false })
             }
             Err(error) => {
                 for conn in &mut conns {
@@ -221,7 +221,16 @@ fn receive(
     let first = conns.first_mut().ok_or(DataplaneError::Connections(0))?;
     first.send(Kind::Receipt, done.rounds, 0, 0, &Receipt { counts, digest }.encode(), &[])?;
     let bytes = conns.iter().map(|conn| conn.bytes_in).sum();
-    Ok(Received { state, digest, counts, rounds: done.rounds, bytes, conn: None, door: None })
+    Ok(Received {
+        state,
+        digest,
+        counts,
+        rounds: done.rounds,
+        bytes,
+        conn: None,
+        door: None,
+        answered: false,
+    })
 }
 
 /// Everything arrived. Keeps connection 0 for the answer; dropping it unanswered shows the source a closed connection.
@@ -239,19 +248,20 @@ pub struct Received {
     pub bytes: u64,
     conn: Option<Conn>,
     door: Option<Door>,
+    answered: bool,
 }
 
 impl Received {
-    /// Tells the source that the state was set into the virtual machine; then the data plane is closed.
+    /// Tells the source that the state was set into the virtual machine. Dropping this closes the data plane, which can
+    /// wait: the source's guest stands still.
     ///
     /// # Errors
     /// If it could not be sent. The state stays set: the control plane decides.
     pub fn acknowledge(&mut self) -> Result<()> {
-        // The source waits, and its guest stands still: what is closed is closed afterwards.
-        let door = self.door.take();
-        let mut conn = self.conn.take().ok_or(DataplaneError::Usage("the source was answered already"))?;
+        let answered = std::mem::replace(&mut self.answered, true);
+        let conn = self.conn.as_mut().filter(|_| !answered);
+        let conn = conn.ok_or(DataplaneError::Usage("the source was answered already"))?;
         conn.send(Kind::Applied, self.rounds, 0, 0, &[], &[])?;
-        drop(door);
         conn.stream().shutdown(Shutdown::Write);
         Ok(())
     }
@@ -259,7 +269,7 @@ impl Received {
     /// Tells the source that the state could not be set, and why; then the data plane is closed.
     pub fn reject(&mut self, why: &str) {
         self.door = None;
-        if let Some(mut conn) = self.conn.take() {
+        if let Some(mut conn) = self.conn.take().filter(|_| !self.answered) {
             conn.send_error(&DataplaneError::Refused { code: ErrorCode::NotApplied, message: why.into() });
         }
     }
@@ -271,7 +281,7 @@ impl Received {
     /// # Errors
     /// `Usage` once it was answered; `Order` if the source speaks a protocol without them.
     pub(crate) fn take_pages(&mut self) -> Result<(Conn, Door, u32)> {
-        match (self.conn.take(), self.door.take()) {
+        match (self.conn.take().filter(|_| !self.answered), self.door.take()) {
             (Some(conn), Some(door)) => Ok((conn, door, self.rounds.saturating_add(1))),
             (Some(conn), None) => {
                 let error = conn.order(Kind::State, "it leaves pages for later, which this protocol has not");

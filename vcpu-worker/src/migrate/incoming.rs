@@ -121,8 +121,6 @@ impl IncomingMigration {
                         return;
                     }
                 };
-                // The guest stands still: the daemon hears first, and this core is its before anything is put in order.
-                state.send_replace(IncomingState::Ready(ready, false));
                 match &arriving {
                     Some(pages) => pages.applied(),
                     // The state stays set if this is lost: the control planes decide over their own connection.
@@ -132,6 +130,8 @@ impl IncomingMigration {
                         }
                     }
                 }
+                state.send_replace(IncomingState::Ready(ready, false));
+                // The guest stands still: who waits for this goes on before anything here is put in order.
                 std::thread::yield_now();
                 drop(received);
                 if let Some(pages) = arriving {
