@@ -2,7 +2,8 @@
 //! resources that the worker holds.
 //!
 //! In thread isolation it is the service itself, in this process and without a wire; in process isolation a process of
-//! its own serves the same over a Unix socket. Nothing here relies on which but what starts, adopts and ends it.
+//! its own serves the same over a Unix socket. Nothing here relies on which but what starts, adopts and ends it, and the
+//! stream of commands that only a socket needs.
 //!
 //! | module | what |
 //! |---|---|

@@ -239,13 +239,17 @@ impl WorkerProcess {
         if !self.is_at_home() {
             return true;
         }
-        if steps != RELEASE {
-            let dir = self.dir.clone();
-            let last =
-                tokio::task::spawn_blocking(move || console_file::read(&dir)).await.unwrap_or_default();
+        let (dir, released) = (self.dir.clone(), steps == RELEASE);
+        // A cgroup may need a moment until it can be removed.
+        let cleared = tokio::task::spawn_blocking(move || {
+            let last = if released { None } else { console_file::read(&dir) };
+            clear(&dir);
+            last
+        });
+        let last = cleared.await.unwrap_or_default();
+        if !released {
             *self.last.lock().unwrap_or_else(PoisonError::into_inner) = last.map(Box::new);
         }
-        clear(&self.dir);
         true
     }
 

@@ -68,7 +68,8 @@ impl Drop for Use<'_> {
 }
 
 impl Lane {
-    /// What came of the command; none if it has to go as a call, because no stream is open or it is in use.
+    /// What came of the command; none if it has to go as a call: no stream is open, it is in use, or the worker does not
+    /// know the command.
     pub(super) async fn command(
         &self,
         deadline: Duration,
@@ -87,12 +88,22 @@ impl Lane {
             Ok(None) => return Some(Err(gone())),
             Err(error) => return Some(Err(error)),
         };
+        let outcome = match (command, answer.outcome) {
+            (_, Some(Outcome::Error(error))) => Err(status(error)),
+            (Command::Run(_), Some(outcome @ Outcome::Run(_)))
+            | (Command::Pause(_), Some(outcome @ Outcome::Pause(_)))
+            | (Command::Grant(_), Some(outcome @ Outcome::Grant(_)))
+            | (Command::Finish(_), Some(outcome @ Outcome::Finish(_))) => Ok(outcome),
+            // Of a stream that answers something else nothing more is believed.
+            _ => return Some(Err(confused())),
+        };
         used.next = State::Open(stream);
-        Some(match answer.outcome {
-            Some(Outcome::Error(error)) => Err(ApiError::from_status("worker", &status(error))),
-            Some(outcome) => Ok(outcome),
-            None => Err(confused()),
-        })
+        match outcome {
+            Ok(outcome) => Some(Ok(outcome)),
+            // A worker of a former version does not know the command, and has done nothing.
+            Err(status) if status.code() == Code::Unimplemented => None,
+            Err(status) => Some(Err(ApiError::from_status("worker", &status))),
+        }
     }
 
     /// Opens it if it is not, behind the caller's back.
@@ -366,7 +377,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_that_has_ended_is_opened_again() {
+    async fn a_stream_that_has_ended_is_seen_to_be_closed() {
         let host = Host::start().await;
         host.open().await;
         host.ended.cancel();
@@ -377,6 +388,23 @@ mod tests {
         };
         tokio::time::timeout(LONG, closed).await.expect("the worker's end is seen");
         assert!(matches!(*host.lane.lock(), State::Closed));
+    }
+
+    #[tokio::test]
+    async fn a_command_that_the_worker_does_not_know_is_left_undone_and_the_stream_goes_on() {
+        let mut host = Host::start().await;
+        let (commands, sent) = mpsc::channel(2);
+        for command in [None, Some(pause())] {
+            commands.send(CommandRequest { command }).await.expect("sent");
+        }
+        let mut answers = host.client.command(ReceiverStream::new(sent)).await.expect("opened").into_inner();
+        let unknown = answers.message().await.expect("answered").expect("goes on").outcome;
+        assert!(
+            matches!(&unknown, Some(Outcome::Error(error)) if error.code == i32::from(Code::Unimplemented)),
+            "{unknown:?}"
+        );
+        let paused = answers.message().await.expect("answered").expect("goes on").outcome;
+        assert!(matches!(paused, Some(Outcome::Pause(_))), "{paused:?}");
     }
 
     #[tokio::test]

@@ -32,9 +32,10 @@ impl WorkerLink {
         mut request: MigrateOutRequest,
     ) -> Result<Told<MigrateOutProgress>, ApiError> {
         request.fence = self.fence();
+        let told = streaming!(self, migrate_out, request);
         // For the stop.
         self.open_lane();
-        streaming!(self, migrate_out, request)
+        told
     }
 
     /// Source, post-copy: how far it is with serving pages, after a moment or at the end.

@@ -37,7 +37,8 @@ async fn one(worker: Worker, command: Result<CommandRequest, Status>) -> Result<
         Some(Command::Finish(finish)) => {
             worker.finish_migration(Request::new(finish)).await.map(|r| Outcome::Finish(r.into_inner()))
         }
-        None => Err(Status::invalid_argument("command: one that this worker knows must be given")),
+        // Of a later daemon: it makes a call of it.
+        None => Err(Status::unimplemented("command: this worker does not know it; call it")),
     };
     Ok(CommandResponse { outcome: Some(outcome.unwrap_or_else(|status| Outcome::Error(told(&status)))) })
 }

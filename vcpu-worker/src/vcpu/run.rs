@@ -2,7 +2,7 @@
 //!
 //! At the loop head the right to run is checked, then the PMU is resumed, the guest entered, the PMU paused and an
 //! overflow judged. Exits are finished here without blocking; only `Interrupted` looks at the inbox and at who waits for
-//! the core, because every request comes with a kick that stays in force until it is cleared here.
+//! the core, because every request to a running vCPU comes with a kick that stays in force until it is cleared here.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -150,7 +150,8 @@ impl Driver {
                 Ok(request) => {
                     self.vcpu.clear_kick();
                     self.on_request(request);
-                    // Whose kick was cleared along with this one's is in the inbox already.
+                    // Whose kick was cleared along with this one's is in the inbox already; and whoever saw this thread
+                    // wait sent none (`VcpuLink::send`): its request is found here, after the state has changed.
                     while let Ok(request) = self.inbox.try_recv() {
                         self.on_request(request);
                     }
@@ -360,6 +361,12 @@ impl Driver {
             Ok(request) => self.on_request(request),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => self.set_state(State::Gone),
+        }
+        // Serving one may have cleared the kick of the next.
+        while self.state == State::Running
+            && let Ok(request) = self.inbox.try_recv()
+        {
+            self.on_request(request);
         }
     }
 
