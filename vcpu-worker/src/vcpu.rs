@@ -21,6 +21,8 @@ use crate::error::WorkerError;
 use crate::grant::RunRight;
 use crate::hypervisor::{Kick, Vm};
 
+#[cfg(test)]
+pub(crate) mod bare;
 mod counting;
 #[cfg(test)]
 mod kernel_pmu_tests;

@@ -3,15 +3,13 @@
 
 use std::sync::{Arc, Mutex};
 
-use pmu::{Image, Rates, Shape};
+use pmu::{Image, Shape};
 use vpmu_proto::worker::StatePiece;
 
 use super::request::{LoadFrom, Request};
-use super::{Left, Listener, VcpuHandle, VcpuSetup};
+use super::{VcpuHandle, bare};
 use crate::bitmap::PageBitmap;
-use crate::console::Console;
-use crate::cores::{Backend, HostCores};
-use crate::devices::Devices;
+use crate::cores::Backend;
 use crate::error::WorkerError;
 use crate::grant::RunRight;
 use crate::hypervisor::simulated::{SimOptions, SimVm};
@@ -121,11 +119,6 @@ impl Vcpu for VcpuWithPmu {
     }
 }
 
-struct Nobody;
-impl Listener for Nobody {
-    fn left(&self, _: u32, _: Left) {}
-}
-
 fn shape() -> Shape {
     "intel:v5:4+3:48".parse().expect("a shape")
 }
@@ -152,22 +145,7 @@ fn start(fake: FakeKvm) -> (VcpuHandle, Shared) {
     let memory = GuestMemory::new("kernel-pmu", 4 << 20).expect("memory");
     let inner = SimVm::new(memory, SimOptions::default()).expect("simulated");
     let vm: Arc<dyn Vm> = Arc::new(WithPmu { inner, fake: Arc::clone(&fake) });
-    let core = crate::host::allowed_cores()[0];
-    let cores = HostCores::with(Backend::Kvm, shape(), &[core]);
-    let handle = VcpuHandle::spawn(VcpuSetup {
-        throttle: Arc::default(),
-        index: 0,
-        vm_name: "k".to_owned(),
-        devices: Arc::new(Devices::new(Arc::clone(&vm), Arc::new(Console::default()))),
-        vm,
-        slot: cores.slot(core).expect("a core"),
-        fifo: None,
-        pmu: None,
-        rates: Rates::default(),
-        right: Arc::new(RunRight::default()),
-        listener: Arc::new(Nobody),
-    })
-    .expect("starts");
+    let handle = bare::spawn(vm, Backend::Kvm, shape(), &Arc::new(RunRight::default()));
     (handle, fake)
 }
 

@@ -4,17 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use pmu::{Rates, Shape};
+use pmu::Shape;
 use tonic::Code;
 use vpmu_proto::worker::StatePiece;
 
 use super::request::{Answer, Request};
 use super::state::State;
-use super::{Left, Listener, VcpuHandle, VcpuSetup};
+use super::{VcpuHandle, bare};
 use crate::bitmap::PageBitmap;
-use crate::console::Console;
-use crate::cores::{Backend, HostCores};
-use crate::devices::Devices;
+use crate::cores::Backend;
 use crate::error::WorkerError;
 use crate::grant::{Grant, Rights, RunRight};
 use crate::hypervisor::simulated::{SimOptions, SimVm};
@@ -116,11 +114,6 @@ impl Vcpu for GuestVcpu {
     }
 }
 
-struct Nobody;
-impl Listener for Nobody {
-    fn left(&self, _: u32, _: Left) {}
-}
-
 /// One vCPU that runs, what its guest is at, and its right to run.
 struct Bench {
     vcpu: VcpuHandle,
@@ -135,27 +128,9 @@ impl Bench {
         let memory = GuestMemory::new("settle", 4 << 20).expect("memory");
         let inner = SimVm::new(memory, SimOptions::default()).expect("simulated");
         let vm: Arc<dyn Vm> = Arc::new(GuestVm { inner, guest: Arc::clone(&guest) });
-        let core = crate::host::allowed_cores()[0];
         let shape: Shape = "intel:v5:4+3:48".parse().expect("a shape");
-        let cores = HostCores::with(Backend::Model, shape, &[core]);
-        let (mut rights, right) = (Rights::default(), Arc::new(RunRight::default()));
-        rights.attach("s", "v", 1, 1).expect("attached");
-        rights.grant(Grant { epoch: 1, term: 1, seq: 1, deadline_ns: None }, 0).expect("granted");
-        right.publish(&rights);
-        let vcpu = VcpuHandle::spawn(VcpuSetup {
-            throttle: Arc::default(),
-            index: 0,
-            vm_name: "s".to_owned(),
-            devices: Arc::new(Devices::new(Arc::clone(&vm), Arc::new(Console::default()))),
-            vm,
-            slot: cores.slot(core).expect("a core"),
-            fifo: None,
-            pmu: None,
-            rates: Rates::default(),
-            right: Arc::clone(&right),
-            listener: Arc::new(Nobody),
-        })
-        .expect("starts");
+        let (rights, right) = bare::granted();
+        let vcpu = bare::spawn(vm, Backend::Model, shape, &right);
         answer(vcpu.ask(Request::Run)).expect("runs");
         Self { vcpu, guest, rights, right }
     }

@@ -1,49 +1,22 @@
 //! Requests of several threads to a vCPU thread whose guest never leaves by itself: one that is not noticed is one that
 //! is never answered.
 
-use pmu::{Rates, Shape};
+use pmu::Shape;
 
 use super::*;
-use crate::console::Console;
-use crate::cores::{Backend, HostCores};
-use crate::devices::Devices;
+use crate::cores::Backend;
 use crate::error::WorkerError;
-use crate::grant::{Grant, Rights, RunRight};
 use crate::vcpu::request::{Answer, LoadFrom, Request};
-use crate::vcpu::{Left, Listener, VcpuHandle, VcpuLink, VcpuSetup};
+use crate::vcpu::{VcpuHandle, VcpuLink, bare};
 
 const ROUNDS: u32 = 3000;
-
-struct Nobody;
-impl Listener for Nobody {
-    fn left(&self, _: u32, _: Left) {}
-}
 
 fn spinning() -> VcpuHandle {
     let memory = memory(2 * MIB);
     let regs = guest::load(&memory, guest::spin(), EntryMode::LongUser, None);
     let vm: Arc<dyn Vm> = make_vm(&memory, 1);
-    let core = crate::host::allowed_cores()[0];
     let shape: Shape = "intel:v5:4+3:48".parse().expect("a shape");
-    let cores = HostCores::with(Backend::Model, shape, &[core]);
-    let (mut rights, right) = (Rights::default(), Arc::new(RunRight::default()));
-    rights.attach("s", "v", 1, 1).expect("attached");
-    rights.grant(Grant { epoch: 1, term: 1, seq: 1, deadline_ns: None }, 0).expect("granted");
-    right.publish(&rights);
-    let vcpu = VcpuHandle::spawn(VcpuSetup {
-        throttle: Arc::default(),
-        index: 0,
-        vm_name: "inbox".to_owned(),
-        devices: Arc::new(Devices::new(Arc::clone(&vm), Arc::new(Console::default()))),
-        vm,
-        slot: cores.slot(core).expect("a core"),
-        fifo: None,
-        pmu: None,
-        rates: Rates::default(),
-        right,
-        listener: Arc::new(Nobody),
-    })
-    .expect("starts");
+    let vcpu = bare::spawn(vm, Backend::Model, shape, &bare::granted().1);
     let loaded = vcpu.load(LoadFrom::Initial(Box::new(regs))).expect("sent");
     loaded.blocking_recv().expect("answered").expect("loaded");
     vcpu
