@@ -190,6 +190,7 @@ pub fn main(args: &Args) -> io::Result<()> {
     }
     crate::sandbox::confine(args.seccomp, args.violate, args.runtime_dir.as_deref(), args.pmu_mode == "msr")
         .map_err(|e| failed("confining", "this process", &e))?;
+    // One: nothing here computes for long, and a second one would be woken in vain with most calls.
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .max_blocking_threads(MAX_BLOCKING)

@@ -201,9 +201,9 @@ pub trait Vcpu: Send {
     /// Answers the last exit.
     fn complete(&mut self, answer: Completion) -> Result<(), HvError>;
     /// Lets a half-done I/O or MSR instruction finish without running further guest code (one entry with
-    /// immediate exit, if one may be left), so that state may be read. An instruction may need several answers (string input, a store
-    /// wider than 8 bytes): `Some(exit)` is handled and answered like any other, then this is called again until it
-    /// returns `None`.
+    /// immediate exit, if one may be left), so that state may be read. An instruction may need several answers
+    /// (string input, a store wider than 8 bytes): `Some(exit)` is handled and answered like any other, then this is
+    /// called again until it returns `None`.
     fn finish_pending(&mut self) -> Result<Option<Exit>, HvError>;
     /// Whether state read now would be whole. KVM does not report a software exception (INT3) that it has yet to
     /// deliver; where it has moved RIP past the instruction already (PVM does, VMX and SVM do not) a restored vCPU would

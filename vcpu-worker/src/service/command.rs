@@ -1,4 +1,5 @@
-//! Commands on one stream: a message each way instead of a call, which costs about twice as much.
+//! Commands on one stream: a message each way, where a call sends its headers and its body apart and wakes the worker for
+//! each.
 //!
 //! Invariants: one command at a time, in order; a command that fails is answered, and the stream goes on; who goes away
 //! gives up the command that is being served, as with a call.
