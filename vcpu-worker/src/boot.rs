@@ -18,7 +18,6 @@ mod pvh;
 
 use std::path::Path;
 
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 use vpmu_proto::api::KernelBoot;
 
 pub use error::BootError;
@@ -88,19 +87,6 @@ fn check_cmdline(cmdline: &str) -> Result<(), BootError> {
         Some((at, byte)) => Err(BootError::CmdlineByte { at, byte }),
         None => Ok(()),
     }
-}
-
-/// The guest's memory as linux-loader wants it: a second mapping of the same memfd, dropped after loading.
-fn mapped(mem: &GuestMemory) -> Result<GuestMemoryMmap, BootError> {
-    let os = |problem: std::io::Error| {
-        BootError::Memory(crate::memory::MemoryError::Os { call: "mmap", source: problem })
-    };
-    let mut ranges = Vec::new();
-    for r in mem.regions() {
-        let file = std::fs::File::from(mem.fd().try_clone_to_owned().map_err(os)?);
-        ranges.push((GuestAddress(r.gpa), r.len as usize, Some(FileOffset::new(file, r.offset))));
-    }
-    GuestMemoryMmap::from_ranges_with_files(ranges).map_err(|e| os(std::io::Error::other(e)))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@
 
 mod backing;
 mod io;
+mod loader;
 mod mapping;
 mod numa;
 mod writes;
@@ -19,6 +20,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::bitmap::PageBitmap;
 pub use backing::HugePages;
+pub use loader::KernelFormat;
 use mapping::Mapping;
 use writes::HostWrites;
 

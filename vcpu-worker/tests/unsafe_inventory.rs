@@ -16,6 +16,7 @@ const FILES: &[&str] = &[
     "src/hypervisor/kvm/dirty.rs",
     "src/hypervisor/kvm/tests/guest.rs",
     "src/memory/io.rs",
+    "src/memory/loader.rs",
     "src/memory/mapping.rs",
     "src/memory/numa.rs",
     "src/probe/blob.rs",

@@ -1,16 +1,14 @@
 //! bzImage kernels by the 32-bit boot protocol (Documentation/arch/x86/boot.rst).
 
-use linux_loader::loader::KernelLoader as _;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
-use linux_loader::loader::bzimage::BzImage;
 use vm_memory::ByteValued as _;
 
 use super::error::BootError;
 use super::files::BootFile;
 use super::initrd::Initrd;
-use super::{map, mapped};
+use super::map;
 use crate::hypervisor::{EntryMode, InitialRegs};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, KernelFormat};
 
 /// Protocol 2.10 (Linux 2.6.31) is the first that tells `init_size`.
 const OLDEST: u16 = 0x20a;
@@ -59,7 +57,8 @@ pub(super) fn load(mem: &GuestMemory, kernel: &mut BootFile) -> Result<BzLoaded,
     if load + size > low_end {
         return Err(BootError::TooLarge { what: "kernel", needed: load + size, memory: mem.bytes() });
     }
-    let result = BzImage::load(&mapped(mem)?, None, &mut kernel.file, None)
+    let result = mem
+        .load_kernel(KernelFormat::BzImage, &mut kernel.file)?
         .map_err(|e| BootError::NotAKernel { problem: e.to_string() })?;
     let header = result
         .setup_header

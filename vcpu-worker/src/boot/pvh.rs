@@ -3,15 +3,15 @@
 //! linux-loader reads the segments and the note; because its errors do not tell a short file from small memory, the
 //! headers are checked here first. Nothing is trusted: every sum is checked.
 
-use linux_loader::loader::elf::{Elf, PvhBootCapability};
-use linux_loader::loader::{KernelLoader as _, start_info};
+use linux_loader::loader::elf::PvhBootCapability;
+use linux_loader::loader::start_info;
 
 use super::error::BootError;
 use super::files::BootFile;
 use super::initrd::Initrd;
-use super::{Loaded, map, mapped};
+use super::{Loaded, map};
 use crate::hypervisor::{EntryMode, InitialRegs};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, KernelFormat};
 
 const HEADER: u64 = 64;
 const PROGRAM_HEADER: u64 = 56;
@@ -78,7 +78,8 @@ fn check(mem: &GuestMemory, kernel: &mut BootFile) -> Result<u64, BootError> {
 /// Loads the segments and finds the entry.
 pub(super) fn load(mem: &GuestMemory, kernel: &mut BootFile) -> Result<Loaded, BootError> {
     let end = check(mem, kernel)?;
-    let result = Elf::load(&mapped(mem)?, None, &mut kernel.file, None)
+    let result = mem
+        .load_kernel(KernelFormat::Elf, &mut kernel.file)?
         .map_err(|e| BootError::NotAKernel { problem: e.to_string() })?;
     match result.pvh_boot_cap {
         PvhBootCapability::PvhEntryPresent(entry) if entry.0 < end && entry.0 >= map::HIGH => {
