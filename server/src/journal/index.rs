@@ -25,6 +25,12 @@ impl Index {
         self.records.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
+    /// How many of the records that hold are as asked. Copies none: every append asks.
+    pub(crate) fn count(&self, asked: impl Fn(&OwnershipRecord) -> bool) -> u64 {
+        let records = self.records.read().unwrap_or_else(PoisonError::into_inner);
+        records.values().filter(|record| asked(record)).count() as u64
+    }
+
     pub(crate) fn put(&self, record: OwnershipRecord) {
         let mut records = self.records.write().unwrap_or_else(PoisonError::into_inner);
         records.insert(record.vm_uid.clone(), record);

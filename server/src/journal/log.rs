@@ -257,7 +257,7 @@ impl<D: Dir> Log<D> {
             return Ok(());
         }
         let opens = is_open(record.phase());
-        let open = self.index.all().iter().filter(|r| is_open(r.phase())).count() as u64 + u64::from(opens);
+        let open = self.index.count(|r| is_open(r.phase())) + u64::from(opens);
         let needed = open * RESERVE + ahead + frame_bytes(record);
         if !opens && self.room() >= needed {
             return Ok(());
@@ -341,7 +341,7 @@ impl<D: Dir> Log<D> {
     /// Work that nobody waits for: a new spare, compaction.
     pub(crate) fn maintain(&mut self) -> io::Result<()> {
         self.ensure_spare()?;
-        let open = self.index.all().iter().any(|r| is_open(r.phase()));
+        let open = self.index.count(|r| is_open(r.phase())) > 0;
         if self.older.len() + 1 < self.options.compact_at
             || open
             || !self.recovery.whole

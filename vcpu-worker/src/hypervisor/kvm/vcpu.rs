@@ -9,6 +9,9 @@
 //! left. `owed` is false only if KVM_RUN was interrupted after it had finished what an exit had left to do, so that the
 //! state can be read as it is.
 
+mod exits;
+mod registers;
+
 use std::sync::Arc;
 
 use kvm_bindings::*;
@@ -17,10 +20,12 @@ use vpmu_proto::worker::StatePiece;
 
 use super::kick::Kicker;
 use super::{CpuidDifference, Shared, cpuid, state, uninterrupted};
-use crate::hypervisor::{Completion, EntryMode, Exit, HvError, InitialRegs, Kick, Vcpu};
+use crate::hypervisor::{Completion, Exit, HvError, InitialRegs, Kick, Vcpu};
 use crate::kvm_pmu::{KvmPmu, MsrPort as _, VcpuPort};
-use crate::sys::run_page::{RawExit, RunPage};
+use crate::sys::run_page::RunPage;
 use crate::sys::{self, failed, kick};
+
+pub(crate) use registers::initial_sregs;
 
 /// What the last exit waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,61 +180,6 @@ impl KvmVcpu {
             }
         }
         sys::LAPIC.write(&self.fd, sys::LAPIC.kind, &lapic)
-    }
-
-    /// The next element of string I/O that KVM has handed over, if one is left.
-    fn next_element(&mut self) -> Option<Exit> {
-        let Pending::Io { input, port, size, count, offset, done } = self.pending else { return None };
-        if done >= count {
-            self.pending = Pending::Nothing;
-            return None;
-        }
-        if input {
-            return Some(Exit::PioIn { port, size });
-        }
-        let data = self.page.element(offset + u64::from(done) * u64::from(size), size);
-        self.pending = Pending::Io { input, port, size, count, offset, done: done + 1 };
-        Some(Exit::PioOut { port, size, data })
-    }
-
-    /// What the run page says, after KVM_RUN returned 0. None: nothing of interest, enter again.
-    fn translate(&mut self) -> Result<Option<Exit>, HvError> {
-        self.pending = Pending::Nothing;
-        Ok(Some(match self.page.exit() {
-            RawExit::Io { input, port, size, count, offset } => {
-                let bytes = u64::from(size) * u64::from(count);
-                if !matches!(size, 1 | 2 | 4) || count == 0 || !self.page.holds(offset, bytes) {
-                    let problem = format!("{count} elements of {size} bytes at {offset:#x} of the run page");
-                    return Err(HvError::State { kind: "port I/O exit".to_owned(), problem });
-                }
-                self.pending = Pending::Io { input, port, size, count, offset, done: 0 };
-                return Ok(self.next_element());
-            }
-            RawExit::Mmio { write: true, addr, size, data } => Exit::MmioWrite { addr, size, data },
-            RawExit::Mmio { write: false, addr, size, .. } => {
-                self.pending = Pending::MmioRead;
-                Exit::MmioRead { addr, size }
-            }
-            RawExit::RdMsr(index) => {
-                self.pending = Pending::RdMsr;
-                Exit::RdMsr { index }
-            }
-            RawExit::WrMsr(index, value) => {
-                self.pending = Pending::WrMsr;
-                Exit::WrMsr { index, value }
-            }
-            RawExit::Hlt => Exit::Hlt,
-            RawExit::Shutdown => Exit::Shutdown,
-            RawExit::SystemEvent(kind) => Exit::SystemEvent(kind),
-            RawExit::Internal(suberror, data) => Exit::InternalError { suberror, data },
-            RawExit::FailEntry(reason) => Exit::FailEntry { reason },
-            RawExit::DirtyRingFull => Exit::DirtyRingFull,
-            RawExit::Nothing => return Ok(None),
-            // Nothing that we enabled leads here; the reason is in the data.
-            RawExit::Other(reason) => {
-                Exit::InternalError { suberror: u32::MAX, data: vec![u64::from(reason)] }
-            }
-        }))
     }
 }
 
@@ -405,100 +355,6 @@ impl Vcpu for KvmVcpu {
     }
 
     fn describe(&mut self) -> String {
-        let (regs, sregs) = match (self.fd.get_regs(), self.fd.get_sregs()) {
-            (Ok(regs), Ok(sregs)) => (regs, sregs),
-            (Err(e), _) | (_, Err(e)) => return format!("registers cannot be read: {e}"),
-        };
-        let mut code = [0u8; 16];
-        let bytes = match self.fd.translate_gva(regs.rip) {
-            Ok(at) if at.valid != 0 && self.shared.memory.read(at.physical_address, &mut code).is_ok() => {
-                format!("{code:02x?}")
-            }
-            _ => "not readable".to_owned(),
-        };
-        format!(
-            "vcpu {} rip {:#x} rsp {:#x} rflags {:#x} cpl {} rax {:#x} rbx {:#x} rcx {:#x} rdx {:#x} rsi {:#x} rdi {:#x} \
-             rbp {:#x} r8 {:#x} r9 {:#x} r10 {:#x} r11 {:#x} r12 {:#x} r13 {:#x} r14 {:#x} r15 {:#x} \
-             cs {:#x} ss {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} idt {:#x}+{:#x} code at rip: {bytes}",
-            self.index,
-            regs.rip,
-            regs.rsp,
-            regs.rflags,
-            sregs.cs.dpl,
-            regs.rax,
-            regs.rbx,
-            regs.rcx,
-            regs.rdx,
-            regs.rsi,
-            regs.rdi,
-            regs.rbp,
-            regs.r8,
-            regs.r9,
-            regs.r10,
-            regs.r11,
-            regs.r12,
-            regs.r13,
-            regs.r14,
-            regs.r15,
-            sregs.cs.selector,
-            sregs.ss.selector,
-            sregs.cr0,
-            sregs.cr2,
-            sregs.cr3,
-            sregs.cr4,
-            sregs.efer,
-            sregs.idt.base,
-            sregs.idt.limit,
-        )
-    }
-}
-
-/// A flat segment. `kind` is the descriptor type (11 code, 3 data), `long` the L bit.
-fn segment(selector: u16, kind: u8, dpl: u8, long: bool) -> kvm_segment {
-    kvm_segment {
-        base: 0,
-        limit: 0xffff_ffff,
-        selector,
-        type_: kind,
-        present: 1,
-        dpl,
-        db: u8::from(!(long && kind == 11)),
-        s: 1,
-        l: u8::from(long && kind == 11),
-        g: 1,
-        ..Default::default()
-    }
-}
-
-pub(crate) fn initial_sregs(sregs: &mut kvm_sregs, regs: &InitialRegs) {
-    const PE: u64 = 1;
-    const ET: u64 = 1 << 4;
-    // PG, AM, WP, NE, ET, MP, PE.
-    const LONG_CR0: u64 = 0x8005_0033;
-    // NXE is left to the guest; LMA, LME, SCE.
-    const LONG_EFER: u64 = 0x501;
-    let (code, data) = match regs.mode {
-        EntryMode::Long => (segment(0x08, 11, 0, true), segment(0x10, 3, 0, true)),
-        EntryMode::LongUser => (segment(0x23, 11, 3, true), segment(0x1b, 3, 3, true)),
-        EntryMode::Protected32 => (segment(0x10, 11, 0, false), segment(0x18, 3, 0, false)),
-    };
-    sregs.cs = code;
-    sregs.ss = data;
-    sregs.ds = data;
-    sregs.es = data;
-    sregs.fs = data;
-    sregs.gs = data;
-    sregs.cr3 = regs.cr3;
-    sregs.cr4 = regs.cr4;
-    (sregs.cr0, sregs.efer) =
-        if regs.mode == EntryMode::Protected32 { (PE | ET, 0) } else { (LONG_CR0, LONG_EFER) };
-    (sregs.gdt.base, sregs.gdt.limit) = regs.gdt;
-    (sregs.idt.base, sregs.idt.limit) = regs.idt;
-    let (selector, base, limit) = regs.tss;
-    if selector != 0 || regs.mode == EntryMode::Protected32 {
-        // Type 11: busy TSS of the mode. PVH wants base 0 and limit 0x67 when nothing is given.
-        let limit = if selector == 0 { 0x67 } else { limit };
-        sregs.tr =
-            kvm_segment { base, limit, selector, type_: 11, present: 1, s: 0, g: 0, ..Default::default() };
+        registers::describe(self)
     }
 }
