@@ -337,7 +337,7 @@ async fn a_daemon_that_dies_after_the_decision_has_the_new_worker() {
 
 /// The decision is made, and the new worker says nothing: it is the machine, so it is waited for.
 async fn silent_when_granted(options: &[&str]) {
-    let options = [options, &["--handover-timeout", "500"]].concat();
+    let options = [options, &["--handover-timeout", "2000"]].concat();
     let held = [&options[..], &["--hold-at", "after:source-persist-handed-over"]].concat();
     let Site { _dir, workers, new, host } = site(&held).await;
     host.create("a", filled(1, 32, 8)).await;

@@ -2,7 +2,8 @@
 //!
 //! Two address spaces: guest physical addresses (`gpa`; RAM below 3 GiB, the rest from 4 GiB up) and memfd offsets
 //! (`offset`; no holes), in which pages are counted, tracked and sent. The guest writes at any time, so no reference
-//! to its memory ever leaves this module: data is copied in and out, or the kernel moves it (writev, readv).
+//! to its memory ever leaves this module: data is copied in and out, or the kernel moves it (writev, readv), or, before
+//! there is a guest, linux-loader writes a kernel into it.
 //!
 //! Invariants: the mapping lives as long as any clone; every access is checked against the length first; the memory
 //! is left out of core dumps; the descriptor is closed on exec.
@@ -20,7 +21,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::bitmap::PageBitmap;
 pub use backing::HugePages;
-pub use loader::KernelFormat;
+pub(crate) use loader::KernelFormat;
 use mapping::Mapping;
 use writes::HostWrites;
 

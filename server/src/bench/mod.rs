@@ -4,7 +4,7 @@
 //! what needs no API (one exit, one kick) is measured in this process. Figures of a machine that is busy with other
 //! things are not figures: both sides are measured in turns, so that at least their ratio says something.
 //!
-//! Invariants: a figure is a median of at least the runs asked for, or it is named otherwise; its floor comes from the
+//! Invariants: a figure is a median of as many samples as stand beside it, or it is named otherwise; its floor comes from the
 //! same run; standard output carries the result and nothing else with `--output json`.
 
 mod boot;
@@ -50,7 +50,8 @@ pub enum BenchCommand {
 /// Options of every measurement.
 #[derive(Debug, Clone, Args)]
 pub struct Common {
-    /// Samples of each figure; medians are printed.
+    /// Samples of each figure of which one takes no more than a moment; medians are printed. `all` makes its many machines
+    /// ten times at most.
     #[arg(long, default_value = "20", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     runs: u32,
     /// How the result is printed: a table for people, or one JSON object.

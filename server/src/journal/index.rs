@@ -25,7 +25,7 @@ impl Index {
         self.records.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// How many of the records that hold are as asked. Copies none: every append asks.
+    /// How many of the records that hold are as asked. Copies none: nearly every append asks.
     pub(crate) fn count(&self, asked: impl Fn(&OwnershipRecord) -> bool) -> u64 {
         let records = self.records.read().unwrap_or_else(PoisonError::into_inner);
         records.values().filter(|record| asked(record)).count() as u64

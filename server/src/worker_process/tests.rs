@@ -1,3 +1,5 @@
+//! Processes that are kept, ended, released or found again.
+
 use super::*;
 use std::process::Command;
 

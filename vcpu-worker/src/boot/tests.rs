@@ -93,6 +93,38 @@ impl Case {
     }
 }
 
+/// linux-loader borrows the mapping: it is there afterwards, also after a failure, in all of its regions.
+#[test]
+fn the_mapping_outlives_its_loading() {
+    let c = Case { mem: GuestMemory::new("boot-test", 5 << 30).unwrap(), ..Case::new() };
+    let [_, high] = c.mem.regions() else { panic!("two regions") };
+    let high = high.gpa;
+    c.mem.write(high, b"above").unwrap();
+    let mut code = pvh_elf(b"\xf4code");
+    let good = c.file("vmlinux", &code);
+    // Its note says no entry.
+    put(&mut code, 0x188, &[17]);
+    assert_eq!(c.reason(&c.file("noteless", &code)), "NOT_A_KERNEL");
+    c.mem.track_writes(true);
+    c.boot(&good, "", "").unwrap();
+    let mut written = crate::bitmap::PageBitmap::new(c.mem.pages());
+    c.mem.take_writes(&mut written);
+    assert!(written.get(0x10_0000 / 4096), "what linux-loader wrote is noted");
+    assert_eq!((c.bytes(0x10_0000, 5), c.bytes(high, 5)), (b"\xf4code".to_vec(), b"above".to_vec()));
+}
+
+/// Memory that another machine still has.
+#[test]
+fn memory_that_was_handed_over_is_not_loaded_into() {
+    let c = Case::new();
+    let kernel = c.file("vmlinux", &pvh_elf(b"\xf4code"));
+    let other = GuestMemory::new("other", MEM).unwrap();
+    c.mem.take_over(other.fd().try_clone_to_owned().unwrap()).unwrap();
+    let error = c.boot(&kernel, "", "").unwrap_err();
+    assert!(matches!(error, BootError::Memory(crate::memory::MemoryError::Locked)), "{error}");
+    assert_eq!(c.bytes(0x10_0000, 5), [0; 5]);
+}
+
 #[test]
 fn pvh_elf_with_initrd_and_command_line() {
     let c = Case::new();

@@ -1,3 +1,5 @@
+//! Grants, seals and terms: what runs, and what is refused.
+
 use super::*;
 use proptest::prelude::*;
 

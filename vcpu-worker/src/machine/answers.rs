@@ -1,58 +1,65 @@
 //! How what was asked of all vCPUs is waited for.
 //!
 //! A vCPU on another core answers within tens of microseconds; a thread that goes to sleep meanwhile costs as much again
-//! to be woken, on a virtual processor. So it is looked for first, a little longer than it takes.
+//! to be woken, on a virtual processor. So it is looked for first, a little longer than it takes, unless that was in vain
+//! lately: where every core has more to do than it can, whoever looks takes the time from the one that would answer.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::COMMAND_DEADLINE;
 use crate::error::WorkerError;
+use crate::host::monotonic_ns;
 use crate::vcpu::request::Answer;
 
 /// How long a thread looks before it sleeps. Others of its runtime wait for so long.
 const LOOK: Duration = Duration::from_micros(100);
 
+/// Of all machines of this process: they share its cores.
 static WORTH: Worth = Worth::new();
 
-/// Whether looking is worth it, by how it went before: where every core has more to do than it can, an answer does not come
-/// for looking, and whoever looks takes the time from the one that would answer.
+/// Whether looking is worth it, by how it went before.
 struct Worth {
     /// Looks that may still be in vain one after the other.
     credit: AtomicU32,
-    /// Looks that were left out since the last one.
-    left_out: AtomicU32,
+    /// When one was in vain last, by [`monotonic_ns`].
+    in_vain_ns: AtomicU64,
 }
 
 impl Worth {
     const CREDIT: u32 = 4;
-    /// One look in so many is tried all the same: times change.
-    const TRIAL: u32 = 32;
+    /// So long after a look in vain the next is tried all the same: times change.
+    const TRIAL_NS: u64 = 50_000_000;
 
     const fn new() -> Self {
-        Self { credit: AtomicU32::new(Self::CREDIT), left_out: AtomicU32::new(0) }
+        Self { credit: AtomicU32::new(Self::CREDIT), in_vain_ns: AtomicU64::new(0) }
     }
 
-    fn try_it(&self) -> bool {
+    fn may_be(&self, now_ns: u64) -> bool {
         self.credit.load(Ordering::Relaxed) > 0
-            || self.left_out.fetch_add(1, Ordering::Relaxed) % Self::TRIAL == Self::TRIAL - 1
+            || now_ns.saturating_sub(self.in_vain_ns.load(Ordering::Relaxed)) >= Self::TRIAL_NS
     }
 
-    // Two at once may count as one: it is a guess either way.
-    fn learn(&self, answered: bool) {
-        let credit =
-            if answered { Self::CREDIT } else { self.credit.load(Ordering::Relaxed).saturating_sub(1) };
-        self.credit.store(credit, Ordering::Relaxed);
+    fn answered(&self) {
+        self.credit.store(Self::CREDIT, Ordering::Relaxed);
+    }
+
+    fn in_vain(&self, now_ns: u64) {
+        // Two at once may count as one: it is a guess either way.
+        self.credit.store(self.credit.load(Ordering::Relaxed).saturating_sub(1), Ordering::Relaxed);
+        self.in_vain_ns.store(now_ns, Ordering::Relaxed);
     }
 }
 
 /// Waits a moment, awake, for answers of vCPUs on other cores than this thread's: one on the same core answers once this
 /// thread sleeps.
 pub(super) fn look<T>(answers: &[Result<Answer<T>, WorkerError>], core: impl Fn(usize) -> u32) {
-    if !WORTH.try_it() {
+    if !WORTH.may_be(monotonic_ns()) {
         return;
     }
     let begin = Instant::now();
+    // What was there before anybody looked says nothing about looking.
+    let mut looked = false;
     for (vcpu, answer) in answers.iter().enumerate() {
         let Ok(answer) = answer else { continue };
         let core = core(vcpu) as usize;
@@ -61,12 +68,15 @@ pub(super) fn look<T>(answers: &[Result<Answer<T>, WorkerError>], core: impl Fn(
                 return;
             }
             if begin.elapsed() > LOOK {
-                return WORTH.learn(false);
+                return WORTH.in_vain(monotonic_ns());
             }
+            looked = true;
             std::hint::spin_loop();
         }
     }
-    WORTH.learn(true);
+    if looked {
+        WORTH.answered();
+    }
 }
 
 /// Waits for every answer, also when one fails, and returns the first failure.
@@ -104,13 +114,18 @@ mod tests {
     #[test]
     fn looking_in_vain_ends_and_is_tried_again() {
         let worth = Worth::new();
+        let mut now = 7_000_000_000;
         for _ in 0..Worth::CREDIT {
-            assert!(worth.try_it());
-            worth.learn(false);
+            assert!(worth.may_be(now));
+            worth.in_vain(now);
         }
-        let tried: Vec<bool> = (0..2 * Worth::TRIAL).map(|_| worth.try_it()).collect();
-        assert_eq!(tried.iter().filter(|tried| **tried).count(), 2, "{tried:?}");
-        worth.learn(true);
-        assert!((0..3 * Worth::TRIAL).all(|_| worth.try_it()));
+        assert!(!worth.may_be(now));
+        assert!(!worth.may_be(now + Worth::TRIAL_NS - 1));
+        now += Worth::TRIAL_NS;
+        assert!(worth.may_be(now), "times change");
+        worth.in_vain(now);
+        assert!(!worth.may_be(now + 1), "one trial at a time");
+        worth.answered();
+        assert!(worth.may_be(now + 1));
     }
 }

@@ -13,11 +13,11 @@ use linux_loader::loader::{KernelLoader as _, KernelLoaderResult};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use super::{GuestMemory, MemoryError};
+use super::{GuestMemory, MemoryError, Region};
 
 /// Kinds of kernels that linux-loader reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KernelFormat {
+pub(crate) enum KernelFormat {
     /// An ELF image: its segments at their physical addresses.
     Elf,
     /// A bzImage: its protected-mode part at its preferred address.
@@ -25,38 +25,39 @@ pub enum KernelFormat {
 }
 
 impl GuestMemory {
-    /// Loads a kernel; how that went is in the inner result. What is written is not noted
-    /// ([`GuestMemory::track_writes`]): nothing is tracked before a guest is there.
+    /// Loads a kernel; how that went is in the inner result.
     ///
     /// # Errors
-    /// If the memory cannot be shown to linux-loader, or must not be written yet.
-    pub fn load_kernel(
+    /// `Locked`, if the memory must not be written yet; `Os`, if it cannot be shown to linux-loader.
+    pub(crate) fn load_kernel(
         &self,
         format: KernelFormat,
         file: &mut File,
     ) -> Result<Result<KernelLoaderResult, linux_loader::loader::Error>, MemoryError> {
         self.writable()?;
-        let regions = self.regions().iter().map(|r| self.borrowed(r.gpa, r.offset, r.len));
-        let memory =
-            GuestMemoryMmap::<()>::from_regions(regions.collect::<Result<_, _>>()?).map_err(refused)?;
-        Ok(match format {
+        let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        let mut regions = Vec::with_capacity(self.regions().len());
+        for Region { gpa, offset, len } in self.regions() {
+            let at = self.inner.mapping.pointer(*offset, *len)?;
+            // SAFETY: `len` bytes from `at` are inside the mapping (checked), which is readable, writable (checked) and
+            // stays for as long as `self`; all that is made of it is dropped in this function, and dropping does not unmap
+            // what was there.
+            let region = unsafe { MmapRegion::<()>::build_raw(at, *len as usize, access, flags) };
+            let region = GuestRegionMmap::new(region.map_err(refused)?, GuestAddress(*gpa));
+            regions.push(region.ok_or_else(|| refused("a region beyond the address space"))?);
+        }
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(refused)?;
+        let loaded = match format {
             KernelFormat::Elf => Elf::load(&memory, None, file, None),
             KernelFormat::BzImage => BzImage::load(&memory, None, file, None),
-        })
-    }
-
-    fn borrowed(&self, gpa: u64, offset: u64, len: u64) -> Result<GuestRegionMmap, MemoryError> {
-        let at = self.inner.mapping.pointer(offset, len)?;
-        let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
-        // SAFETY: `len` bytes from `at` are inside the mapping (checked), which is readable and writable and stays for as
-        // long as `self`; all that is made of it is dropped in `load_kernel`, and dropping does not unmap what was there.
-        let region = unsafe { MmapRegion::<()>::build_raw(at, len as usize, access, flags) };
-        GuestRegionMmap::new(region.map_err(refused)?, GuestAddress(gpa))
-            .ok_or_else(|| refused("a region beyond the address space"))
+        };
+        // What linux-loader writes is not seen here.
+        self.inner.writes.mark(0, self.bytes());
+        Ok(loaded)
     }
 }
 
 fn refused(problem: impl std::fmt::Display) -> MemoryError {
     let source = std::io::Error::other(problem.to_string());
-    MemoryError::Os { call: "showing memory to linux-loader", source }
+    MemoryError::Os { call: "describing it to linux-loader", source }
 }

@@ -1,4 +1,4 @@
-//! The mapping itself: everything `unsafe` about guest memory.
+//! The mapping itself, and every access of this process to it.
 //!
 //! Invariant: `base..base+len` is mapped readable and writable from `new` to `drop`, and every access is inside it.
 #![allow(unsafe_code)]

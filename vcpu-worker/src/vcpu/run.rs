@@ -1,8 +1,9 @@
 //! The vCPU thread: waits for requests while paused, runs the guest otherwise.
 //!
 //! At the loop head the right to run is checked, then the PMU is resumed, the guest entered, the PMU paused and an
-//! overflow judged. Exits are finished here without blocking; only `Interrupted` looks at the inbox and at who waits for
-//! the core, because every request to a running vCPU comes with a kick that stays in force until it is cleared here.
+//! overflow judged. Exits are finished without blocking (`exits`); only one that was interrupted, or found the guest with
+//! nothing to do, looks at the inbox, because every request to a running vCPU comes with a kick that stays in force until it
+//! is cleared there.
 
 mod contents;
 mod exits;

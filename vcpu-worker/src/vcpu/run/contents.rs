@@ -1,4 +1,5 @@
-//! What a vCPU holds while it does not run: its state and its PMU's, read and replaced, and the core that it is on.
+//! What a vCPU holds: its state and its PMU's, read and replaced, and the core that it is on. The guest is not in it meanwhile;
+//! its PMU is looked at, and it is moved, between two entries.
 
 use super::Driver;
 use crate::error::WorkerError;
@@ -6,9 +7,6 @@ use crate::host::affinity::pinned_core;
 use crate::host::{pin_current_thread, schedule};
 use crate::vcpu::counting::{Pmi, delivery};
 use crate::vcpu::request::{LoadFrom, Place, Saved};
-
-/// Local APIC of vCPU 0, for message-signalled interrupts; the APIC id goes into bits 19:12.
-const MSI_BASE: u64 = 0xfee0_0000;
 
 impl Driver {
     /// Takes the PMU off the old core while still on it, then goes. After an error it is where it was.
@@ -99,9 +97,5 @@ impl Driver {
             Some(Pmi::Fixed(vector)) => Ok(self.signal(vector)?),
             None => Ok(()),
         }
-    }
-
-    pub(super) fn signal(&self, vector: u8) -> Result<(), crate::hypervisor::HvError> {
-        self.vm.signal_msi(MSI_BASE | u64::from(self.index & 0xff) << 12, u32::from(vector))
     }
 }

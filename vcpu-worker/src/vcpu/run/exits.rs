@@ -18,6 +18,9 @@ use crate::vcpu::state::{Event, State};
 /// How long an idle guest without an interrupt controller sleeps before it is asked again.
 const IDLE: Duration = Duration::from_millis(5);
 
+/// Local APIC of vCPU 0, for message-signalled interrupts; the APIC id goes into bits 19:12.
+const MSI_BASE: u64 = 0xfee0_0000;
+
 impl Driver {
     pub(super) fn on_exit(&mut self, exit: Exit, counted: bool) -> Result<(), WorkerError> {
         match exit {
@@ -160,5 +163,9 @@ impl Driver {
         self.ended(guest_end::Kind::WorkerError, &format!("{}: {error}", error.reason()));
         // Also if putting the PMU failed in the table's effects: nothing runs again.
         self.set_state(State::Ended);
+    }
+
+    pub(super) fn signal(&self, vector: u8) -> Result<(), crate::hypervisor::HvError> {
+        self.vm.signal_msi(MSI_BASE | u64::from(self.index & 0xff) << 12, u32::from(vector))
     }
 }
