@@ -66,6 +66,7 @@ impl Devices {
     }
 
     /// OUT of `size` bytes; says so if the guest wants to end.
+    #[inline]
     pub fn port_out(&self, port: u16, size: u8, data: u32) -> Option<Asked> {
         match port {
             I8042_COMMAND if data & 0xff == I8042_RESET => return Some(Asked::Reset),
@@ -76,11 +77,14 @@ impl Devices {
         for i in 0..size.min(4) {
             let p = port.wrapping_add(u16::from(i));
             if SERIAL.contains(&p) {
-                let byte = (data >> (8 * u32::from(i))) as u8;
-                self.lock().write((p - SERIAL.start) as u8, byte);
+                self.serial_out((p - SERIAL.start) as u8, (data >> (8 * u32::from(i))) as u8);
             }
         }
         None
+    }
+
+    fn serial_out(&self, register: u8, byte: u8) {
+        self.lock().write(register, byte);
     }
 
     /// Load from an address with nothing behind it.

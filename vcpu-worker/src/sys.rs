@@ -6,6 +6,7 @@
 //! - [`set_pmu_event_filter`].
 //! - [`run_page`]: the shared page of a vCPU. kvm-ioctls hands out `&mut kvm_run`, which the kick's signal handler
 //!   would alias.
+//! - [`thread`]: a thread that costs the process no mapping of its own.
 //! - Page faults answered by this process: [`uffd`]. Dirty rings: [`ring`]. KVM's statistics: [`stats`].
 //!
 //! Sizes are asserted against kvm-bindings at compile time.
@@ -15,7 +16,9 @@ pub(crate) mod confine;
 pub(crate) mod kick;
 pub(crate) mod ring;
 pub(crate) mod run_page;
+mod stacks;
 pub(crate) mod stats;
+pub(crate) mod thread;
 pub(crate) mod uffd;
 
 use std::os::fd::AsRawFd;

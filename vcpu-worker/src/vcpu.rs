@@ -10,7 +10,6 @@
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 
 use pmu::{GuestPmu, Rates};
 use vpmu_proto::worker::GuestEnd;
@@ -20,6 +19,7 @@ use crate::devices::Devices;
 use crate::error::WorkerError;
 use crate::grant::RunRight;
 use crate::hypervisor::{Kick, Vm};
+use crate::sys::thread::Thread;
 
 #[cfg(test)]
 pub(crate) mod bare;
@@ -157,7 +157,7 @@ impl VcpuLink {
 pub struct VcpuHandle {
     link: VcpuLink,
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: Mutex<Option<Thread>>,
 }
 
 impl VcpuHandle {
@@ -174,24 +174,22 @@ impl VcpuHandle {
             fifo: AtomicU8::new(setup.fifo.unwrap_or(0)),
             stats: Stats::default(),
         });
-        let thread = std::thread::Builder::new()
-            .name(name.clone())
-            .spawn({
-                let shared = Arc::clone(&shared);
-                move || run::thread(setup, shared, requests, &ready)
-            })
-            .map_err(|e| failed(e.to_string()))?;
+        let thread = Thread::spawn(&name, {
+            let shared = Arc::clone(&shared);
+            move || run::thread(setup, shared, requests, &ready)
+        })
+        .map_err(|e| failed(e.to_string()))?;
         match started.recv() {
             Ok(Ok(kick)) => {
                 let link = VcpuLink { index, inbox, kick, shared: Arc::clone(&shared) };
                 Ok(Self { link, shared, thread: Mutex::new(Some(thread)) })
             }
             Ok(Err(error)) => {
-                drop(thread.join());
+                drop(thread);
                 Err(error)
             }
             Err(_) => {
-                drop(thread.join());
+                drop(thread);
                 Err(failed("it ended while starting".to_owned()))
             }
         }
@@ -252,11 +250,7 @@ impl VcpuHandle {
 
     /// Whether the thread has ended.
     pub fn is_finished(&self) -> bool {
-        self.thread
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .as_ref()
-            .is_none_or(JoinHandle::is_finished)
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_none_or(Thread::is_finished)
     }
 
     /// Ends the thread and waits for it. Blocks.

@@ -25,7 +25,9 @@ const FILES: &[&str] = &[
     "src/sys/kick.rs",
     "src/sys/ring.rs",
     "src/sys/run_page.rs",
+    "src/sys/stacks.rs",
     "src/sys/stats.rs",
+    "src/sys/thread.rs",
     "src/sys/uffd.rs",
 ];
 

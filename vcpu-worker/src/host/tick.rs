@@ -141,6 +141,12 @@ impl TickTimer {
         Ok(())
     }
 
+    /// It ticks.
+    #[inline]
+    pub fn is_armed(&self) -> bool {
+        self.armed
+    }
+
     /// No tick is sent after this returns; one may be on its way to the thread still.
     pub fn disarm(&mut self) -> std::io::Result<()> {
         if !self.armed {

@@ -98,7 +98,15 @@ impl Drop for Published {
 
 /// Whether a signal came to this thread since the last call.
 pub(super) fn take_signalled() -> bool {
-    SIGNALLED.with(|flag| flag.swap(false, Ordering::Relaxed))
+    // No exchange: only this thread's handler writes it too, and that runs before the load, whose true stands for it, or
+    // after it, when nothing is stored.
+    SIGNALLED.with(|flag| {
+        let signalled = flag.load(Ordering::Relaxed);
+        if signalled {
+            flag.store(false, Ordering::Relaxed);
+        }
+        signalled
+    })
 }
 
 /// Forgets signals that came to this thread so far.

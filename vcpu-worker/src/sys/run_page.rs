@@ -1,17 +1,19 @@
 //! The page that KVM shares with a vCPU's thread (`struct kvm_run`), read and written by copies.
 //!
-//! Invariant: `base..base+len` is mapped from `map` to `drop`; only the vCPU's own thread uses the value, except that
-//! `immediate_exit`, an atomic byte, is also set by the signal handler on that thread.
+//! Invariant: `base..base+len` is mapped for as long as the value lives, because the vCPU that owns the mapping is part of
+//! it; only the vCPU's own thread uses it, except that `immediate_exit`, an atomic byte, is also set by the signal handler
+//! on that thread.
 
 use std::mem::offset_of;
-use std::os::fd::AsRawFd;
+use std::ops::Deref;
+use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::*;
+use kvm_ioctls::VcpuFd;
 
-use super::{KVM_RUN, kick, last_os};
-use crate::hypervisor::HvError;
+use super::{KVM_RUN, kick};
 
 /// What `struct kvm_run` says after KVM_RUN returned 0.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,34 +64,42 @@ pub(crate) enum RawExit {
     Other(u32),
 }
 
-/// A mapped run page.
-pub(crate) struct RunPage {
+/// A vCPU and its run page.
+pub(crate) struct RunVcpu {
+    fd: VcpuFd,
+    /// In the mapping that `fd` owns.
     base: NonNull<u8>,
     len: usize,
 }
 
 // SAFETY: it is moved to the vCPU's thread and used there only; the mapping is not tied to a thread.
-unsafe impl Send for RunPage {}
+unsafe impl Send for RunVcpu {}
 
-impl RunPage {
-    /// Maps it; `len` is KVM_GET_VCPU_MMAP_SIZE.
-    pub(crate) fn map(vcpu: &impl AsRawFd, len: usize) -> Result<Self, HvError> {
+impl Deref for RunVcpu {
+    type Target = VcpuFd;
+
+    fn deref(&self) -> &VcpuFd {
+        &self.fd
+    }
+}
+
+impl AsRawFd for RunVcpu {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl RunVcpu {
+    /// Takes a vCPU and finds its page, which kvm-ioctls has mapped; `len` is KVM_GET_VCPU_MMAP_SIZE.
+    pub(crate) fn new(mut fd: VcpuFd, len: usize) -> Self {
         assert!(len >= size_of::<kvm_run>(), "KVM says how long the page is");
-        // SAFETY: a new shared mapping of the vCPU's descriptor at an address of the kernel's choice; checked below.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                vcpu.as_raw_fd(),
-                0,
-            )
-        };
-        match NonNull::new(base.cast::<u8>()) {
-            Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => Ok(Self { base, len }),
-            _ => Err(last_os("mmap of the run page")),
-        }
+        let base = NonNull::from(fd.get_kvm_run()).cast();
+        Self { fd, base, len }
+    }
+
+    /// The vCPU alone, for who enters it by the ioctl alone.
+    pub(crate) fn descriptor(&mut self) -> &mut VcpuFd {
+        &mut self.fd
     }
 
     fn run(&self) -> *mut kvm_run {
@@ -108,11 +118,7 @@ impl RunPage {
 
     /// KVM_RUN. None if `stop` says so after signals would be noticed, or if a signal came to this thread since the
     /// last entry; then the guest was not entered.
-    pub(crate) fn enter(
-        &mut self,
-        vcpu: &impl AsRawFd,
-        stop: impl Fn() -> bool,
-    ) -> Option<std::io::Result<()>> {
+    pub(crate) fn enter(&mut self, stop: impl Fn() -> bool) -> Option<std::io::Result<()>> {
         // SAFETY: the page stays mapped while `published` lives: both end in this call, on this thread.
         let published =
             unsafe { kick::Published::new(self.base.as_ptr().add(offset_of!(kvm_run, immediate_exit))) };
@@ -121,28 +127,29 @@ impl RunPage {
         }
         // SAFETY: KVM_RUN takes no argument; KVM writes to the run page, to which no reference exists, and to guest
         // memory, which is accessed by copies only.
-        let ret = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_RUN, 0) };
+        let ret = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) };
         let result = if ret < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) };
         drop(published);
         Some(result)
     }
 
     /// KVM_RUN with immediate exit: finishes the pending instruction and does not enter the guest.
-    pub(crate) fn finish(&mut self, vcpu: &impl AsRawFd) -> std::io::Result<()> {
+    pub(crate) fn finish(&mut self) -> std::io::Result<()> {
         let before = self.immediate_exit().swap(1, Ordering::Relaxed);
         // SAFETY: as in `enter`.
-        let ret = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_RUN, 0) };
+        let ret = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) };
         let result = if ret < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) };
         self.immediate_exit().store(before, Ordering::Relaxed);
         result
     }
 
     /// Why KVM_RUN returned.
+    #[inline]
     pub(crate) fn exit(&self) -> RawExit {
         let run = self.run();
         // SAFETY: the page is mapped and holds a kvm_run that KVM filled before KVM_RUN returned; nobody writes it
         // now but the handler, which touches immediate_exit only. Every field read is plain data, copied out; all
-        // bit patterns are valid for the integers and the arrays of integers in the union.
+        // bit patterns are valid for the integers in the union.
         unsafe {
             let body = &raw const (*run).__bindgen_anon_1;
             match (&raw const (*run).exit_reason).read() {
@@ -156,6 +163,18 @@ impl RunPage {
                         offset: io.data_offset,
                     }
                 }
+                KVM_EXIT_X86_RDMSR => RawExit::RdMsr((&raw const (*body).msr.index).read()),
+                rarer => self.rarer_exit(rarer),
+            }
+        }
+    }
+
+    fn rarer_exit(&self, reason: u32) -> RawExit {
+        let run = self.run();
+        // SAFETY: as in `exit`; arrays of integers too.
+        unsafe {
+            let body = &raw const (*run).__bindgen_anon_1;
+            match reason {
                 KVM_EXIT_MMIO => {
                     let mmio = (&raw const (*body).mmio).read();
                     let size = mmio.len.min(8) as u8;
@@ -167,7 +186,6 @@ impl RunPage {
                         data: u64::from_le_bytes(mmio.data) & mask,
                     }
                 }
-                KVM_EXIT_X86_RDMSR => RawExit::RdMsr((&raw const (*body).msr.index).read()),
                 KVM_EXIT_X86_WRMSR => {
                     let msr = (&raw const (*body).msr).read();
                     RawExit::WrMsr(msr.index, msr.data)
@@ -213,18 +231,21 @@ impl RunPage {
         offset.checked_add(size).is_some_and(|end| end <= self.len as u64)
     }
 
-    /// An element of port output, at most 4 bytes, little endian; 0 outside of the page.
+    /// An element of port output of 1, 2 or 4 bytes, little endian; 0 outside of the page and of another size.
     pub(crate) fn element(&self, offset: u64, size: u8) -> u32 {
-        let size = size.min(4);
-        let mut bytes = [0u8; 4];
-        if self.holds(offset, u64::from(size)) {
-            // SAFETY: inside the mapping (checked); `bytes` is ours and has at least `size` bytes.
-            unsafe {
-                let from = self.base.as_ptr().add(offset as usize);
-                std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), usize::from(size));
+        if !self.holds(offset, u64::from(size)) {
+            return 0;
+        }
+        // SAFETY: inside the mapping (checked for `size` bytes, of which no arm reads more).
+        unsafe {
+            let from = self.base.as_ptr().add(offset as usize);
+            match size {
+                1 => u32::from(from.read()),
+                2 => u32::from(u16::from_le(from.cast::<u16>().read_unaligned())),
+                4 => u32::from_le(from.cast::<u32>().read_unaligned()),
+                _ => 0,
             }
         }
-        u32::from_le_bytes(bytes)
     }
 
     /// Sets an element of port input; nothing outside of the page.
@@ -237,12 +258,5 @@ impl RunPage {
                 std::ptr::copy_nonoverlapping(value.to_le_bytes().as_ptr(), to, usize::from(size));
             }
         }
-    }
-}
-
-impl Drop for RunPage {
-    fn drop(&mut self) {
-        // SAFETY: exactly the mapping made in `map`; the handler's pointer to it ended with `enter`.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
 }

@@ -61,14 +61,21 @@ impl Counting {
     }
 
     /// Before the guest is entered. Returns the bound after which it must be left again, if something counts.
+    #[inline]
     pub(super) fn enter(&mut self) -> Result<Option<Duration>, WorkerError> {
-        let Some(guest) = &mut self.guest else { return Ok(None) };
-        if !guest.any_live() {
-            if self.token.as_ref().is_some_and(Token::contended) {
-                self.put()?;
-            }
-            return Ok(None);
+        let Some(guest) = &self.guest else { return Ok(None) };
+        if guest.any_live() {
+            return self.resume();
         }
+        if self.token.as_ref().is_some_and(Token::contended) {
+            self.put()?;
+        }
+        Ok(None)
+    }
+
+    #[inline(never)]
+    fn resume(&mut self) -> Result<Option<Duration>, WorkerError> {
+        let Some(guest) = &mut self.guest else { return Ok(None) };
         let token = self.token.get_or_insert_with(|| self.slot.acquire(&self.kick));
         {
             let mut core = token.core();
@@ -83,11 +90,17 @@ impl Counting {
     }
 
     /// After the guest was left: feeds what it did and pauses. Returns the CPU time it took, if something counted.
+    #[inline]
     pub(super) fn leave(&mut self) -> Result<Option<u64>, WorkerError> {
-        let (Some(since), Some(guest), Some(token)) = (self.since.take(), &mut self.guest, &self.token)
-        else {
-            return Ok(None);
-        };
+        match self.since.take() {
+            None => Ok(None),
+            Some(since) => self.pause(since),
+        }
+    }
+
+    #[inline(never)]
+    fn pause(&mut self, since: u64) -> Result<Option<u64>, WorkerError> {
+        let (Some(guest), Some(token)) = (&mut self.guest, &self.token) else { return Ok(None) };
         let ns = thread_cpu_ns().saturating_sub(since);
         let events = self.clock.advance(ns);
         let mut core = token.core();
@@ -97,6 +110,7 @@ impl Counting {
     }
 
     /// Whether an overflow has yet to be judged.
+    #[inline]
     pub(super) fn pmi_raised(&self) -> bool {
         self.guest.as_ref().is_some_and(GuestPmu::pmi_raised)
     }

@@ -176,6 +176,10 @@ impl Driver {
     }
 
     /// Runs the guest until the state is another.
+    ///
+    /// What every exit needs is inlined here and in the vCPU's own `run`, what is rarer is out of line: after KVM_RUN the
+    /// TLB knows nothing of this process, and each page of code that an exit goes through is a miss (a dozen functions
+    /// in as many pages were 0.2 us of 10).
     fn run(&mut self) -> Result<(), WorkerError> {
         self.cpu_seen = thread_cpu_ns();
         if !std::mem::replace(&mut self.computes, true) {
@@ -193,7 +197,9 @@ impl Driver {
                 Some(bound) => self.arm(bound)?,
                 None => self.disarm(),
             }
-            self.answer_runs();
+            if !self.run_replies.is_empty() {
+                self.answer_runs();
+            }
             let exit = self.vcpu.run();
             let counted = self.counting.leave()?;
             let exit = exit?;
@@ -219,12 +225,11 @@ impl Driver {
     }
 
     /// Tells who asked for it that the guest is being entered.
+    #[cold]
     fn answer_runs(&mut self) {
-        if !self.run_replies.is_empty() {
-            let now = monotonic_ns();
-            for reply in self.run_replies.drain(..) {
-                drop(reply.send(Ok(now)));
-            }
+        let now = monotonic_ns();
+        for reply in self.run_replies.drain(..) {
+            drop(reply.send(Ok(now)));
         }
     }
 
@@ -239,7 +244,15 @@ impl Driver {
         armed.map_err(|e| WorkerError::Thread { thread: "tick timer".to_owned(), problem: e.to_string() })
     }
 
+    #[inline]
     fn disarm(&mut self) {
+        if self.tick.is_armed() {
+            self.disarm_tick();
+        }
+    }
+
+    #[inline(never)]
+    fn disarm_tick(&mut self) {
         // A tick too many costs an exit and nothing else.
         if let Err(error) = self.tick.disarm() {
             tracing::warn!(vcpu = self.index, %error, "tick timer");

@@ -22,7 +22,7 @@ use super::kick::Kicker;
 use super::{CpuidDifference, Shared, cpuid, state, uninterrupted};
 use crate::hypervisor::{Completion, Exit, HvError, InitialRegs, Kick, Vcpu};
 use crate::kvm_pmu::{KvmPmu, MsrPort as _, VcpuPort};
-use crate::sys::run_page::RunPage;
+use crate::sys::run_page::RunVcpu;
 use crate::sys::{self, failed, kick};
 
 pub(crate) use registers::initial_sregs;
@@ -39,14 +39,13 @@ enum Pending {
 
 /// A vCPU on KVM.
 pub(crate) struct KvmVcpu {
-    pub(super) fd: VcpuFd,
+    pub(super) fd: RunVcpu,
     pub(super) shared: Arc<Shared>,
     pub(super) index: u32,
     /// CPUID as KVM stored it when it was set, as bytes of a state piece.
     pub(super) cpuid: Vec<u8>,
     /// The PMU that KVM keeps for it.
     pmu: Option<KvmPmu>,
-    page: RunPage,
     kicker: Arc<Kicker>,
     pending: Pending,
     /// KVM may have half of an instruction to finish.
@@ -71,13 +70,12 @@ impl KvmVcpu {
         kick::prepare_thread().map_err(|source| HvError::Os { call: "sigaction", source })?;
         let fd =
             uninterrupted(|| shared.fd.create_vcpu(u64::from(index))).map_err(failed("KVM_CREATE_VCPU"))?;
-        let page = RunPage::map(&fd, shared.system.run_size)?;
+        let fd = RunVcpu::new(fd, shared.system.run_size);
         let mut vcpu = Self {
             fd,
             index,
             cpuid: Vec::new(),
             pmu: None,
-            page,
             kicker: Kicker::new(),
             pending: Pending::Nothing,
             owed: false,
@@ -157,7 +155,7 @@ impl KvmVcpu {
 
     /// Its descriptor, for who enters it by the ioctl alone.
     pub(crate) fn descriptor(&mut self) -> &mut VcpuFd {
-        &mut self.fd
+        self.fd.descriptor()
     }
 
     /// How CPUID as the guest sees it differs from what was asked for.
@@ -190,7 +188,7 @@ impl Vcpu for KvmVcpu {
         }
         loop {
             let kicker = &self.kicker;
-            match self.page.enter(&self.fd, || kicker.kicked()) {
+            match self.fd.enter(|| kicker.kicked()) {
                 None => return Ok(Exit::Interrupted),
                 Some(Ok(())) => {
                     self.owed = true;
@@ -214,15 +212,15 @@ impl Vcpu for KvmVcpu {
 
     fn complete(&mut self, answer: Completion) -> Result<(), HvError> {
         match (self.pending, answer) {
-            (Pending::RdMsr, Completion::Value(value)) => self.page.answer_msr(value, false),
-            (Pending::WrMsr, Completion::Done | Completion::Value(_)) => self.page.answer_msr(0, false),
-            (Pending::RdMsr | Pending::WrMsr, Completion::Fault) => self.page.answer_msr(0, true),
-            (Pending::MmioRead, Completion::Value(value)) => self.page.answer_mmio(value),
+            (Pending::RdMsr, Completion::Value(value)) => self.fd.answer_msr(value, false),
+            (Pending::WrMsr, Completion::Done | Completion::Value(_)) => self.fd.answer_msr(0, false),
+            (Pending::RdMsr | Pending::WrMsr, Completion::Fault) => self.fd.answer_msr(0, true),
+            (Pending::MmioRead, Completion::Value(value)) => self.fd.answer_mmio(value),
             (Pending::Io { input: true, port, size, count, offset, done }, Completion::Value(value))
                 if done < count =>
             {
                 let at = offset + u64::from(done) * u64::from(size);
-                self.page.set_element(at, size, value as u32);
+                self.fd.set_element(at, size, value as u32);
                 self.pending = Pending::Io { input: true, port, size, count, offset, done: done + 1 };
                 return Ok(());
             }
@@ -243,7 +241,7 @@ impl Vcpu for KvmVcpu {
         if !self.owed {
             return Ok(None);
         }
-        match self.page.finish(&self.fd).map_err(|error| (error.raw_os_error(), error)) {
+        match self.fd.finish().map_err(|error| (error.raw_os_error(), error)) {
             Ok(()) => self.translate(),
             Err((Some(libc::EINTR), _)) => {
                 self.owed = false;
@@ -278,7 +276,7 @@ impl Vcpu for KvmVcpu {
 
     fn clear_kick(&mut self) {
         self.kicker.clear();
-        self.page.set_immediate_exit(false);
+        self.fd.set_immediate_exit(false);
         kick::clear_signalled();
     }
 
