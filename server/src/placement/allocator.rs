@@ -37,7 +37,7 @@ impl Held {
 }
 
 /// What others hold.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Others {
     /// Cores that are dedicated.
     dedicated: BTreeSet<u32>,
@@ -163,18 +163,20 @@ impl Allocator {
 
     /// What others than `except` hold.
     fn others(&self, except: Option<GrantId>) -> Others {
-        let Others { mut dedicated, mut shared } = Others::default();
+        let mut dedicated = BTreeSet::new();
+        // Hundreds of machines share a few CPUs: sorting is quicker than to look each of them up.
+        let mut shared = Vec::with_capacity(self.held.len());
         for (_, held) in self.held.iter().filter(|(id, _)| Some(**id) != except) {
             for claim in held.claims() {
-                for cpu in &claim.cpus {
-                    if claim.dedicated {
-                        dedicated.insert(self.core_of(*cpu));
-                    } else {
-                        *shared.entry(*cpu).or_default() += 1;
-                    }
+                if claim.dedicated {
+                    dedicated.extend(claim.cpus.iter().map(|cpu| self.core_of(*cpu)));
+                } else {
+                    shared.extend_from_slice(&claim.cpus);
                 }
             }
         }
+        shared.sort_unstable();
+        let shared = shared.chunk_by(u32::eq).filter_map(|cpus| Some((*cpus.first()?, cpus.len()))).collect();
         Others { dedicated, shared }
     }
 

@@ -10,7 +10,7 @@ use super::envelope::{self, Problem};
 use super::error::StoreError;
 use super::keys::{Key, PART, printable, split_part};
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -37,6 +37,9 @@ pub(crate) struct Loaded {
 
 /// A file whose modification is this old when it is synced is known by it afterwards: no clock of a file system is coarser.
 const SETTLED: Duration = Duration::from_secs(2);
+/// The same where times have fractions of a second: they are taken from the kernel's clock, which ticks 100 times a second or
+/// more often.
+const SETTLED_FINE: Duration = Duration::from_millis(50);
 /// The file that every commit writes.
 const LOG: &str = "db";
 
@@ -169,7 +172,7 @@ impl Disk {
                     file.sync_data().map_err(|e| StoreError::io("cannot fdatasync", &path, &e))?;
                     calls += 1;
                 }
-                if !log && meta.modified().is_ok_and(|m| m.elapsed().is_ok_and(|age| age > SETTLED)) {
+                if !log && meta.modified().is_ok_and(|m| m.elapsed().is_ok_and(|age| age > settled(&meta))) {
                     still.insert(path, stamp);
                 }
             }
@@ -179,7 +182,11 @@ impl Disk {
     }
 }
 
-fn stamp(meta: &std::fs::Metadata) -> Stamp {
+fn settled(meta: &Metadata) -> Duration {
+    if meta.mtime_nsec() == 0 || meta.ctime_nsec() == 0 { SETTLED } else { SETTLED_FINE }
+}
+
+fn stamp(meta: &Metadata) -> Stamp {
     (meta.ino(), meta.len(), (meta.mtime(), meta.mtime_nsec()), (meta.ctime(), meta.ctime_nsec()))
 }
 
@@ -237,12 +244,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let disk = Disk::open(dir.path()).expect("open");
         let conf = dir.path().join("conf");
-        assert_eq!(
-            commit(&disk, b"1"),
-            2,
-            "the log, and a configuration that is too young to be known by its times"
-        );
         let file = File::options().write(true).open(&conf).expect("conf");
+        let second = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970").as_secs();
+        for young in [Duration::from_secs(second), Duration::from_secs(second + 3600) + SETTLED_FINE] {
+            file.set_modified(SystemTime::UNIX_EPOCH + young).expect("times");
+            assert_eq!(
+                [commit(&disk, b"1"), commit(&disk, b"1")],
+                [2, 2],
+                "its times do not tell: {young:?}"
+            );
+        }
         file.set_modified(SystemTime::now() - 2 * SETTLED).expect("times");
         let calls = [commit(&disk, b"2"), commit(&disk, b"3"), commit(&disk, b"4")];
         assert_eq!(calls, [2, 1, 1]);

@@ -125,23 +125,25 @@ impl Actor {
     }
 
     pub(crate) async fn run(mut self) {
-        let mut checkpoint = tokio::time::interval(CHECKPOINT);
+        // The first one in a while: a machine that has just begun has nothing that is not stored.
+        let mut checkpoint = tokio::time::interval_at(Instant::now() + CHECKPOINT, CHECKPOINT);
         checkpoint.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while !self.gone {
             let due = restarting::due(self.daemon.recovered.clone(), self.restart_in());
             let record_due = self.record_due;
             tokio::select! {
                 command = self.mailbox.recv() => match command {
-                    Some(command) => self.act(command).await,
+                    // In a box, for as long as it takes: every machine has this future, and most commands are long ago.
+                    Some(command) => Box::pin(self.act(command)).await,
                     None => break,
                 },
                 _ = checkpoint.tick() => self.checkpoint().await,
-                () = due => self.restart().await,
+                () = due => Box::pin(self.restart()).await,
                 () = until(record_due) => self.store_behind().await,
             }
             while self.migration.is_none() && !self.gone {
                 match self.deferred.pop_front() {
-                    Some(command) => self.act(command).await,
+                    Some(command) => Box::pin(self.act(command)).await,
                     None => break,
                 }
             }
