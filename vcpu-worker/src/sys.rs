@@ -6,7 +6,7 @@
 //! - [`set_pmu_event_filter`].
 //! - [`run_page`]: the shared page of a vCPU. kvm-ioctls hands out `&mut kvm_run`, which the kick's signal handler
 //!   would alias.
-//! - [`thread`]: a thread that costs the process no mapping of its own.
+//! - [`thread`]: a thread whose stack is part of a mapping that others share.
 //! - Page faults answered by this process: [`uffd`]. Dirty rings: [`ring`]. KVM's statistics: [`stats`].
 //!
 //! Sizes are asserted against kvm-bindings at compile time.

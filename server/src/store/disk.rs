@@ -35,10 +35,11 @@ pub(crate) struct Loaded {
     pub(crate) damaged: Vec<Damaged>,
 }
 
-/// A file whose modification is this old when it is synced is known by it afterwards: no clock of a file system is coarser.
+/// Times of a file that are this old when it is looked at tell whether it is written afterwards: no clock of a file system
+/// is coarser.
 const SETTLED: Duration = Duration::from_secs(2);
-/// The same where times have fractions of a second: they are taken from the kernel's clock, which ticks 100 times a second or
-/// more often.
+/// The same where times have fractions of a second: the kernel takes those from a clock that ticks 100 times a second or more
+/// often, and the coarsest of such file systems (exFAT) keeps hundredths.
 const SETTLED_FINE: Duration = Duration::from_millis(50);
 /// The file that every commit writes.
 const LOG: &str = "db";
@@ -152,6 +153,9 @@ impl Disk {
             };
             for entry in entries {
                 let path = entry.map_err(|e| StoreError::io("cannot list", &dir, &e))?.path();
+                // Before the look, and by the clock that file times are taken from: what is written later has a later time,
+                // however long the sync takes.
+                let now = clock();
                 let meta = match std::fs::metadata(&path) {
                     Ok(meta) => meta,
                     // sled replaces snapshots and removes blobs by itself.
@@ -172,7 +176,7 @@ impl Disk {
                     file.sync_data().map_err(|e| StoreError::io("cannot fdatasync", &path, &e))?;
                     calls += 1;
                 }
-                if !log && meta.modified().is_ok_and(|m| m.elapsed().is_ok_and(|age| age > settled(&meta))) {
+                if !log && settled(&stamp, now) {
                     still.insert(path, stamp);
                 }
             }
@@ -182,8 +186,20 @@ impl Disk {
     }
 }
 
-fn settled(meta: &Metadata) -> Duration {
-    if meta.mtime_nsec() == 0 || meta.ctime_nsec() == 0 { SETTLED } else { SETTLED_FINE }
+/// Seconds and nanoseconds of the clock that the kernel takes file times from.
+fn clock() -> (i64, i64) {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
+    (now.tv_sec, now.tv_nsec)
+}
+
+/// Whether a write after `now` would change the times.
+fn settled(stamp: &Stamp, now: (i64, i64)) -> bool {
+    let nanoseconds = |(s, ns): (i64, i64)| i128::from(s) * 1_000_000_000 + i128::from(ns);
+    [stamp.2, stamp.3].into_iter().all(|time| {
+        let coarse = stamp.2.1 == 0 || stamp.3.1 == 0;
+        let wait = if coarse { SETTLED } else { SETTLED_FINE };
+        nanoseconds(now) - nanoseconds(time) > wait.as_nanos().cast_signed()
+    })
 }
 
 fn stamp(meta: &Metadata) -> Stamp {
@@ -245,19 +261,41 @@ mod tests {
         let disk = Disk::open(dir.path()).expect("open");
         let conf = dir.path().join("conf");
         let file = File::options().write(true).open(&conf).expect("conf");
-        let second = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970").as_secs();
-        for young in [Duration::from_secs(second), Duration::from_secs(second + 3600) + SETTLED_FINE] {
-            file.set_modified(SystemTime::UNIX_EPOCH + young).expect("times");
-            assert_eq!(
-                [commit(&disk, b"1"), commit(&disk, b"1")],
-                [2, 2],
-                "its times do not tell: {young:?}"
-            );
-        }
-        file.set_modified(SystemTime::now() - 2 * SETTLED).expect("times");
+        // A change time cannot be set: from here on it is old enough.
+        let set = |age: Duration| {
+            file.set_modified(SystemTime::now() - age).expect("times");
+            std::thread::sleep(2 * SETTLED_FINE);
+        };
+        file.set_modified(SystemTime::now() + Duration::from_secs(3600)).expect("times");
+        assert_eq!([commit(&disk, b"1"), commit(&disk, b"1")], [2, 2], "a time to come tells nothing");
+        set(2 * SETTLED);
         let calls = [commit(&disk, b"2"), commit(&disk, b"3"), commit(&disk, b"4")];
         assert_eq!(calls, [2, 1, 1]);
-        file.set_modified(SystemTime::now() - 3 * SETTLED).expect("times");
+        set(3 * SETTLED);
         assert_eq!([commit(&disk, b"5"), commit(&disk, b"6")], [2, 1], "changed since");
+    }
+
+    #[test]
+    fn times_tell_once_they_are_older_than_their_clock_is_coarse() {
+        let at = |ms: i64| (1_000 + ms.div_euclid(1000), ms.rem_euclid(1000) * 1_000_000);
+        let cases = [
+            // mtime and ctime before `now`, in ms; `now` has a fraction of its own.
+            ((51, 51), true),
+            ((49, 51), false),
+            ((51, 49), false),
+            ((-3_600_000, 60), false),
+            ((4_000, 60), true),
+        ];
+        let now = at(10_500);
+        for ((m, c), expected) in cases {
+            let stamp: Stamp = (1, 1, at(10_500 - m), at(10_500 - c));
+            assert_eq!(settled(&stamp, now), expected, "{m} and {c} ms old");
+        }
+        for (m, c, expected) in
+            [(9_000, 8_777, false), (8_000, 8_777, false), (8_000, 8_444, true), (8_444, 8_000, true)]
+        {
+            let stamp: Stamp = (1, 1, at(m), at(c));
+            assert_eq!(settled(&stamp, now), expected, "whole seconds: {stamp:?}");
+        }
     }
 }

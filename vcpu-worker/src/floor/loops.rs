@@ -294,7 +294,7 @@ impl Bare {
                 Ok((_vm, mut vcpu)) => {
                     shared.thread.store(kick::thread_id(), Ordering::SeqCst);
                     drop(ready.send(Ok(())));
-                    body(&shared, vcpu.descriptor());
+                    body(&shared, &mut vcpu);
                 }
                 Err(error) => drop(ready.send(Err(error))),
             }
@@ -350,14 +350,14 @@ impl Drop for Bare {
     }
 }
 
-fn body(shared: &Shared, vcpu: &mut kvm_ioctls::VcpuFd) {
+fn body(shared: &Shared, vcpu: &mut crate::hypervisor::kvm::KvmVcpu) {
     while !shared.end.load(Ordering::Relaxed) {
         if !shared.go.load(Ordering::Relaxed) {
             shared.idle.store(true, Ordering::SeqCst);
             std::thread::park_timeout(Duration::from_millis(20));
             continue;
         }
-        match vcpu.run() {
+        match vcpu.run_bare() {
             Ok(VcpuExit::X86Rdmsr(msr)) => *msr.data = 0,
             Ok(_) => {}
             Err(e) if e.errno() == libc::EINTR => {}

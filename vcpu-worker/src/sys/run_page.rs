@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::*;
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
 use super::{KVM_RUN, kick};
 
@@ -90,16 +90,20 @@ impl AsRawFd for RunVcpu {
 }
 
 impl RunVcpu {
-    /// Takes a vCPU and finds its page, which kvm-ioctls has mapped; `len` is KVM_GET_VCPU_MMAP_SIZE.
-    pub(crate) fn new(mut fd: VcpuFd, len: usize) -> Self {
+    /// Makes a vCPU; kvm-ioctls maps its page, as long as the VM says.
+    pub(crate) fn create(vm: &VmFd, index: u64) -> Result<Self, kvm_ioctls::Error> {
+        let mut fd = vm.create_vcpu(index)?;
+        let len = vm.run_size();
         assert!(len >= size_of::<kvm_run>(), "KVM says how long the page is");
-        let base = NonNull::from(fd.get_kvm_run()).cast();
-        Self { fd, base, len }
+        // Exposed: the mapping is longer than the structure, and kvm-ioctls may make references of its own to that.
+        let address = std::ptr::from_mut(fd.get_kvm_run()).expose_provenance();
+        let base = NonNull::new(std::ptr::with_exposed_provenance_mut(address));
+        Ok(Self { fd, base: base.ok_or_else(|| kvm_ioctls::Error::new(libc::EFAULT))?, len })
     }
 
-    /// The vCPU alone, for who enters it by the ioctl alone.
-    pub(crate) fn descriptor(&mut self) -> &mut VcpuFd {
-        &mut self.fd
+    /// KVM_RUN and nothing else, as kvm-ioctls has it: what the worker's loop is measured against.
+    pub(crate) fn run_bare(&mut self) -> Result<VcpuExit<'_>, kvm_ioctls::Error> {
+        self.fd.run()
     }
 
     fn run(&self) -> *mut kvm_run {

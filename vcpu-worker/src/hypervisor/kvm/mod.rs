@@ -64,7 +64,6 @@ struct System {
     kvm: Kvm,
     cpuid: CpuId,
     msrs: Vec<u32>,
-    run_size: usize,
 }
 
 /// Opens /dev/kvm once a process; a failure is not remembered, so that a later try may succeed.
@@ -82,8 +81,7 @@ fn system() -> Result<&'static System, HvError> {
     }
     let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
     let msrs = kvm.get_msr_index_list().map_err(failed("KVM_GET_MSR_INDEX_LIST"))?.as_slice().to_vec();
-    let run_size = kvm.get_vcpu_mmap_size().map_err(failed("KVM_GET_VCPU_MMAP_SIZE"))?;
-    Ok(SYSTEM.get_or_init(|| System { kvm, cpuid, msrs, run_size }))
+    Ok(SYSTEM.get_or_init(|| System { kvm, cpuid, msrs }))
 }
 
 /// Repeats a call that a signal to this thread (a tick, a kick) cut short: making VMs and vCPUs starts kernel threads,

@@ -15,7 +15,7 @@ mod registers;
 use std::sync::Arc;
 
 use kvm_bindings::*;
-use kvm_ioctls::{Cap, VcpuFd};
+use kvm_ioctls::{Cap, VcpuExit};
 use vpmu_proto::worker::StatePiece;
 
 use super::kick::Kicker;
@@ -68,9 +68,8 @@ impl KvmVcpu {
             });
         }
         kick::prepare_thread().map_err(|source| HvError::Os { call: "sigaction", source })?;
-        let fd =
-            uninterrupted(|| shared.fd.create_vcpu(u64::from(index))).map_err(failed("KVM_CREATE_VCPU"))?;
-        let fd = RunVcpu::new(fd, shared.system.run_size);
+        let fd = uninterrupted(|| RunVcpu::create(&shared.fd, u64::from(index)))
+            .map_err(failed("KVM_CREATE_VCPU"))?;
         let mut vcpu = Self {
             fd,
             index,
@@ -153,9 +152,9 @@ impl KvmVcpu {
         Ok(())
     }
 
-    /// Its descriptor, for who enters it by the ioctl alone.
-    pub(crate) fn descriptor(&mut self) -> &mut VcpuFd {
-        self.fd.descriptor()
+    /// See [`RunVcpu::run_bare`].
+    pub(crate) fn run_bare(&mut self) -> Result<VcpuExit<'_>, kvm_ioctls::Error> {
+        self.fd.run_bare()
     }
 
     /// How CPUID as the guest sees it differs from what was asked for.

@@ -57,12 +57,12 @@ impl Driver {
                 let value = self.devices.mmio_read(addr, size);
                 self.vcpu.complete(Completion::Value(value))?;
             }
-            // Nobody is there; the store is lost as on a bus. The others are answered in `on_exit`.
-            Exit::MmioWrite { .. }
-            | Exit::RdMsr { .. }
-            | Exit::WrMsr { .. }
-            | Exit::PioIn { .. }
-            | Exit::PioOut { .. } => {}
+            // Nobody is there; the store is lost as on a bus.
+            Exit::MmioWrite { .. } => {}
+            // Answered in `on_exit`; a guest whose exit nobody answers would run on with nonsense.
+            missed @ (Exit::RdMsr { .. } | Exit::WrMsr { .. } | Exit::PioIn { .. } | Exit::PioOut { .. }) => {
+                self.ended(guest_end::Kind::WorkerError, &format!("{missed:?} was not answered"));
+            }
             // While an instruction is being finished there is no inbox to look at: a request is being served.
             Exit::Interrupted if self.finishing => {}
             Exit::Interrupted => self.interrupted(counted)?,

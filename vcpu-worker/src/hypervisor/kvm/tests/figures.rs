@@ -41,7 +41,7 @@ fn figures() {
             vcpu.run().expect("run");
         }));
         b.push(each(2000, || {
-            bare.descriptor().run().expect("run");
+            bare.run_bare().expect("run");
         }));
     }
     let least = |v: &[f64]| v.iter().copied().fold(f64::INFINITY, f64::min);
