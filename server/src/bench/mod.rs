@@ -60,7 +60,7 @@ pub struct Common {
 }
 
 const MANY: u32 = 500;
-const AT_ONCE: u32 = 16;
+const AT_ONCE: u32 = 32;
 const MANY_RUNS: u32 = 10;
 
 /// Options of `many`.

@@ -171,7 +171,7 @@ impl Allocator {
                 if claim.dedicated {
                     dedicated.extend(claim.cpus.iter().map(|cpu| self.core_of(*cpu)));
                 } else {
-                    shared.extend_from_slice(&claim.cpus);
+                    shared.extend(claim.cpus.iter().copied());
                 }
             }
         }

@@ -38,7 +38,7 @@ use vpmu_proto::api::virtual_machine::State;
 use vpmu_proto::api::{PmuShape, VirtualMachine};
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
 
-use super::command::Command;
+use super::command::{Command, Mail};
 use super::transitions::{Action, Verdict, refusal, verdict};
 use super::view::{ActiveMigration, VmView};
 use crate::daemon::Daemon;
@@ -84,8 +84,8 @@ pub(crate) struct Actor {
     record_due: Option<Instant>,
     /// PMU images, the newest, that the store took no writes for.
     unstored: Option<Batch>,
-    mailbox: mpsc::Receiver<Command>,
-    to_self: mpsc::WeakSender<Command>,
+    mailbox: mpsc::Receiver<Mail>,
+    to_self: mpsc::WeakSender<Mail>,
     publish: watch::Sender<Arc<VmView>>,
     gone: bool,
 }
@@ -98,8 +98,8 @@ impl Actor {
         record: VmRecord,
         ownership: OwnershipRecord,
         born: bool,
-        mailbox: mpsc::Receiver<Command>,
-        to_self: mpsc::WeakSender<Command>,
+        mailbox: mpsc::Receiver<Mail>,
+        to_self: mpsc::WeakSender<Mail>,
         publish: watch::Sender<Arc<VmView>>,
     ) -> Self {
         Self {
@@ -134,7 +134,7 @@ impl Actor {
             tokio::select! {
                 command = self.mailbox.recv() => match command {
                     // In a box, for as long as it takes: every machine has this future, and most commands are long ago.
-                    Some(command) => Box::pin(self.act(command)).await,
+                    Some(command) => Box::pin(self.act(*command)).await,
                     None => break,
                 },
                 _ = checkpoint.tick() => self.checkpoint().await,

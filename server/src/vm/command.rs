@@ -18,6 +18,9 @@ use crate::worker_link::WorkerLink;
 /// A plain answer.
 pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
 
+/// A command on its way: small, because a channel has room for 32 from the start, and every machine has a channel.
+pub type Mail = Box<Command>;
+
 /// One command in an actor's mailbox.
 pub enum Command {
     /// First command of a new machine.

@@ -8,7 +8,7 @@ use vpmu_proto::api::VirtualMachine;
 use vpmu_proto::store::{OwnershipRecord, VmRecord};
 
 use super::actor::Actor;
-use super::command::Command;
+use super::command::{Command, Mail};
 use super::view::VmView;
 use crate::daemon::Daemon;
 use crate::names::VmName;
@@ -34,7 +34,7 @@ pub struct VmHandle {
     pub name: VmName,
     /// Uid.
     pub uid: String,
-    sender: mpsc::Sender<Command>,
+    sender: mpsc::Sender<Mail>,
     view: watch::Receiver<Arc<VmView>>,
 }
 
@@ -56,7 +56,7 @@ impl VmHandle {
     ) -> Result<T, ApiError> {
         let (reply, answer) = oneshot::channel();
         // A full mailbox is refused at once: queueing more would only make everybody wait longer.
-        match self.sender.try_send(command(reply)) {
+        match self.sender.try_send(Box::new(command(reply))) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(_)) => {
                 return Err(ApiError::exhausted(
@@ -75,7 +75,7 @@ impl VmHandle {
         command: impl FnOnce(oneshot::Sender<Result<T, ApiError>>) -> Command,
     ) -> Result<T, ApiError> {
         let (reply, answer) = oneshot::channel();
-        let sent = self.sender.send(command(reply)).await;
+        let sent = self.sender.send(Box::new(command(reply))).await;
         sent.map_err(|_| self.gone())?;
         answer.await.map_err(|_| self.gone())?
     }
@@ -91,7 +91,7 @@ impl VmHandle {
     /// Tells the actor that the daemon ends and waits for it.
     pub async fn end(&self) {
         let (reply, answer) = oneshot::channel();
-        if self.sender.send(Command::End { reply }).await.is_ok() {
+        if self.sender.send(Box::new(Command::End { reply })).await.is_ok() {
             let _ = answer.await;
         }
     }

@@ -50,7 +50,7 @@ impl Actor {
                     Err(error) => (worker.death(error.message()).await, true),
                 };
                 let Some(sender) = to_self.upgrade() else { return };
-                if sender.send(Command::Worker { incarnation, event }).await.is_err() || last {
+                if sender.send(Box::new(Command::Worker { incarnation, event })).await.is_err() || last {
                     return;
                 }
             }

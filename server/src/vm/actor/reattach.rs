@@ -233,7 +233,8 @@ impl Actor {
                 Some(survivor) => match to_self.upgrade() {
                     Some(sender) => {
                         let (reply, _nobody) = oneshot::channel();
-                        sender.send(Command::Reattach { survivor: Box::new(survivor), reply }).await.is_ok()
+                        let command = Command::Reattach { survivor: Box::new(survivor), reply };
+                        sender.send(Box::new(command)).await.is_ok()
                     }
                     None => false,
                 },
