@@ -85,7 +85,7 @@ impl Drop for Stack {
         match self.clear() {
             Ok(()) => POOL.lock().unwrap_or_else(PoisonError::into_inner).free.push(Slot(self.0.0)),
             Err(error) => {
-                tracing::warn!(%error, "a thread's stack could not be cleared and is not used again")
+                tracing::warn!(%error, "a thread's stack could not be cleared and is not used again");
             }
         }
     }
