@@ -1,7 +1,8 @@
 //! Keeps every thread that runs no vCPU off dedicated cores: this process's, and those of workers in processes of their own.
 //!
 //! vCPU threads pin themselves and are never touched. Workers are told when the set changes and, in case that one was
-//! being made or did not answer at that moment, are looked at again from time to time.
+//! being made or did not answer at that moment, are looked at again from time to time. Spare workers, which take no orders
+//! yet, are replaced.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -26,13 +27,20 @@ pub async fn keep(daemon: Arc<Daemon>, own: Vec<u32>) {
     let mut due = true;
     loop {
         let wanted = daemon.capacity.housekeeping();
-        if wanted != now {
+        let moved = wanted != now;
+        if moved {
             move_own(&wanted).await;
             (now, due) = (wanted, true);
         }
         // A new worker begins on the right cores: most changes of what is granted are nothing to the others.
         if std::mem::take(&mut due) {
             tell_workers(&daemon, &now, &mut told).await;
+        }
+        if moved {
+            tokio::select! {
+                () = daemon.shutdown.cancelled() => return,
+                () = daemon.workers.processes.renew_spares() => {}
+            }
         }
         tokio::select! {
             () = daemon.shutdown.cancelled() => return,

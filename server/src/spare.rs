@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   refill ──▶ made (run/spare…) ──claim: renamed to run/UID──▶ a machine's worker ──given its machine──▶ lifeline dropped
-//!                      │
+//!                      ├── the daemon's threads move to other cores: it is ended, another is made there
 //!                      └── daemon ends or dies: the lifeline breaks, it ends
 //! ```
 //! Invariants: a spare belongs to no machine and is never adopted; nothing of it outlives its daemon; one that has died
@@ -111,6 +111,19 @@ impl Processes {
             }
             this.spares.making.send_replace(false);
         });
+    }
+
+    /// Ends those that were made before the daemon's threads moved to other cores, and makes others, which begin there.
+    pub async fn renew_spares(self: &Arc<Self>) {
+        if self.spares.wanted == 0 {
+            return;
+        }
+        // One that is being made may have begun before.
+        let mut making = self.spares.making.subscribe();
+        let _ = tokio::time::timeout(READY + ACQUAINTED + AFTER, making.wait_for(|making| !making)).await;
+        let old: Vec<_> = self.spares.ready().drain(..).collect();
+        futures_util::future::join_all(old.iter().map(|spare| spare.process.end())).await;
+        self.refill();
     }
 
     /// Ends them all, and makes no more. Waits for one that is being made, whose directory nobody else would remove.

@@ -147,6 +147,47 @@ async fn a_dedicated_core_is_left_by_everybody_else() {
     }
 }
 
+/// Spares that were made before the core was dedicated are not left on it.
+#[tokio::test]
+async fn spare_workers_leave_a_dedicated_core_too() {
+    let Some(all) = cores() else { return };
+    let dir = tempfile::tempdir().expect("tempdir");
+    let options = ["--isolation", "process", "--spare-workers", "2", "--stop-vms"];
+    let mut host = Host::start(dir.path(), &options).await;
+    let run = dir.path().join("state/run");
+    let spares = || -> Vec<u32> {
+        let entries = std::fs::read_dir(&run).into_iter().flatten().flatten();
+        let spares = entries.filter(|e| e.file_name().to_string_lossy().starts_with("spare"));
+        let identities = spares.filter_map(|e| vcpu_worker::process::Identity::read(&e.path()));
+        let ready = |pid: u32| {
+            let log = std::fs::read_to_string(dir.path().join("log")).unwrap_or_default();
+            log.contains(&format!("spare worker {pid} waits"))
+        };
+        identities.map(|identity| identity.pid).filter(|pid| ready(*pid)).collect()
+    };
+    let begin = Instant::now();
+    while spares().len() < 2 {
+        assert!(begin.elapsed() < DEADLINE, "spares: {:?}", spares());
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    host.create("own", placed(1, dedicated())).await;
+    let own = start(&host, "own").await.expect("started");
+    let [core] = own.vcpu_cores[..] else { panic!("one core: {own:?}") };
+    let threads_of_core: BTreeSet<u32> =
+        vcpu_worker::host::Topology::of_this_host().threads_of(core).collect();
+    let rest: BTreeSet<u32> = all.iter().copied().filter(|cpu| !threads_of_core.contains(cpu)).collect();
+    let begin = Instant::now();
+    loop {
+        let masks: Vec<_> = spares().into_iter().flat_map(threads).collect();
+        if !masks.is_empty() && masks.iter().all(|(_, cores)| *cores == rest) {
+            break;
+        }
+        assert!(begin.elapsed() < DEADLINE, "not all of them keep to {rest:?}: {masks:?}");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert_eq!(host.terminate().await, 0);
+}
+
 /// The threads of a host, in its daemon and in its workers, that carry a machine's memory, once all of `names` are
 /// there and kept to `cores`.
 async fn until_data_threads_keep_to(host: &Host, names: &[String], cores: &BTreeSet<u32>) {

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! cargo test -p vpmu-server --test process_crash                                              9 rounds
-//! VPMU_CRASH_ROUNDS=200 cargo test -p vpmu-server --test process_crash -- --nocapture         133 daemons, 200 workers
+//! VPMU_CRASH_ROUNDS=300 cargo test -p vpmu-server --test process_crash -- --nocapture         200 daemons, 300 workers
 //! VPMU_CRASH_SEED=7          the same choices again
 //! ```
 

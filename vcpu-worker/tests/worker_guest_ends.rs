@@ -98,7 +98,10 @@ async fn every_end_is_told_apart() {
         let end = ended(&mut host).await;
         println!("{name}: {end:?}");
         assert_eq!((end.kind(), end.vcpu), (kind, 0), "{name}: {}", end.detail);
-        assert!(end.detail.to_lowercase().contains("rip"), "registers, for people: {}", end.detail);
+        assert!(end.detail.contains(" rip 0x"), "registers, for people: {}", end.detail);
+        if kind == Kind::TripleFault {
+            assert!(end.detail.contains("code at rip: [0f, 0b"), "and the instruction: {}", end.detail);
+        }
         let status = host.status().await;
         assert_eq!((status.state(), status.end), (State::Ended, Some(end)));
         refused(host.run().await, Code::FailedPrecondition, "ILLEGAL_STATE");

@@ -119,8 +119,11 @@ async fn open(
         return Ok(Box::pin(stream));
     }
     let write = first.write;
+    // Given back when the stream ends, however it does.
+    let typing = if write { Some(handle.console_input()?) } else { None };
     let (mut pending, mut at) = (first.data, first.offset);
     let stream = async_stream::stream! {
+        let mut typing = typing;
         let mut input_open = true;
         loop {
             if !pending.is_empty() {
@@ -152,7 +155,10 @@ async fn open(
                 },
                 message = input.message(), if input_open => match message {
                     Ok(Some(message)) => pending = message.data,
-                    Ok(None) => input_open = false,
+                    Ok(None) => {
+                        input_open = false;
+                        drop(typing.take());
+                    }
                     Err(status) => {
                         yield Err(explain(&status, METHOD));
                         return;

@@ -1,6 +1,7 @@
 //! Machines by name. Holding the lock, a name is given to at most one actor; everything slow happens in the actor.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -36,9 +37,36 @@ pub struct VmHandle {
     pub uid: String,
     sender: mpsc::Sender<Mail>,
     view: watch::Receiver<Arc<VmView>>,
+    /// Somebody has the input side of its console.
+    typing: Arc<AtomicBool>,
+}
+
+/// The input side of a machine's console, for as long as it lives.
+#[derive(Debug)]
+pub struct ConsoleInput(Arc<AtomicBool>);
+
+impl Drop for ConsoleInput {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 impl VmHandle {
+    /// Takes the input side of its console, if nobody has it.
+    pub fn console_input(&self) -> Result<ConsoleInput, ApiError> {
+        if self.typing.swap(true, Ordering::AcqRel) {
+            return Err(ApiError::precondition(
+                "CONSOLE_TAKEN",
+                &self.name.to_string(),
+                format!(
+                    "another client has the input of {}'s console; attach without write (vpmuctl: --read-only) to look on, or end that one first",
+                    self.name
+                ),
+            ));
+        }
+        Ok(ConsoleInput(Arc::clone(&self.typing)))
+    }
+
     /// Snapshot; never waits.
     pub fn view(&self) -> Arc<VmView> {
         self.view.borrow().clone()
@@ -166,7 +194,7 @@ impl Registry {
         let vm: VirtualMachine = record.vm.clone().unwrap_or_default();
         let view = VmView { vm, pmu_shape: record.pmu_shape.clone(), ..VmView::default() };
         let (publish, view) = watch::channel(Arc::new(view));
-        let handle = VmHandle { name: name.clone(), uid, sender, view };
+        let handle = VmHandle { name: name.clone(), uid, sender, view, typing: Arc::default() };
         let actor = Actor::new(
             Arc::clone(daemon),
             name.clone(),

@@ -18,6 +18,9 @@ use crate::status::ApiError;
 use crate::vm::command::Command;
 use crate::worker_link::WorkerLink;
 
+/// Bytes of a machine's message that tell how its guest ended: registers and instruction bytes fit.
+pub(super) const END_BYTES: usize = 1024;
+
 impl Actor {
     /// Forwards the worker's events to the mailbox. One that does not answer may live, with the only copy: it is asked
     /// until it answers, or says by its end that it does not.
@@ -78,7 +81,7 @@ impl Actor {
             _ => false,
         };
         let (state, reason) = ended_state(&end, dead);
-        let message = format!("vCPU {}: {}", end.vcpu, crate::status::clip(&end.detail, 512));
+        let message = format!("vCPU {}: {}", end.vcpu, crate::status::clip(&end.detail, END_BYTES));
         tracing::info!(vm = %self.name, reason, %message, "the guest ended");
         if let Err(error) = self.ended(state, reason, &message, |_| {}).await {
             tracing::error!(vm = %self.name, %error, "the guest's end could not be stored");
@@ -141,12 +144,12 @@ impl Actor {
     }
 }
 
-/// What a guest's end makes of its machine. `dead`: the worker's process has ended too.
 /// The worker said, or left to be guessed, that it was not the guest that ended.
 fn of_the_worker(end: &GuestEnd) -> bool {
     matches!(end.kind(), guest_end::Kind::WorkerError | guest_end::Kind::Unspecified)
 }
 
+/// What a guest's end makes of its machine. `dead`: the worker's process has ended too.
 pub(crate) fn ended_state(end: &GuestEnd, dead: bool) -> (State, &'static str) {
     match end.kind() {
         guest_end::Kind::Shutdown => (State::Stopped, "GUEST_SHUTDOWN"),

@@ -12,21 +12,33 @@ pub(super) fn describe(vcpu: &mut KvmVcpu) -> String {
         (Err(e), _) | (_, Err(e)) => return format!("registers cannot be read: {e}"),
     };
     let mut code = [0u8; 16];
-    let bytes = match vcpu.fd.translate_gva(regs.rip) {
-        Ok(at) if at.valid != 0 && vcpu.shared.memory.read(at.physical_address, &mut code).is_ok() => {
-            format!("{code:02x?}")
-        }
-        _ => "not readable".to_owned(),
+    let read = match vcpu.fd.translate_gva(regs.rip) {
+        Ok(at) => at.valid != 0 && vcpu.shared.memory.read(at.physical_address, &mut code).is_ok(),
+        Err(_) => false,
     };
+    text(vcpu.index, &regs, &sregs, read.then_some(code))
+}
+
+/// What matters most comes first: whoever keeps it may cut it.
+fn text(vcpu: u32, regs: &kvm_regs, sregs: &kvm_sregs, code: Option<[u8; 16]>) -> String {
+    let code = code.map_or_else(|| "not readable".to_owned(), |code| format!("{code:02x?}"));
     format!(
-        "vcpu {} rip {:#x} rsp {:#x} rflags {:#x} cpl {} rax {:#x} rbx {:#x} rcx {:#x} rdx {:#x} rsi {:#x} rdi {:#x} \
-         rbp {:#x} r8 {:#x} r9 {:#x} r10 {:#x} r11 {:#x} r12 {:#x} r13 {:#x} r14 {:#x} r15 {:#x} \
-         cs {:#x} ss {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} idt {:#x}+{:#x} code at rip: {bytes}",
-        vcpu.index,
+        "vcpu {vcpu} rip {:#x} code at rip: {code} cpl {} rflags {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} \
+         idt {:#x}+{:#x} cs {:#x} ss {:#x} rsp {:#x} rax {:#x} rbx {:#x} rcx {:#x} rdx {:#x} rsi {:#x} rdi {:#x} rbp {:#x} \
+         r8 {:#x} r9 {:#x} r10 {:#x} r11 {:#x} r12 {:#x} r13 {:#x} r14 {:#x} r15 {:#x}",
         regs.rip,
-        regs.rsp,
-        regs.rflags,
         sregs.cs.dpl,
+        regs.rflags,
+        sregs.cr0,
+        sregs.cr2,
+        sregs.cr3,
+        sregs.cr4,
+        sregs.efer,
+        sregs.idt.base,
+        sregs.idt.limit,
+        sregs.cs.selector,
+        sregs.ss.selector,
+        regs.rsp,
         regs.rax,
         regs.rbx,
         regs.rcx,
@@ -42,15 +54,6 @@ pub(super) fn describe(vcpu: &mut KvmVcpu) -> String {
         regs.r13,
         regs.r14,
         regs.r15,
-        sregs.cs.selector,
-        sregs.ss.selector,
-        sregs.cr0,
-        sregs.cr2,
-        sregs.cr3,
-        sregs.cr4,
-        sregs.efer,
-        sregs.idt.base,
-        sregs.idt.limit,
     )
 }
 
@@ -102,5 +105,42 @@ pub(crate) fn initial_sregs(sregs: &mut kvm_sregs, regs: &InitialRegs) {
         let limit = if selector == 0 { 0x67 } else { limit };
         sregs.tr =
             kvm_segment { base, limit, selector, type_: 11, present: 1, s: 0, g: 0, ..Default::default() };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_text_is_bounded_and_begins_with_the_instruction() {
+        let m = u64::MAX;
+        let regs = kvm_regs {
+            rax: m,
+            rbx: m,
+            rcx: m,
+            rdx: m,
+            rsi: m,
+            rdi: m,
+            rsp: m,
+            rbp: m,
+            r8: m,
+            r9: m,
+            r10: m,
+            r11: m,
+            r12: m,
+            r13: m,
+            r14: m,
+            r15: m,
+            rip: m,
+            rflags: m,
+        };
+        let mut sregs = kvm_sregs { cr0: m, cr2: m, cr3: m, cr4: m, efer: m, ..Default::default() };
+        (sregs.idt.base, sregs.idt.limit) = (m, u16::MAX);
+        (sregs.cs.selector, sregs.ss.selector) = (u16::MAX, u16::MAX);
+        let text = text(u32::MAX, &regs, &sregs, Some([0xff; 16]));
+        // Beside it a reason and KVM's own words go into the 1024 bytes that a machine's message has for an end.
+        assert!(text.len() < 900, "{} bytes", text.len());
+        assert!(text.find("code at rip: [ff").is_some_and(|at| at < 64), "{text}");
     }
 }
