@@ -141,6 +141,19 @@ mod tests {
         }
     }
 
+    /// State may be read in Paused: what an exit left half done is finished on every way there.
+    #[test]
+    fn nothing_is_half_done_where_state_may_be_read() {
+        for event in EVENTS {
+            if let Ok((State::Paused | State::Gone, effects)) = step(State::Running, event) {
+                assert_eq!(effects.first(), Some(&Effect::FinishPending), "{event:?}");
+            }
+        }
+        let ways =
+            EVENTS.iter().filter(|event| matches!(step(State::Running, **event), Ok((State::Paused, _))));
+        assert_eq!(ways.count(), 2, "a pause, and the right that is lost");
+    }
+
     #[test]
     fn a_core_is_left_with_its_pmu_put() {
         assert_eq!(
