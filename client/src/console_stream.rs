@@ -28,7 +28,7 @@ pub struct ConsoleOptions {
 #[derive(Debug)]
 pub struct ConsoleSession {
     output: Streaming<AttachConsoleResponse>,
-    input: mpsc::Sender<AttachConsoleRequest>,
+    input: Option<mpsc::Sender<AttachConsoleRequest>>,
 }
 
 impl Client {
@@ -51,7 +51,7 @@ impl Client {
         let _ = input.try_send(first);
         let output =
             self.call("AttachConsole", self.raw_vms().attach_console(ReceiverStream::new(messages))).await?;
-        Ok(ConsoleSession { output, input })
+        Ok(ConsoleSession { output, input: Some(input) })
     }
 }
 
@@ -61,9 +61,14 @@ impl ConsoleSession {
         Ok(self.output.message().await?)
     }
 
-    /// An end for input that can be moved elsewhere.
+    /// An end for input that can be moved elsewhere; one that sends nothing once the input was closed.
     pub fn input(&self) -> ConsoleInput {
-        ConsoleInput(self.input.clone())
+        ConsoleInput(self.input.clone().unwrap_or_else(|| mpsc::channel(1).0))
+    }
+
+    /// Says that no more is typed, once every [`ConsoleInput`] is dropped too: another client may type then. Output goes on.
+    pub fn close_input(&mut self) {
+        self.input = None;
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! vCPU threads pin themselves and are never touched. Workers are told when the set changes and, in case that one was
 //! being made or did not answer at that moment, are looked at again from time to time. Spare workers, which take no orders
-//! yet, are replaced.
+//! yet, are moved as this process's threads are.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,20 +27,13 @@ pub async fn keep(daemon: Arc<Daemon>, own: Vec<u32>) {
     let mut due = true;
     loop {
         let wanted = daemon.capacity.housekeeping();
-        let moved = wanted != now;
-        if moved {
-            move_own(&wanted).await;
+        if wanted != now {
+            move_own(&daemon, &wanted).await;
             (now, due) = (wanted, true);
         }
         // A new worker begins on the right cores: most changes of what is granted are nothing to the others.
         if std::mem::take(&mut due) {
             tell_workers(&daemon, &now, &mut told).await;
-        }
-        if moved {
-            tokio::select! {
-                () = daemon.shutdown.cancelled() => return,
-                () = daemon.workers.processes.renew_spares() => {}
-            }
         }
         tokio::select! {
             () = daemon.shutdown.cancelled() => return,
@@ -50,15 +43,20 @@ pub async fn keep(daemon: Arc<Daemon>, own: Vec<u32>) {
     }
 }
 
-async fn move_own(cores: &[u32]) {
+async fn move_own(daemon: &Daemon, cores: &[u32]) {
     if cores.is_empty() {
         // Only if machines that run already were adopted on every core; there is nowhere to go.
         tracing::warn!("every core is dedicated: vpmud's own threads share them");
         return;
     }
     let set = {
-        let cores = cores.to_vec();
-        tokio::task::spawn_blocking(move || affinity::set_housekeeping(&cores)).await
+        let (cores, processes) = (cores.to_vec(), Arc::clone(&daemon.workers.processes));
+        tokio::task::spawn_blocking(move || {
+            let moved = affinity::set_housekeeping(&cores);
+            processes.spares.keep_to(&cores);
+            moved
+        })
+        .await
     };
     let shown = show_list(cores);
     match set.map_err(std::io::Error::other).and_then(std::convert::identity) {

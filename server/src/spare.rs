@@ -3,7 +3,6 @@
 //!
 //! ```text
 //!   refill ──▶ made (run/spare…) ──claim: renamed to run/UID──▶ a machine's worker ──given its machine──▶ lifeline dropped
-//!                      ├── the daemon's threads move to other cores: it is ended, another is made there
 //!                      └── daemon ends or dies: the lifeline breaks, it ends
 //! ```
 //! Invariants: a spare belongs to no machine and is never adopted; nothing of it outlives its daemon; one that has died
@@ -38,6 +37,16 @@ pub struct Spare {
     pub channel: tonic::transport::Channel,
 }
 
+impl Spare {
+    /// It takes no orders yet, and runs no vCPU.
+    fn keep_to(&self, cores: &[u32]) {
+        let pid = self.process.pid();
+        if let Err(error) = vcpu_worker::host::affinity::set_process(pid, cores) {
+            tracing::debug!(pid, %error, "affinity of a spare worker");
+        }
+    }
+}
+
 /// Those of one daemon.
 #[derive(Default)]
 pub struct Spares {
@@ -61,6 +70,11 @@ impl Spares {
 
     fn ready(&self) -> std::sync::MutexGuard<'_, VecDeque<Spare>> {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Moves those that wait to cores, as the daemon's own threads were. Blocks for a few system calls each.
+    pub fn keep_to(&self, cores: &[u32]) {
+        self.ready().iter().for_each(|spare| spare.keep_to(cores));
     }
 
     /// One of them, if there is one that lives.
@@ -100,7 +114,11 @@ impl Processes {
                         }
                         let spare = this.make_spare()?;
                         let pid = spare.process.pid();
-                        this.spares.ready().push_back(spare);
+                        let mut ready = this.spares.ready();
+                        // The daemon's threads may have moved since it was forked; if they do from here on, it is there.
+                        spare.keep_to(&vcpu_worker::host::allowed_cores());
+                        ready.push_back(spare);
+                        drop(ready);
                         tracing::info!("spare worker {pid} waits for a machine");
                     }
                     Ok::<_, std::io::Error>(())
@@ -111,19 +129,6 @@ impl Processes {
             }
             this.spares.making.send_replace(false);
         });
-    }
-
-    /// Ends those that were made before the daemon's threads moved to other cores, and makes others, which begin there.
-    pub async fn renew_spares(self: &Arc<Self>) {
-        if self.spares.wanted == 0 {
-            return;
-        }
-        // One that is being made may have begun before.
-        let mut making = self.spares.making.subscribe();
-        let _ = tokio::time::timeout(READY + ACQUAINTED + AFTER, making.wait_for(|making| !making)).await;
-        let old: Vec<_> = self.spares.ready().drain(..).collect();
-        futures_util::future::join_all(old.iter().map(|spare| spare.process.end())).await;
-        self.refill();
     }
 
     /// Ends them all, and makes no more. Waits for one that is being made, whose directory nobody else would remove.

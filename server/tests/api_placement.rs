@@ -17,7 +17,8 @@ fn threads(pid: u32) -> Vec<(String, BTreeSet<u32>)> {
     let field = |text: &str, key: &str| {
         text.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default().trim().to_owned()
     };
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("threads");
+    // None of one that has ended.
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
     tasks
         .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok())
         .map(|status| {
@@ -178,8 +179,9 @@ async fn spare_workers_leave_a_dedicated_core_too() {
     let rest: BTreeSet<u32> = all.iter().copied().filter(|cpu| !threads_of_core.contains(cpu)).collect();
     let begin = Instant::now();
     loop {
-        let masks: Vec<_> = spares().into_iter().flat_map(threads).collect();
-        if !masks.is_empty() && masks.iter().all(|(_, cores)| *cores == rest) {
+        let spares = spares();
+        let masks: Vec<_> = spares.iter().flat_map(|pid| threads(*pid)).collect();
+        if spares.len() == 2 && masks.len() >= 2 && masks.iter().all(|(_, cores)| *cores == rest) {
             break;
         }
         assert!(begin.elapsed() < DEADLINE, "not all of them keep to {rest:?}: {masks:?}");

@@ -55,7 +55,7 @@ pub(crate) async fn run(context: &Context, args: ConsoleArgs) -> Result<ExitCode
         None
     };
     let mut keys = if write || terminal { read_stdin() } else { None };
-    let input = session.input();
+    let mut input = Some(session.input());
     let end = loop {
         tokio::select! {
             piece = session.next() => match piece {
@@ -64,8 +64,14 @@ pub(crate) async fn run(context: &Context, args: ConsoleArgs) -> Result<ExitCode
                 Err(error) => break Err(error.into()),
             },
             typed = next_keys(&mut keys) => {
+                let Some(typed) = typed else {
+                    // Nothing more comes from here: another client may type.
+                    input = None;
+                    session.close_input();
+                    continue;
+                };
                 let (data, leave) = until_escape(&typed, terminal);
-                if write && !input.send(data).await {
+                if write && let Some(input) = &input && !input.send(data).await {
                     // The stream is over; why, its output says.
                     keys = None;
                 }
@@ -114,15 +120,14 @@ fn read_stdin() -> Option<mpsc::Receiver<Vec<u8>>> {
         .map(|_| receiver)
 }
 
-/// The next bytes typed; never, once standard input has ended.
-async fn next_keys(keys: &mut Option<mpsc::Receiver<Vec<u8>>>) -> Vec<u8> {
-    if let Some(receiver) = keys {
-        if let Some(typed) = receiver.recv().await {
-            return typed;
-        }
+/// The next bytes typed; none once, when standard input ends, and then never anything.
+async fn next_keys(keys: &mut Option<mpsc::Receiver<Vec<u8>>>) -> Option<Vec<u8>> {
+    let Some(receiver) = keys else { return std::future::pending().await };
+    let typed = receiver.recv().await;
+    if typed.is_none() {
         *keys = None;
     }
-    std::future::pending().await
+    typed
 }
 
 /// The signals that end the session in good order.

@@ -145,6 +145,7 @@ async fn open(
                     }
                     Ok(None) => return,
                     Err(status) => {
+                        drop(typing.take());
                         let mut last_words = last_words(&worker, views, at).await;
                         while let Some(piece) = last_words.next().await {
                             yield piece;

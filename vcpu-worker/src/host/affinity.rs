@@ -111,17 +111,29 @@ pub fn set_housekeeping(cores: &[u32]) -> Result<usize> {
     if !registered.contains(&thread_id()) {
         sched_setaffinity(None, &wanted)?;
     }
+    move_all("/proc/self/task", &wanted, &registered)
+}
+
+/// Moves every thread of another process of ours, which runs no vCPU, to `cores`; returns how many it set.
+///
+/// # Errors
+/// If it is gone, or a core is beyond what a mask holds.
+pub fn set_process(pid: u32, cores: &[u32]) -> Result<usize> {
+    move_all(&format!("/proc/{pid}/task"), &set_of(cores)?, &BTreeSet::new())
+}
+
+fn move_all(tasks: &str, wanted: &CpuSet, except: &BTreeSet<i32>) -> Result<usize> {
     let mut done = BTreeSet::new();
     // Until a pass finds no new thread: one may have been made, by a thread that had not been moved yet, in between.
     loop {
         let before = done.len();
-        for task in std::fs::read_dir("/proc/self/task")? {
+        for task in std::fs::read_dir(tasks)? {
             let name = task?.file_name();
             let Some(tid) = name.to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
-            if registered.contains(&tid) || !done.insert(tid) {
+            if except.contains(&tid) || !done.insert(tid) {
                 continue;
             }
-            if let Err(error) = sched_setaffinity(Pid::from_raw(tid), &wanted) {
+            if let Err(error) = sched_setaffinity(Pid::from_raw(tid), wanted) {
                 tracing::debug!(tid, %error, "affinity of a thread");
             }
         }

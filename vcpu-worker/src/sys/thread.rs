@@ -89,7 +89,7 @@ impl Thread {
     /// Waits for its end. Blocks. Says whether it panicked.
     pub(crate) fn join(mut self) -> Result<(), Panicked> {
         self.wait();
-        if self.end.load(Ordering::Acquire) == PANICKED { Err(Panicked) } else { Ok(()) }
+        if self.end.load(Ordering::Acquire) == RETURNED { Ok(()) } else { Err(Panicked) }
     }
 
     fn wait(&mut self) {
@@ -115,7 +115,7 @@ impl Drop for Thread {
     }
 }
 
-/// A thread's body panicked.
+/// A thread's body panicked, or is the one that waits for itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Panicked;
 
@@ -180,7 +180,11 @@ mod tests {
             say.send(std::hint::black_box([1u8; 64]).iter().map(|b| u32::from(*b)).sum::<u32>())
                 .expect("heard");
         });
-        give.send(thread.expect("spawn")).expect("taken");
+        let thread = thread.expect("spawn");
+        let at = thread.stack.usable().0;
+        give.send(thread).expect("taken");
         assert_eq!(hear.recv().expect("it goes on"), 64);
+        let later: Vec<_> = (0..40).map(|_| Stack::take().expect("stack")).collect();
+        assert!(later.iter().all(|stack| stack.usable().0 != at), "nobody gets the stack that it runs on");
     }
 }

@@ -19,7 +19,12 @@ use crate::vm::command::Command;
 use crate::worker_link::WorkerLink;
 
 /// Bytes of a machine's message that tell how its guest ended: registers and instruction bytes fit.
-pub(super) const END_BYTES: usize = 1024;
+const END_BYTES: usize = 1024;
+
+/// What a machine's message says of it.
+pub(super) fn end_message(end: &GuestEnd) -> String {
+    format!("vCPU {}: {}", end.vcpu, crate::status::clip(&end.detail, END_BYTES))
+}
 
 impl Actor {
     /// Forwards the worker's events to the mailbox. One that does not answer may live, with the only copy: it is asked
@@ -81,7 +86,7 @@ impl Actor {
             _ => false,
         };
         let (state, reason) = ended_state(&end, dead);
-        let message = format!("vCPU {}: {}", end.vcpu, crate::status::clip(&end.detail, END_BYTES));
+        let message = end_message(&end);
         tracing::info!(vm = %self.name, reason, %message, "the guest ended");
         if let Err(error) = self.ended(state, reason, &message, |_| {}).await {
             tracing::error!(vm = %self.name, %error, "the guest's end could not be stored");

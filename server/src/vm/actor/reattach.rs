@@ -109,11 +109,7 @@ impl Actor {
                 let end =
                     end.or_else(|| worker_died("it died while no vpmud watched it").end).unwrap_or_default();
                 let (state, reason) = ended_state(&end, true);
-                let message = format!(
-                    "vCPU {}: {}",
-                    end.vcpu,
-                    crate::status::clip(&end.detail, super::ending::END_BYTES)
-                );
+                let message = super::ending::end_message(&end);
                 let edit = |vm: &mut VirtualMachine| note_end(vm, state, reason);
                 self.change(state, reason, &message, Kind::Updated, edit).await
             }
