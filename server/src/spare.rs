@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!   refill ──▶ made (run/spare…) ──claim: renamed to run/UID──▶ a machine's worker ──given its machine──▶ lifeline dropped
+//!                      │
 //!                      └── daemon ends or dies: the lifeline breaks, it ends
 //! ```
 //! Invariants: a spare belongs to no machine and is never adopted; nothing of it outlives its daemon; one that has died

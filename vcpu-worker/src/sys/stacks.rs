@@ -65,9 +65,7 @@ impl Stack {
     pub(super) fn usable(&self) -> (*mut libc::c_void, usize) {
         (self.0.0.as_ptr().wrapping_add(GUARD).cast(), SLOT - GUARD)
     }
-}
 
-impl Stack {
     /// What a thread left there is gone: it reads as zeroes.
     fn clear(&mut self) -> std::io::Result<()> {
         let (at, size) = self.usable();
@@ -114,7 +112,7 @@ fn map(slots: usize) -> std::io::Result<Vec<Slot>> {
 /// Makes the lowest pages of a slot fault. Kernels before 6.13 need a mapping of its own for that.
 fn guard(slot: &Slot) -> std::io::Result<()> {
     let at = slot.0.as_ptr().cast();
-    // SAFETY: whole pages of a mapping that was just made and that nobody uses.
+    // SAFETY: whole pages of a slot that nobody has had yet.
     let done = unsafe {
         libc::madvise(at, GUARD, MADV_GUARD_INSTALL) == 0 || libc::mprotect(at, GUARD, libc::PROT_NONE) == 0
     };
