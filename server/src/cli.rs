@@ -219,7 +219,7 @@ fn api_threads() -> usize {
 }
 
 fn serve(config: ServeConfig) -> ExitCode {
-    init_tracing();
+    let log = init_tracing();
     let state_dir = config.state_dir.clone();
     vcpu_worker::host::heap::grow_in_large_steps();
     if let Err(error) = vcpu_worker::host::schedule::answer_quickly() {
@@ -238,6 +238,8 @@ fn serve(config: ServeConfig) -> ExitCode {
     let result = runtime.block_on(crate::serve::run(config));
     // Blocking helpers (none should be left) get a moment, not for ever.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+    // What is logged is written now.
+    drop(log);
     match result {
         Ok(None) => ExitCode::SUCCESS,
         Ok(Some(image)) => become_binary(&state_dir, &image),
@@ -273,16 +275,22 @@ fn exec(image: &std::path::Path, came_from: Option<&std::path::Path>) -> std::io
     command.exec()
 }
 
-/// Logs go to standard error; RUST_LOG chooses what.
-fn init_tracing() {
+/// Logs go to standard error; RUST_LOG chooses what. A thread of its own writes them: a reader that stalls, or a disk,
+/// must not stop the daemon. What finds no room then is dropped. The last lines are written when the guard is dropped.
+fn init_tracing() -> tracing_appender::non_blocking::WorkerGuard {
     use tracing_subscriber::EnvFilter;
+    let (log, guard) = tracing_appender::non_blocking::NonBlockingBuilder::default()
+        .buffered_lines_limit(8192)
+        .thread_name("log")
+        .finish(std::io::stderr());
     let filter = EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| EnvFilter::new("info,h2=warn,hyper=warn,sled=warn"));
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(log)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .try_init();
+    guard
 }
 
 #[cfg(test)]

@@ -131,7 +131,7 @@ async fn end_worker(state_dir: &Path, uid: &str, end: bool) -> Result<(), ApiErr
         ApiError::internal("WORKER_UNKNOWN", text)
     };
     let run_dir = std::path::absolute(state_dir.join("run")).map_err(unknown)?;
-    let processes = Processes::of_stopped(run_dir);
+    let processes = std::sync::Arc::new(Processes::of_stopped(run_dir));
     if end {
         return processes.end_unheld(uid).await.map_err(unknown);
     }

@@ -22,6 +22,7 @@ pub mod host_check;
 pub mod housekeeping;
 pub mod journal;
 mod judge;
+pub mod lag;
 pub mod listen;
 pub mod migration;
 pub mod names;

@@ -239,6 +239,7 @@ async fn serve(
     crate::adopt::after_recovery(&daemon, survivors).await;
 
     daemon.tasks.spawn(crate::housekeeping::keep(Arc::clone(&daemon), host.own_cores));
+    daemon.tasks.spawn(crate::lag::watch(daemon.shutdown.clone()));
 
     let health = health(&daemon).await;
     let mut servers = tokio::task::JoinSet::new();

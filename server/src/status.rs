@@ -135,7 +135,10 @@ impl ApiError {
             || format!("{}_{}", screaming(what), screaming(&format!("{:?}", status.code()))),
             |info| info.reason.clone(),
         );
-        let mut error = Self::new(status.code(), &clip(&reason, 64), format!("{what}: {}", status.message()));
+        // A connection that broke says why only in what it was caused by.
+        let cause = root_cause(status).map(|cause| format!(" ({cause})")).unwrap_or_default();
+        let message = format!("{what}: {}{cause}", status.message());
+        let mut error = Self::new(status.code(), &clip(&reason, 64), message);
         if let Some(info) = details.error_info() {
             for (key, value) in info.metadata.iter().take(16) {
                 error.inner.metadata.insert(clip(key, 64), clip(value, 200));
@@ -235,6 +238,12 @@ pub fn clip(text: &str, max: usize) -> String {
     out
 }
 
+/// What is at the bottom of an error that was caused by another.
+fn root_cause(error: &dyn std::error::Error) -> Option<String> {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.last().map(ToString::to_string)
+}
+
 fn screaming(words: &str) -> String {
     let mut out = String::with_capacity(words.len() + 4);
     let mut previous_lower = false;
@@ -251,6 +260,20 @@ fn screaming(words: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_broken_connection_says_why() {
+        let status = Status::from_error(Box::new(std::io::Error::other(Broken(std::fmt::Error))));
+        let error = ApiError::from_status("destination", &status);
+        assert!(error.message().starts_with("destination: "), "{}", error.message());
+        assert!(error.message().ends_with(&format!(" ({})", std::fmt::Error)), "{}", error.message());
+        let plain = ApiError::from_status("destination", &Status::unavailable("busy"));
+        assert_eq!(plain.message(), "destination: busy");
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("broken")]
+    struct Broken(#[source] std::fmt::Error);
 
     #[test]
     fn details_travel_in_the_status_and_in_the_operation() {

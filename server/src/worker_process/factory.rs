@@ -149,30 +149,67 @@ impl Processes {
         clear(&self.run_dir.join(uid));
     }
 
-    /// Ends a worker that nobody holds, if there is one.
-    pub async fn end_unheld(&self, uid: &str) -> io::Result<()> {
+    /// Does what may wait for a disk where it holds up nobody else: while much is written back, a file system lets even a
+    /// rename wait for seconds.
+    async fn aside<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let this = Arc::clone(self);
+        tokio::task::spawn_blocking(move || work(&this)).await.map_err(io::Error::other)?
+    }
+
+    /// Clears what dead workers of a machine left; those that live. Blocks; must be called on a runtime.
+    fn clear_dead(&self, uid: &str) -> io::Result<Vec<(String, Box<WorkerProcess>)>> {
+        let mut living = Vec::new();
         for name in self.names_of(uid)? {
-            if let Found::Live(old) = self.find(&name)? {
-                tracing::warn!(uid, pid = old.pid, "a worker that nobody holds is ended");
-                ended(&old).await?;
+            match self.find(&name)? {
+                Found::Live(old) => living.push((name, old)),
+                Found::Dead(_) | Found::Nothing => self.clear(&name),
             }
-            self.clear(&name);
+        }
+        Ok(living)
+    }
+
+    /// Ends a worker that nobody holds, if there is one.
+    pub async fn end_unheld(self: &Arc<Self>, uid: &str) -> io::Result<()> {
+        let of = uid.to_owned();
+        for (name, old) in self.aside(move |this| this.clear_dead(&of)).await? {
+            tracing::warn!(uid, pid = old.pid, "a worker that nobody holds is ended");
+            ended(&old).await?;
+            self.aside(move |this| Ok(this.clear(&name))).await?;
         }
         Ok(())
     }
 
     /// Starts a worker for a machine that has none, or takes a spare one, and connects to it.
     pub async fn start(self: &Arc<Self>, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
-        self.end_unheld(uid).await?;
+        let (of, called) = (uid.to_owned(), name.to_owned());
+        let at_once = self.aside(move |this| {
+            let free = this.clear_dead(&of)?.is_empty();
+            if free { this.take_or_make(&of, &called).map(Some) } else { Ok(None) }
+        });
+        let started = match at_once.await? {
+            Some(started) => Ok(started),
+            None => {
+                self.end_unheld(uid).await?;
+                let (of, called) = (uid.to_owned(), name.to_owned());
+                self.aside(move |this| this.take_or_make(&of, &called)).await
+            }
+        };
+        self.refill();
+        started
+    }
+
+    /// Blocks; must be called on a runtime.
+    fn take_or_make(&self, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
         let spare = if self.image().is_none() { self.spares.take() } else { None };
-        let started = match spare {
+        match spare {
             Some(Spare { process, lifeline, channel }) => {
                 process.claim(&self.run_dir.join(uid), lifeline).map(|process| (channel, process))
             }
             None => self.start_in(uid, name),
-        };
-        self.refill();
-        started
+        }
     }
 
     /// A worker that waits for a machine, connected to. Blocks; must be called on a runtime.
@@ -200,7 +237,7 @@ impl Processes {
 
     /// Starts a worker for a machine that has one already, in the runtime directory `UID.INCARNATION`.
     pub async fn start_beside(
-        &self,
+        self: &Arc<Self>,
         uid: &str,
         incarnation: u64,
         name: &str,
@@ -209,10 +246,15 @@ impl Processes {
         if let Found::Live(old) = self.find(&dir)? {
             ended(&old).await?;
         }
-        self.clear(&dir);
-        self.start_in(&dir, name)
+        let called = name.to_owned();
+        self.aside(move |this| {
+            this.clear(&dir);
+            this.start_in(&dir, &called)
+        })
+        .await
     }
 
+    /// Blocks; must be called on a runtime.
     fn start_in(&self, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
         let (process, dir) = self.make(uid, name, None)?;
         let placing = tokio::task::spawn_blocking({
