@@ -6,52 +6,12 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use support::guest::{Workers, alive, filled, until_filled};
+use support::threads::{is_vcpu, threads, vcpu_scheduling};
 use support::*;
 use tonic::Code;
 use vpmu_proto::api::cpu_placement::{Arrangement, Policy};
 use vpmu_proto::api::virtual_machine::State;
 use vpmu_proto::api::*;
-
-/// Name and allowed cores of each thread of a process.
-fn threads(pid: u32) -> Vec<(String, BTreeSet<u32>)> {
-    let field = |text: &str, key: &str| {
-        text.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default().trim().to_owned()
-    };
-    // None of one that has ended.
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
-    tasks
-        .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok())
-        .map(|status| {
-            let list = field(&status, "Cpus_allowed_list:");
-            let cores = list.split(',').flat_map(|part| {
-                let (first, last) = part.split_once('-').unwrap_or((part, part));
-                first.parse::<u32>().expect("a number")..=last.parse().expect("a number")
-            });
-            (field(&status, "Name:"), cores.collect())
-        })
-        .collect()
-}
-
-/// Scheduling policy and priority of the threads of a process whose names begin with `vm-` and have a number.
-fn vcpu_scheduling(pid: u32) -> Vec<(u32, u32)> {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("threads");
-    tasks
-        .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok())
-        .filter_map(|stat| {
-            let (head, rest) = stat.rsplit_once(')')?;
-            if !is_vcpu(head.split_once('(')?.1) {
-                return None;
-            }
-            // Fields 40 and 41 of proc(5); the first behind the name is field 3.
-            let fields: Vec<&str> = rest.split_whitespace().collect();
-            Some((fields.get(38)?.parse().ok()?, fields.get(37)?.parse().ok()?))
-        })
-        .collect()
-}
-
-fn is_vcpu(name: &str) -> bool {
-    name.starts_with("vm-") && name.contains('/')
-}
 
 /// Waits until every thread of the process that runs no vCPU may be on exactly these cores.
 async fn until_kept_to(pid: u32, cores: &BTreeSet<u32>) {

@@ -6,6 +6,7 @@ pub mod ca;
 pub mod guest;
 pub mod load;
 pub mod netns;
+pub mod threads;
 pub mod wire;
 pub mod workers;
 
