@@ -162,6 +162,57 @@ fn bzimage_with_zero_page() {
     assert_eq!(c.boot(&kernel, "", &long).unwrap_err().reason(), "CMDLINE_TOO_LONG", "this kernel takes 255");
 }
 
+/// Pieces of RAM as a kernel is told of them, `count` entries of `stride` bytes: address, bytes, kind.
+fn told(c: &Case, table: u64, count: u64, stride: u64) -> Vec<(u64, u64)> {
+    let word = |at: u64| u64::from_le_bytes(c.bytes(at, 8).try_into().unwrap());
+    let entries = (0..count).map(|n| table + n * stride);
+    entries
+        .map(|at| {
+            assert_eq!(c.bytes(at + 16, 4), [1, 0, 0, 0], "RAM");
+            (word(at), word(at + 8))
+        })
+        .collect()
+}
+
+/// By both protocols: every byte but the BIOS's below 1 MiB, once, in ascending order, and nothing in the hole.
+#[test]
+fn memory_beyond_the_hole_is_told_whole() {
+    const GIB: u64 = 1 << 30;
+    let (low, legacy) = (0x9fc00u64, (1u64 << 20) - 0x9fc00);
+    for (bytes, high) in [
+        (3 * GIB - (2 << 20), 0),
+        (3 * GIB, 0),
+        (3 * GIB + (2 << 20), 2 << 20),
+        (5 * GIB, 2 * GIB),
+        (64 * GIB, 61 * GIB),
+    ] {
+        let c = Case { mem: GuestMemory::new("boot-test", bytes).unwrap(), ..Case::new() };
+        let initrd = c.file("initrd", b"cpio");
+        let mut expected = vec![(0, low), (1 << 20, bytes.min(3 * GIB) - (1 << 20))];
+        expected.extend((high > 0).then_some((4 * GIB, high)));
+        c.boot(&c.file("vmlinux", &pvh_elf(b"\xf4")), &initrd, "").unwrap();
+        let word = |at| c.mem.load_u64(at).unwrap();
+        let count = word(map::START_INFO + 48) & 0xffff_ffff;
+        let pvh = told(&c, word(map::START_INFO + 40), count, 24);
+        assert_eq!(
+            word(word(map::START_INFO + 16)),
+            bytes.min(3 * GIB) - 4096,
+            "the initrd lies below the hole"
+        );
+        c.boot(&c.file("bzImage", &bzimage(&[0x90; 100])), &initrd, "").unwrap();
+        let count = c.bytes(map::ZERO_PAGE + 0x1e8, 1)[0];
+        let e820 = told(&c, map::ZERO_PAGE + 0x2d0, count.into(), 20);
+        for ram in [&pvh, &e820] {
+            assert_eq!(*ram, expected, "{bytes}");
+            assert!(ram.windows(2).all(|two| two[0].0 + two[0].1 <= two[1].0), "{ram:x?}");
+            assert_eq!(ram.iter().map(|(_, len)| len).sum::<u64>(), bytes - legacy);
+            for (at, len) in ram {
+                assert!(c.mem.offset_of(*at, *len).is_some(), "{at:x}+{len:x} is no memory of this machine");
+            }
+        }
+    }
+}
+
 #[test]
 fn flat_image() {
     let c = Case::new();
