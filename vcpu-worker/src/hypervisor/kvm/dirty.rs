@@ -259,7 +259,56 @@ fn next_span(words: &[u64], from: usize) -> Option<(usize, usize)> {
 
 #[cfg(test)]
 mod tests {
-    use super::next_span;
+    use super::super::{KvmOptions, KvmVm};
+    use super::*;
+    use crate::hypervisor::Vm as _;
+
+    /// What KVM's log of the first slot says.
+    fn log(vm: &KvmVm) -> Vec<u64> {
+        let pages = vm.dirty.inner.lock().slots[0].pages();
+        let mut words = vec![0; pages.div_ceil(64) as usize];
+        sys::get_dirty_log(&vm.shared.fd, 0, pages, &mut words).expect("a log");
+        words
+    }
+
+    /// Reading changes nothing, only clearing does, and a log that begins has every page dirty.
+    #[test]
+    fn manual_protection_is_in_force() {
+        if !crate::testing::require_kvm() {
+            return;
+        }
+        let memory = GuestMemory::new("manual", 8 << 20).expect("memory");
+        let options = |dirty| KvmOptions { vcpus: 1, dirty, ..KvmOptions::default() };
+        let vm = KvmVm::new(memory.clone(), options(DirtyMode::Bitmap)).expect("vm");
+        let offers = vm.shared.fd.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
+        let offers = u32::try_from(offers).expect("flags");
+        assert_eq!(vm.dirty.manual, offers & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0);
+        assert_eq!(vm.dirty.all_set, vm.dirty.manual && offers & KVM_DIRTY_LOG_INITIALLY_SET != 0);
+        if !vm.dirty.all_set {
+            println!("skipped: this KVM offers {offers:#x} of manual protection, not both (Linux 5.8)");
+            return;
+        }
+        // A log as KVM begins it: read again and again it stays as it is, until a piece is cleared.
+        vm.dirty.inner.lock().slots[0].set(&vm.shared.fd, true).expect("on");
+        let all = vec![u64::MAX; 2048 / 64];
+        assert_eq!([log(&vm), log(&vm)], [all.clone(), all.clone()]);
+        sys::clear_dirty_log(&vm.shared.fd, 0, 64, 64, &mut [0xff00]).expect("cleared");
+        let mut rest = all;
+        rest[1] = !0xff00;
+        assert_eq!([log(&vm), log(&vm)], [rest.clone(), rest]);
+        // As it is used: nothing is dirty at first, and what is collected is cleared.
+        vm.start_dirty_tracking().expect("started");
+        assert_eq!(log(&vm), vec![0; 2048 / 64]);
+        vm.dirty.inner.lock().slots[0].set(&vm.shared.fd, false).expect("off");
+        vm.dirty.inner.lock().slots[0].set(&vm.shared.fd, true).expect("on, all dirty again");
+        let mut pages = PageBitmap::new(memory.pages());
+        vm.collect_dirty(&mut pages).expect("collected");
+        assert_eq!(pages.count(), memory.pages());
+        assert_eq!(log(&vm), vec![0; 2048 / 64]);
+        // With rings there is none of it.
+        let rings = KvmVm::new(memory, options(DirtyMode::Ring)).expect("vm");
+        assert!(!rings.dirty.manual && rings.shared.ring_entries > 0);
+    }
 
     #[test]
     fn spans_cover_every_dirty_word_once() {
