@@ -98,3 +98,51 @@ pub(crate) fn differences(found: &[kvm::CpuidDifference]) -> Vec<CpuidDifference
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vpmu_proto::api::cpuid_spec::Policy;
+    use vpmu_proto::api::memory_backing::HugePages as Asked;
+    use vpmu_proto::api::{CpuidSpec, MemoryBacking};
+
+    #[test]
+    fn each_word_of_the_request_becomes_what_it_means() {
+        let named = || vec!["avx2".to_owned()];
+        let policy = |policy: i32, list: Vec<String>| {
+            let cpuid = Some(CpuidSpec { policy, features: list });
+            features(&VirtualMachineSpec { cpuid, ..Default::default() }).map_err(|e| e.to_string())
+        };
+        assert_eq!(features(&VirtualMachineSpec::default()).expect("good"), CpuidPolicy::Host);
+        assert_eq!(policy(Policy::Unspecified.into(), vec![]), Ok(CpuidPolicy::Host));
+        assert_eq!(policy(Policy::Host.into(), vec![]), Ok(CpuidPolicy::Host));
+        assert_eq!(policy(Policy::Baseline.into(), vec![]), Ok(CpuidPolicy::Baseline));
+        assert_eq!(policy(Policy::List.into(), named()), Ok(CpuidPolicy::Features(named())));
+        for (asked, list, field) in [
+            (Policy::Baseline.into(), named(), "spec.cpuid.features"),
+            (Policy::List.into(), vec![String::new(); 129], "spec.cpuid.features"),
+            (9, vec![], "spec.cpuid.policy"),
+        ] {
+            let refused = policy(asked, list).expect_err("refused");
+            assert!(refused.starts_with(field), "{refused}");
+        }
+
+        let tracking = |dirty_tracking: i32| {
+            dirty(&VirtualMachineSpec { dirty_tracking, ..Default::default() }).map_err(|e| e.to_string())
+        };
+        assert_eq!(tracking(DirtyTracking::Unspecified.into()), Ok(DirtyMode::Auto));
+        assert_eq!(tracking(DirtyTracking::Bitmap.into()), Ok(DirtyMode::Bitmap));
+        assert_eq!(tracking(DirtyTracking::Ring.into()), Ok(DirtyMode::Ring));
+        assert!(tracking(7).expect_err("refused").starts_with("spec.dirty_tracking"));
+
+        let made_of = |huge_pages: i32, prefault: bool| {
+            let memory_backing = Some(MemoryBacking { huge_pages, prefault });
+            let found = backing(&VirtualMachineSpec { memory_backing, ..Default::default() });
+            found.map(|b| (b.pages, b.prefault)).map_err(|e| e.to_string())
+        };
+        assert_eq!(made_of(Asked::Unspecified.into(), true), Ok((HugePages::None, true)));
+        assert_eq!(made_of(Asked::Hugetlb.into(), false), Ok((HugePages::Hugetlb, false)));
+        assert_eq!(made_of(Asked::Transparent.into(), false), Ok((HugePages::Transparent, false)));
+        assert!(made_of(-1, false).expect_err("refused").starts_with("spec.memory_backing.huge_pages"));
+    }
+}

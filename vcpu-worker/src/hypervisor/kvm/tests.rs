@@ -5,6 +5,8 @@ mod guest;
 mod hops;
 mod inbox;
 mod lazy;
+mod order;
+mod policies;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
