@@ -188,3 +188,44 @@ async fn all_go_or_none() {
     host.shutdown().await;
     assert_eq!(pinned("stays"), at(&[]), "no thread is left");
 }
+
+/// What the kernel says about the policy of the memory of machine `name` in this process: `default`, `bind:0`, …
+fn memory_policy(name: &str) -> String {
+    let maps = std::fs::read_to_string("/proc/self/numa_maps").expect("numa_maps");
+    let memory = format!("/memfd:{name}");
+    let found: Vec<_> = maps.lines().filter(|line| line.contains(&memory)).collect();
+    assert_eq!(found.len(), 1, "one mapping of {name}: {found:?}");
+    found[0].split_whitespace().nth(1).expect("a policy").to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_is_bound_to_the_nodes_of_the_request() {
+    if !std::path::Path::new("/proc/self/numa_maps").exists() {
+        println!("skipped: this kernel has no NUMA policy");
+        return;
+    }
+    let cores = host_cores();
+    let node = *vcpu_worker::host::Topology::of_this_host().nodes().first().expect("a node");
+    for hypervisor in hypervisors() {
+        for (name, nodes, expected) in
+            [("anywhere", vec![], "default".to_owned()), ("bound", vec![node], format!("bind:{node}"))]
+        {
+            let mut host = Host::new(&cores, "vm-b");
+            host.attach().await;
+            let mut request = host.create_request(hypervisor, probe_spec(1, 32), false);
+            request.vm_name = name.to_owned();
+            request.placement = Some(ThreadPlacement { memory_nodes: nodes, ..ThreadPlacement::default() });
+            host.client.create_vm(request).await.expect("create");
+            host.grant(1, 1, true).await.expect("grant");
+            until_counting(&mut host, 1).await;
+            assert_eq!(memory_policy(name), expected, "{hypervisor}");
+            host.shutdown().await;
+        }
+        let mut host = Host::new(&cores, "vm-c");
+        host.attach().await;
+        let mut request = host.create_request(hypervisor, probe_spec(1, 32), false);
+        request.placement = Some(ThreadPlacement { memory_nodes: vec![1023], ..ThreadPlacement::default() });
+        refused(host.client.create_vm(request).await, Code::ResourceExhausted, "GUEST_MEMORY");
+        host.shutdown().await;
+    }
+}

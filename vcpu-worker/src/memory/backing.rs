@@ -110,6 +110,32 @@ mod tests {
         assert_eq!(allowed(&file).expect_err("off").reason(), "TRANSPARENT_HUGE_PAGES_OFF");
     }
 
+    /// What the kernel notes of the mapping: `VmFlags` of /proc/self/smaps.
+    fn flags(memory: &GuestMemory) -> Vec<String> {
+        let start = format!("{:x}-", memory.inner.mapping.address());
+        let maps = std::fs::read_to_string("/proc/self/smaps").expect("smaps");
+        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
+        let flags = lines.find_map(|line| line.strip_prefix("VmFlags:")).expect("the mapping");
+        flags.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn transparent_ones_are_asked_of_the_kernel() {
+        let memory = GuestMemory::new("plain", 4 << 20).expect("memory");
+        assert!(!flags(&memory).iter().any(|flag| flag == "hg"), "{:?}", flags(&memory));
+        if !Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            println!("skipped: this kernel has no transparent huge pages");
+            return;
+        }
+        match GuestMemory::with_pages("advised", 4 << 20, HugePages::Transparent) {
+            Ok(advised) => assert!(flags(&advised).iter().any(|flag| flag == "hg"), "{:?}", flags(&advised)),
+            Err(error) => assert_eq!(error.reason(), "TRANSPARENT_HUGE_PAGES_OFF", "{error}"),
+        }
+        // The advice itself, whatever the switch says.
+        memory.inner.mapping.advise_huge().expect("taken");
+        assert!(flags(&memory).iter().any(|flag| flag == "hg"), "{:?}", flags(&memory));
+    }
+
     #[test]
     fn prefaulting_gives_every_page() {
         let memory = GuestMemory::new("prefault", 16 << 20).expect("memory");
