@@ -5,7 +5,11 @@ mod fake;
 use fake::FakeHost;
 use serde_json::Value;
 use std::process::Output;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
+
+const DEADLINE: Duration = Duration::from_secs(20);
 
 async fn vpmuctl(host: &FakeHost, line: &str) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vpmuctl"))
@@ -128,4 +132,32 @@ async fn registers_console_and_watch() {
         output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(json).collect();
     assert_eq!((&kinds[0]["kind"], &kinds[1]["kind"]), (&"EXISTING".into(), &"SYNCED".into()));
     assert_eq!(kinds[0]["vm"]["name"], "a");
+}
+
+#[tokio::test]
+async fn a_pipe_is_sent_whole_and_as_fast_as_the_host_takes_it() {
+    let host = FakeHost::serve();
+    // More than is on the way and may wait together: what a host that is late cannot take is not read.
+    let input: Vec<u8> = (0..4_u32 << 20).map(|at| b'a' + (at % 23) as u8).collect();
+    let expected = [&b"hello\n"[..], &input.to_ascii_uppercase()].concat();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_vpmuctl"))
+        .args(["--host", &host.endpoint().to_string(), "vm", "console", "late", "--write"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("runs");
+    let mut stdin = child.stdin.take().expect("piped");
+    let mut stdout = child.stdout.take().expect("piped");
+    let write = async {
+        stdin.write_all(&input).await.expect("written");
+        stdin
+    };
+    let mut got = vec![0; expected.len()];
+    let read = stdout.read_exact(&mut got);
+    let (stdin, read) =
+        tokio::time::timeout(DEADLINE, async { tokio::join!(write, read) }).await.expect("goes");
+    read.expect("read");
+    assert!(got == expected, "something is missing, or in another order");
+    drop(stdin);
+    child.kill().await.expect("ended");
 }

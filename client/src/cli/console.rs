@@ -1,24 +1,35 @@
 //! `vpmuctl vm console`: history, then what follows; keys go to the guest where there is a terminal.
 //!
-//! The terminal is restored on every way out: Ctrl-], the end of the stream, an error, a signal, a panic.
+//! Invariants
+//! - The terminal is restored on every way out: Ctrl-], the end of the stream, an error, a signal, a panic; and for as long
+//!   as SIGTSTP has stopped the process.
+//! - Ctrl-] and signals are always heard: nothing here waits for the host, or for whoever reads the output, and for nothing
+//!   else. What is typed meanwhile is kept within a bound ([`typed`]), output is printed by a thread ([`printer`]).
+
+mod printer;
+mod signals;
+mod typed;
 
 use super::failure::Failure;
 use super::raw_mode::RawMode;
 use super::{Context, output};
 use clap::Args;
+use printer::{Piece, Printed, Printer};
+use signals::{Signals, Told};
 use std::io::{self, IsTerminal as _, Read as _};
 use std::process::ExitCode;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
-use vpmu_client::ConsoleOptions;
+use typed::Typed;
+use vpmu_client::{ConsoleInput, ConsoleOptions, ConsoleSession};
 
 /// Ctrl-], as telnet has it.
 const ESCAPE: u8 = 0x1d;
 
 /// Attach to a machine's serial console; Ctrl-] leaves.
 ///
-/// Where standard input is a terminal, keys go to the guest (one writer at a time; --read-only only looks on).
-/// Elsewhere output is streamed, and standard input is sent only with --write.
+/// Where standard input is a terminal, keys go to the guest (one writer at a time; --read-only only looks on). While the
+/// host takes none, 256 KiB of them are kept, and what is typed beyond that is dropped, which is said. Elsewhere output is
+/// streamed, and standard input is sent only with --write, as fast as the host takes it.
 #[derive(Debug, Args)]
 pub(crate) struct ConsoleArgs {
     /// The machine.
@@ -45,48 +56,107 @@ pub(crate) async fn run(context: &Context, args: ConsoleArgs) -> Result<ExitCode
     let write = args.write || (terminal && !args.read_only);
     let options =
         ConsoleOptions { offset: args.from, history_only: args.history, write, await_machine: args.wait };
-    let mut session = context.client.attach_console(&args.name, options).await?;
+    let session = context.client.attach_console(&args.name, options).await?;
 
-    let mut signals = Signals::new()?;
+    let signals = Signals::new(terminal)?;
+    let (mut printer, mut printed) = printer::start()?;
     let raw = if terminal {
         eprintln!("attached to {}; Ctrl-] leaves", args.name);
         Some(RawMode::enter()?)
     } else {
         None
     };
-    let mut keys = if write || terminal { read_stdin() } else { None };
-    let mut input = Some(session.input());
-    let end = loop {
-        tokio::select! {
-            piece = session.next() => match piece {
-                Ok(Some(piece)) => if let Err(error) = output::raw(&piece.data) { break Err(error.into()) },
-                Ok(None) => break Ok(()),
-                Err(error) => break Err(error.into()),
-            },
-            typed = next_keys(&mut keys) => {
-                let Some(typed) = typed else {
-                    // Nothing more comes from here: another client may type.
-                    input = None;
-                    session.close_input();
-                    continue;
-                };
-                let (data, leave) = until_escape(&typed, terminal);
-                if write && let Some(input) = &input && !input.send(data).await {
-                    // The stream is over; why, its output says.
-                    keys = None;
-                }
-                if leave {
-                    break Ok(());
+    let keys = if write || terminal { read_stdin() } else { None };
+    let input = write.then(|| session.input());
+    let ends = Ends { session, keys, input, typed: Typed::default(), signals };
+    let end = ends.join(&mut printer, &mut printed, raw.as_ref()).await;
+    drop(raw);
+    let words = if terminal { format!("\ndetached from {}\n", args.name) } else { String::new() };
+    printed.leave(printer, &words).await;
+    end.map(|()| ExitCode::SUCCESS)
+}
+
+/// What the session is between.
+struct Ends {
+    session: ConsoleSession,
+    keys: Option<mpsc::Receiver<Vec<u8>>>,
+    /// None where nothing is sent, or nothing more.
+    input: Option<ConsoleInput>,
+    typed: Typed,
+    signals: Signals,
+}
+
+impl Ends {
+    /// Until the stream ends and is printed, or somebody leaves.
+    async fn join(
+        mut self,
+        printer: &mut Printer,
+        printed: &mut Printed,
+        raw: Option<&RawMode>,
+    ) -> Result<(), Failure> {
+        let mut over = None;
+        let mut all_typed = false;
+        loop {
+            tokio::select! {
+                told = self.signals.next() => match told {
+                    Told::Leave => return Ok(()),
+                    Told::Suspend => if let Some(raw) = raw { raw.suspend() },
+                    Told::Continue => if let Some(raw) = raw { raw.again() },
+                },
+                // A terminal is always read, for the escape key; else what was read is sent before more is.
+                keys = next_keys(&mut self.keys), if raw.is_some() || self.typed.is_empty() => match keys {
+                    Some(keys) => {
+                        let (data, leave) = until_escape(&keys, raw.is_some());
+                        if self.input.is_some() {
+                            self.typed.push(data, |note| printer.note(note));
+                        }
+                        if leave {
+                            return Ok(());
+                        }
+                    }
+                    None => all_typed = true,
+                },
+                sent = send(self.input.as_ref(), self.typed.next()), if !self.typed.is_empty() => {
+                    if sent {
+                        self.typed.sent();
+                    } else {
+                        // The stream is over; why, its output says.
+                        (self.input, self.typed) = (None, Typed::default());
+                    }
+                },
+                more = pass_on(&mut self.session, printer), if over.is_none() => {
+                    if let Some(end) = more.map(|more| (!more).then_some(())).transpose() {
+                        over = Some(end);
+                        printer.close();
+                    }
+                },
+                all = printed.end() => {
+                    all?;
+                    return over.unwrap_or(Ok(()));
                 }
             }
-            () = signals.any() => break Ok(()),
+            if all_typed && self.typed.is_empty() && self.input.take().is_some() {
+                // Nothing more comes from here: another client may type.
+                self.session.close_input();
+            }
         }
-    };
-    drop(raw);
-    if terminal {
-        eprintln!("\ndetached from {}", args.name);
     }
-    end.map(|()| ExitCode::SUCCESS)
+}
+
+/// Passes one piece of output on, once there is room for it; false at the stream's end. Cancelled, it loses none.
+async fn pass_on(session: &mut ConsoleSession, printer: &Printer) -> Result<bool, Failure> {
+    let room = printer.room().await;
+    let Some(piece) = session.next().await? else { return Ok(false) };
+    room.send(Piece::Output(piece.data));
+    Ok(true)
+}
+
+/// Whether a piece, at most one message, could be sent. Cancelled, nothing of it was.
+async fn send(input: Option<&ConsoleInput>, piece: &[u8]) -> bool {
+    match input {
+        Some(input) => input.send(piece).await,
+        None => false,
+    }
 }
 
 /// What of the typed bytes goes to the guest, and whether the escape key was among them.
@@ -128,30 +198,6 @@ async fn next_keys(keys: &mut Option<mpsc::Receiver<Vec<u8>>>) -> Option<Vec<u8>
         *keys = None;
     }
     typed
-}
-
-/// The signals that end the session in good order.
-struct Signals([Signal; 4]);
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        Ok(Self([
-            signal(SignalKind::interrupt())?,
-            signal(SignalKind::terminate())?,
-            signal(SignalKind::hangup())?,
-            signal(SignalKind::quit())?,
-        ]))
-    }
-
-    async fn any(&mut self) {
-        let [interrupt, terminate, hangup, quit] = &mut self.0;
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-            _ = quit.recv() => {}
-        }
-    }
 }
 
 #[cfg(test)]

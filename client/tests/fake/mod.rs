@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -232,13 +233,23 @@ impl VirtualMachinesService for Script {
 
     type AttachConsoleStream = Items<AttachConsoleResponse>;
 
-    /// Says hello, then says everything again in capitals.
+    /// Says hello, then says everything again in capitals; `ends` up to a ^D, `late` begins to read a moment later, `deaf`
+    /// never reads what is typed, and `floods` speaks without an end.
     async fn attach_console(
         &self,
         r: Request<Streaming<AttachConsoleRequest>>,
     ) -> Answer<Self::AttachConsoleStream> {
         let mut messages = r.into_inner();
         let first = messages.message().await?.ok_or_else(|| Status::invalid_argument("no first message"))?;
+        let kind = first.name.rsplit('/').next().unwrap_or_default();
+        if kind == "deaf" {
+            let deaf = tokio_stream::pending().map(move |piece| (&messages, piece).1);
+            return Ok(Response::new(Box::pin(deaf)));
+        }
+        if kind == "floods" {
+            let piece = || Ok(AttachConsoleResponse { offset: 0, data: vec![b'#'; 4096] });
+            return Ok(Response::new(Box::pin(tokio_stream::iter(std::iter::repeat_with(piece)))));
+        }
         let hello = AttachConsoleResponse { offset: 0, data: b"hello\n".to_vec() };
         let hello = tokio_stream::iter([Ok(hello)]);
         if first.history_only {
@@ -248,7 +259,16 @@ impl VirtualMachinesService for Script {
             message
                 .map(|message| AttachConsoleResponse { offset: 6, data: message.data.to_ascii_uppercase() })
         });
-        // The host never ends the stream by itself: a client that sees its end has lost the host.
+        if kind == "late" {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        if kind == "ends" {
+            let more = |piece: &Result<AttachConsoleResponse, Status>| {
+                piece.as_ref().is_ok_and(|piece| !piece.data.ends_with(b"\x04"))
+            };
+            return Ok(Response::new(Box::pin(hello.chain(echo.take_while(more)))));
+        }
+        // Else the host never ends the stream by itself: a client that sees its end has lost the host.
         Ok(Response::new(Box::pin(hello.chain(echo).chain(tokio_stream::pending()))))
     }
 }
