@@ -81,6 +81,24 @@ impl Host {
         Self::start_under(dir, &under, options).await
     }
 
+    /// In a mount namespace of its own, in which a shell has run `prepare` first; none, and it says so, where that
+    /// cannot be.
+    pub async fn start_with_mounts(dir: &Path, prepare: &str, options: &[&str]) -> Option<Self> {
+        let tried = Command::new("unshare").args(["--mount", "sh", "-c", prepare]).output().await;
+        let failed = match tried {
+            Ok(done) if done.status.success() => None,
+            Ok(done) => Some(String::from_utf8_lossy(&done.stderr).trim().to_owned()),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(why) = failed {
+            println!("skipped: mounts of its own cannot be made: {why}");
+            return None;
+        }
+        let script = format!("{prepare} && exec \"$@\"");
+        let under = ["unshare", "--mount", "sh", "-c", &script, "sh"].map(str::to_owned);
+        Some(Self::start_under(dir, &under, options).await)
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.dir.join("api.sock")
     }
