@@ -167,6 +167,57 @@ async fn memory_is_equal_by_either_kind_of_dirty_tracking() {
     }
 }
 
+/// In the first round, which nobody collects before its end: a guest that writes more pages than its ring holds goes on.
+#[tokio::test]
+async fn a_full_ring_is_emptied_while_the_guest_runs() {
+    /// Of a ring.
+    const ENTRIES: u64 = 4096;
+    if !have_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("tempdir");
+    let _leftovers = Leftovers(dir.path().to_owned());
+    let options = ["--isolation", "process", "--hypervisor", "kvm"];
+    let mut here = Host::start(&dir.path().join("a"), &options).await;
+    let mut there = Host::start(&dir.path().join("b"), &options).await;
+    let probe = ProbeBoot {
+        working_set_bytes: 24 << 20,
+        fill_bytes: 8 << 20,
+        dirty_pages_per_second: 200_000,
+        ..ProbeBoot::default()
+    };
+    let spec = VirtualMachineSpec {
+        boot: Some(virtual_machine_spec::Boot::Probe(probe)),
+        dirty_tracking: virtual_machine_spec::DirtyTracking::Ring.into(),
+        ..probe_spec(1, 64)
+    };
+    here.create("vm", spec).await;
+    here.start_vm("vm").await;
+    here.until_counting("vm").await;
+    // So slow that it is in its first round to the end.
+    let operation = here.migrate("vm", MigrationSpec { max_bandwidth: 64 << 10, ..there.arrival() }).await;
+    let migration: Migration = unpack(operation.metadata.as_ref().expect("metadata"));
+    let written = async || here.live_pmu("vm").await.probe.expect("a report").vcpus[0].pages_dirtied;
+    let (begin, mut first) = (std::time::Instant::now(), None);
+    loop {
+        let request = GetMigrationRequest { name: migration.name.clone() };
+        let now = here.migrations().await.get_migration(request).await.expect("there").into_inner();
+        let round = now.progress.map_or(0, |p| p.round);
+        assert!(now.end_time.is_none() && round <= 1, "it is no longer in its first round: {now:?}");
+        let pages = written().await;
+        if round == 1 && pages > *first.get_or_insert(pages) + 4 * ENTRIES {
+            break;
+        }
+        assert!(begin.elapsed() < DEADLINE, "it stands still at {pages} pages, from {first:?} on");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    let cancel = CancelMigrationRequest { name: migration.name };
+    here.migrations().await.cancel_migration(cancel).await.expect("cancelled");
+    assert_eq!(reason_of(&here.finish(operation).await.expect_err("cancelled")), "CANCELLED");
+    here.stop_vm("vm").await;
+    assert_eq!((here.terminate().await, there.terminate().await), (0, 0));
+}
+
 #[tokio::test]
 async fn counters_go_on_over_hops_from_host_to_host_and_back() {
     let hops = times("VPMU_INTEGRITY_HOPS", 6);
