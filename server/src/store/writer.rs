@@ -9,7 +9,9 @@
 //!                                              └────────┴────────────┴────────────────────┘ waits double
 //! ```
 //!
-//! Group commit without a timer: what arrives while a commit is under way shares the next one.
+//! Group commit: what arrives while a commit is under way shares the next one. Where several wait already there are more
+//! on their way, and a part of what a commit takes is waited for them: a commit costs the processors as much for one as
+//! for ten. One that writes alone never waits.
 
 use super::batch::Op;
 use super::books::{Books, Plan};
@@ -23,12 +25,18 @@ use crate::journal::Index;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use vpmu_proto::store::HostRecord;
 
 /// Requests that share a commit at most.
 const MAX_GROUP: usize = 512;
+/// What is waited at most for others, where several wait already.
+const WINDOW: Duration = Duration::from_micros(300);
+/// Of what the last commit took, one part in so many is waited.
+const WINDOW_PART: u32 = 3;
+/// A sleep that is shorter would take longer than it says.
+const LEAST_WINDOW: Duration = Duration::from_micros(50);
 
 pub(crate) struct Request {
     pub(crate) ops: Vec<Op>,
@@ -82,6 +90,8 @@ pub(crate) struct Writer {
 impl Writer {
     /// Runs until every sender is gone.
     pub(crate) fn run(mut self, mut requests: mpsc::Receiver<Request>) {
+        // By the last commit.
+        let mut took = Duration::ZERO;
         loop {
             let first = match &mut self.retry {
                 None => requests.blocking_recv(),
@@ -101,13 +111,14 @@ impl Writer {
             };
             let Some(first) = first else { return };
             let mut group = vec![first];
-            while group.len() < MAX_GROUP {
-                match requests.try_recv() {
-                    Ok(request) => group.push(request),
-                    Err(_) => break,
-                }
+            take_waiting(&mut requests, &mut group);
+            if let Some(window) = window(group.len(), took) {
+                std::thread::sleep(window);
+                take_waiting(&mut requests, &mut group);
             }
+            let begin = Instant::now();
             self.commit(group);
+            took = begin.elapsed();
         }
     }
 
@@ -154,6 +165,43 @@ impl Writer {
         }
         for reply in waiting {
             let _ = reply.send(result.as_ref().map(|_| ()).map_err(Clone::clone));
+        }
+    }
+}
+
+fn take_waiting(requests: &mut mpsc::Receiver<Request>, group: &mut Vec<Request>) {
+    while group.len() < MAX_GROUP {
+        match requests.try_recv() {
+            Ok(request) => group.push(request),
+            Err(_) => break,
+        }
+    }
+}
+
+/// How long those that wait already wait for others.
+fn window(waiting: usize, commit: Duration) -> Option<Duration> {
+    let window = (commit / WINDOW_PART).min(WINDOW);
+    (waiting > 1 && window >= LEAST_WINDOW).then_some(window)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_crowd_waits_and_no_longer_than_a_part_of_a_commit() {
+        let us = Duration::from_micros;
+        let cases = [
+            (1, us(3_000), None),
+            (2, us(3_000), Some(us(300))),
+            (2, us(600), Some(us(200))),
+            (9, us(149), None),
+            (9, us(150), Some(us(50))),
+            (2, Duration::ZERO, None),
+            (2, us(60_000_000), Some(us(300))),
+        ];
+        for (waiting, commit, expected) in cases {
+            assert_eq!(window(waiting, commit), expected, "{waiting} wait, {commit:?}");
         }
     }
 }

@@ -177,7 +177,11 @@ impl Processes {
         for (name, old) in self.aside(move |this| this.clear_dead(&of)).await? {
             tracing::warn!(uid, pid = old.pid, "a worker that nobody holds is ended");
             ended(&old).await?;
-            self.aside(move |this| Ok(this.clear(&name))).await?;
+            self.aside(move |this| {
+                this.clear(&name);
+                Ok(())
+            })
+            .await?;
         }
         Ok(())
     }
@@ -189,13 +193,12 @@ impl Processes {
             let free = this.clear_dead(&of)?.is_empty();
             if free { this.take_or_make(&of, &called).map(Some) } else { Ok(None) }
         });
-        let started = match at_once.await? {
-            Some(started) => Ok(started),
-            None => {
-                self.end_unheld(uid).await?;
-                let (of, called) = (uid.to_owned(), name.to_owned());
-                self.aside(move |this| this.take_or_make(&of, &called)).await
-            }
+        let started = if let Some(started) = at_once.await? {
+            Ok(started)
+        } else {
+            self.end_unheld(uid).await?;
+            let (of, called) = (uid.to_owned(), name.to_owned());
+            self.aside(move |this| this.take_or_make(&of, &called)).await
         };
         self.refill();
         started
