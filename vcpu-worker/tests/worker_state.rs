@@ -13,12 +13,20 @@ use vpmu_proto::worker::*;
 use worker_common::*;
 
 fn machine(incoming: bool) -> (Arc<Machine>, Vec<vcpu_worker::hypervisor::InitialRegs>) {
+    machine_of("simulated", probe_spec(1, 32), incoming)
+}
+
+fn machine_of(
+    hypervisor: &str,
+    spec: vpmu_proto::api::VirtualMachineSpec,
+    incoming: bool,
+) -> (Arc<Machine>, Vec<vcpu_worker::hypervisor::InitialRegs>) {
     let request = CreateVmRequest {
         fence: None,
         vm_name: "state".to_owned(),
-        spec: Some(probe_spec(1, 32)),
+        spec: Some(spec),
         vcpu_cores: vec![0],
-        hypervisor: "simulated".to_owned(),
+        hypervisor: hypervisor.to_owned(),
         pmu_mode: "model".to_owned(),
         model_pmu: MODEL.to_owned(),
         incoming,
@@ -95,4 +103,49 @@ fn damaged_state_is_answered() {
         prop_assert_eq!(target.statistics().len(), 1);
     });
     runtime.block_on(target.stop()).expect("its thread is still there");
+}
+
+/// Every (leaf, subleaf, register) of a machine's CPUID as it travels in its state.
+async fn cpuid_of(machine: &Arc<Machine>) -> std::collections::BTreeMap<(u32, u32, usize), u32> {
+    let state = machine.finish_save(machine.begin_save(), true).await.expect("save");
+    let pieces = &state.vcpus[0].pieces;
+    let bytes = &pieces.iter().find(|piece| piece.kind == "cpuid").expect("cpuid").data;
+    let word = |e: &[u8], at: usize| u32::from_le_bytes(e[at * 4..at * 4 + 4].try_into().expect("4"));
+    // struct kvm_cpuid_entry2: function, index, flags, EAX to EDX.
+    let entries = bytes.chunks_exact(40);
+    entries.flat_map(|e| (0..4).map(move |at| ((word(e, 0), word(e, 1), at), word(e, 3 + at)))).collect()
+}
+
+/// The policy of the spec is the one that the machine's CPUID is made by: bits that a list leaves out are not there, but for
+/// those that KVM forces, which are told.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cpuid_policy_of_the_spec_reaches_the_guest() {
+    use vpmu_proto::api::{CpuidSpec, cpuid_spec::Policy};
+    if !kvm() {
+        return;
+    }
+    let mut seen = Vec::new();
+    for (policy, features) in [(Policy::Host, vec![]), (Policy::List, vec!["cx16".to_owned()])] {
+        let cpuid = Some(CpuidSpec { policy: policy.into(), features });
+        let spec = vpmu_proto::api::VirtualMachineSpec { cpuid, ..probe_spec(1, 32) };
+        let (machine, loads) = machine_of("kvm", spec, false);
+        machine.load(loads).await.expect("load");
+        seen.push((cpuid_of(&machine).await, machine.vm().cpuid_differences()));
+        machine.stop().await.expect("stop");
+    }
+    let [(host, _), (list, told)] = &seen[..] else { panic!("two") };
+    let names = vcpu_worker::hypervisor::kvm::features::names;
+    let (mut hidden, mut shown) = (Vec::new(), Vec::new());
+    for (at @ (leaf, subleaf, register), value) in list {
+        let forced = told.iter().find(|d| (d.leaf, d.subleaf) == (*leaf, *subleaf));
+        let forced = forced.map_or(0, |d| d.stored[*register] & !d.asked[*register]);
+        shown.extend(names(*leaf, *subleaf, *register, value & !forced));
+        hidden.extend(names(*leaf, *subleaf, *register, host[at] & !value));
+    }
+    assert_eq!(shown, ["cx16"], "what KVM did not force is what was listed");
+    assert!(
+        !hidden.is_empty() && !hidden.contains(&"cx16"),
+        "it hides some of what the host shows: {hidden:?}"
+    );
+    println!("hidden: {hidden:?}");
 }
