@@ -3,7 +3,8 @@
 //!
 //! Needs a cgroup2 mount whose root this user may change and that offers cpu, memory, pids or hugetlb: where v1 holds
 //! those (a hybrid host), hugetlb alone is usually left, and the rules are the same for all. `VPMU_REQUIRE_CGROUP=1`
-//! makes their absence a failure. What only a host with all four shows is that `pids.max` is written.
+//! makes their absence a failure. What only a host with all four shows is that `pids.max` is written here; `cgroup_limits` has
+//! it for v1 too.
 
 mod support;
 
