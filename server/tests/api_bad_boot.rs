@@ -7,6 +7,7 @@ mod support;
 use std::path::Path;
 
 use support::load::{Reaper, workers};
+use support::workers::cgroups_of;
 use support::*;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
@@ -49,25 +50,13 @@ fn named(error: &rpc::Status) -> (String, String) {
     (reason_of(error), field.unwrap_or_default())
 }
 
-fn cgroups(dir: &Path, prefix: &str, depth: u32) -> usize {
-    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    entries
-        .filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir()))
-        .map(|e| {
-            let below = if depth == 0 { 0 } else { cgroups(&e.path(), prefix, depth - 1) };
-            below + usize::from(e.file_name().to_string_lossy().starts_with(prefix))
-        })
-        .sum()
-}
-
 /// What a machine that never ran must not leave on its host.
 async fn nothing_is_left(host: &Host, what: &str) {
     assert_eq!(workers(&host.dir).len(), 0, "{what}: a worker");
     let dirs: Vec<_> =
         std::fs::read_dir(host.dir.join("state/run")).into_iter().flatten().flatten().collect();
     assert!(dirs.is_empty(), "{what}: {dirs:?}");
-    let prefix = format!("vpmud-{}-", &host.ready["host_id"].as_str().expect("an id")[..8]);
-    assert_eq!(cgroups(Path::new("/sys/fs/cgroup"), &prefix, 6), 0, "{what}: a cgroup");
+    assert_eq!(cgroups_of(host), [""; 0], "{what}: a cgroup");
     let request = GetHostPmuCapabilitiesRequest::default();
     let host = host.pmu().await.get_host_pmu_capabilities(request).await.expect("answers").into_inner();
     for cpu in host.topology {

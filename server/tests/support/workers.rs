@@ -77,3 +77,22 @@ pub async fn until_beyond(host: &Host, id: &str, before: &Pmu) -> Pmu {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
+
+/// Names of the cgroups of a host's workers, over all hierarchies; each ends with its machine's uid.
+pub fn cgroups_of(host: &Host) -> Vec<String> {
+    let prefix = format!("vpmud-{}-", &host.ready["host_id"].as_str().expect("an id")[..8]);
+    let mut found = Vec::new();
+    cgroups(Path::new("/sys/fs/cgroup"), &prefix, 6, &mut found);
+    found
+}
+
+fn cgroups(dir: &Path, prefix: &str, depth: u32, found: &mut Vec<String>) {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    for entry in entries.filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir())) {
+        if depth > 0 {
+            cgroups(&entry.path(), prefix, depth - 1, found);
+        }
+        let name = entry.file_name().to_string_lossy().into_owned();
+        found.extend(Some(name).filter(|name| name.starts_with(prefix)));
+    }
+}
