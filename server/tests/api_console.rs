@@ -5,10 +5,12 @@ mod support;
 
 use std::time::{Duration, Instant};
 
+use support::guest::*;
 use support::*;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
+use tonic_types::StatusExt as _;
 use vpmu_proto::api::virtual_machine::State;
 use vpmu_proto::api::*;
 
@@ -24,13 +26,6 @@ const ECHO: &[u8] = &[
     0xee, // out dx, al
     0xeb, 0xed, // jmp wait
 ];
-
-fn flat(dir: &std::path::Path, id: &str, code: &[u8]) -> VirtualMachineSpec {
-    let kernel = dir.join(format!("{id}.flat"));
-    std::fs::write(&kernel, code).expect("written");
-    let boot = KernelBoot { path: kernel.display().to_string(), ..KernelBoot::default() };
-    VirtualMachineSpec { boot: Some(virtual_machine_spec::Boot::Kernel(boot)), ..probe_spec(1, 16) }
-}
 
 /// Attached to machine `a`; what is sent goes to its guest.
 struct Session {
@@ -113,6 +108,37 @@ async fn one_client_types_and_the_others_look_on() {
     }
 }
 
+/// A guest that never reads: what fits is taken, the rest is refused with how much of it that is, and the session with it.
+#[tokio::test]
+async fn input_that_the_guest_does_not_read_is_refused_by_name() {
+    if !have_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("tempdir");
+    let mut host = Host::start(dir.path(), &["--isolation", "process", "--stop-vms"]).await;
+    host.create("a", flat(dir.path(), "idle", IDLE)).await;
+    host.start_vm("a").await;
+    let mut session = attach(&host, true).await.expect("attaches");
+    session.send(&[b'x'; 4096]).await;
+    session.send(&[b'y'; 4096]).await;
+    let status = session.message().await.expect_err("nobody reads 8 KiB");
+    let status = expect_error(Err::<(), _>(status), Code::ResourceExhausted, "CONSOLE_INPUT_FULL");
+    let details = status.get_error_details();
+    let accepted = &details.error_info().expect("why").metadata["accepted"];
+    let accepted: u32 = accepted.parse().expect("a number");
+    assert!(accepted < 4096, "{status:?}");
+    assert!(status.message().contains(&format!("{accepted} of 4096 bytes")), "{status:?}");
+
+    // Others may type now, and are told the same from the first byte on.
+    let mut second = until_attached(&host).await;
+    second.send(b"z").await;
+    let status = second.message().await.expect_err("still nobody reads");
+    let status = expect_error(Err::<(), _>(status), Code::ResourceExhausted, "CONSOLE_INPUT_FULL");
+    assert_eq!(status.get_error_details().error_info().expect("why").metadata["accepted"], "0");
+    assert_eq!(host.get("a").await.observed_state(), State::Running, "the guest is not to blame");
+    assert_eq!(host.terminate().await, 0);
+}
+
 async fn until_attached(host: &Host) -> Session {
     let begin = Instant::now();
     loop {
@@ -132,19 +158,10 @@ async fn a_guest_that_ended_says_how_with_registers_and_instruction() {
         return;
     }
     let cases: [(&str, &[u8], State, &str); 4] = [
-        // mov dx, port; mov al, value; out dx, al; jmp $
-        ("reset", &[0x66, 0xba, 0x64, 0, 0xb0, 0xfe, 0xee, 0xeb, 0xfe], State::Stopped, "GUEST_RESET"),
-        // mov dx, 0x604; mov eax, 0x2000; out dx, ax; jmp $
-        (
-            "power",
-            &[0x66, 0xba, 0x04, 0x06, 0xb8, 0, 0x20, 0, 0, 0x66, 0xef, 0xeb, 0xfe],
-            State::Stopped,
-            "GUEST_SHUTDOWN",
-        ),
-        // No IDT: the first exception is a triple fault.
-        ("triple", &[0x0f, 0x0b], State::Failed, "GUEST_TRIPLE_FAULT"),
-        // A jump to where there is no memory cannot be emulated.
-        ("nowhere", &[0xb8, 0, 0, 0, 0xd0, 0xff, 0xe0], State::Failed, "HYPERVISOR_INTERNAL_ERROR"),
+        ("reset", RESET, State::Stopped, "GUEST_RESET"),
+        ("power", POWER_OFF, State::Stopped, "GUEST_SHUTDOWN"),
+        ("triple", TRIPLE_FAULT, State::Failed, "GUEST_TRIPLE_FAULT"),
+        ("nowhere", NOWHERE, State::Failed, "HYPERVISOR_INTERNAL_ERROR"),
     ];
     let dir = tempfile::tempdir().expect("tempdir");
     let mut host = Host::start(dir.path(), &["--stop-vms"]).await;

@@ -1,12 +1,16 @@
 //! Restart policies: what dies is started again as asked, later each time, also over a daemon's death, and never while a
-//! migration is open.
+//! migration is open. Every end, the guest's own or its worker's death, is an event with its reason.
 
 mod support;
 
+use std::collections::BTreeMap;
+
 use rustix::process::{Pid, Signal, kill_process};
+use support::guest::*;
 use support::*;
 use vpmu_proto::api::virtual_machine::{DesiredState, State};
 use vpmu_proto::api::virtual_machine_spec::RestartPolicy;
+use vpmu_proto::api::watch_virtual_machines_response::Kind;
 use vpmu_proto::api::*;
 
 fn spec(policy: RestartPolicy) -> VirtualMachineSpec {
@@ -116,4 +120,125 @@ async fn no_policy_acts_while_a_migration_is_open() {
     }
     a.stop_vm("vm").await;
     assert_eq!((a.terminate().await, b.terminate().await), (0, 0));
+}
+
+/// Every change from now on.
+struct Watch(tonic::Streaming<WatchVirtualMachinesResponse>);
+
+impl Watch {
+    async fn of(host: &Host) -> Self {
+        let request = WatchVirtualMachinesRequest::default();
+        let stream = host.vms().await.watch_virtual_machines(request).await.expect("watches").into_inner();
+        let mut watch = Self(stream);
+        while watch.next().await.0 != Kind::Synced {}
+        watch
+    }
+
+    async fn next(&mut self) -> (Kind, VirtualMachine) {
+        let event = tokio::time::timeout(DEADLINE, self.0.message()).await.expect("an event in time");
+        let event = event.expect("reads").expect("goes on");
+        (event.kind(), event.virtual_machine.unwrap_or_default())
+    }
+
+    /// The next end.
+    async fn end(&mut self) -> VirtualMachine {
+        loop {
+            let (_, vm) = self.next().await;
+            if matches!(vm.observed_state(), State::Stopped | State::Failed) {
+                return vm;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_workers_death_is_an_event_with_its_reason() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let mut host = Host::start(dir.path(), &["--isolation", "process", "--stop-vms"]).await;
+    for id in ["a", "beside"] {
+        host.create(id, spec(RestartPolicy::Never)).await;
+    }
+    let vm = host.start_vm("a").await;
+    host.start_vm("beside").await;
+    let mut watch = Watch::of(&host).await;
+    kill_worker(&vm);
+    // The first event there is: nothing is told of anything else, nor of the machine beside it.
+    let (kind, told) = watch.next().await;
+    assert_eq!(
+        (kind, told.name.as_str(), told.observed_state()),
+        (Kind::Updated, &*name("a"), State::Failed)
+    );
+    assert_eq!((told.reason.as_str(), told.worker_pid), ("WORKER_DIED", 0), "{told:?}");
+    assert!(!told.message.is_empty() && told.etag != vm.etag, "{told:?}");
+    assert_eq!(told, host.get("a").await, "who asks is told the same");
+    assert_eq!(host.get("beside").await.observed_state(), State::Running);
+    assert_eq!(host.terminate().await, 0);
+}
+
+/// Name, policy and code of a machine; its state and reason when its guest has ended, and whether it is started again.
+type Case = (&'static str, RestartPolicy, &'static [u8], State, &'static str, bool);
+
+/// Guests that end by themselves, again whenever they are started. Needs KVM.
+#[tokio::test]
+async fn a_guests_own_end_is_an_event_and_answered_as_its_policy_says() {
+    const ROWS: u32 = 2;
+    if !have_kvm() {
+        return;
+    }
+    let (never, failure, always) = (RestartPolicy::Never, RestartPolicy::OnFailure, RestartPolicy::Always);
+    let (stopped, failed) = (State::Stopped, State::Failed);
+    let cases: [Case; 8] = [
+        ("always-off", always, POWER_OFF, stopped, "GUEST_SHUTDOWN", true),
+        ("failure-off", failure, POWER_OFF, stopped, "GUEST_SHUTDOWN", false),
+        ("always-reset", always, RESET, stopped, "GUEST_RESET", true),
+        ("failure-reset", failure, RESET, stopped, "GUEST_RESET", false),
+        ("failure-triple", failure, TRIPLE_FAULT, failed, "GUEST_TRIPLE_FAULT", true),
+        ("never-triple", never, TRIPLE_FAULT, failed, "GUEST_TRIPLE_FAULT", false),
+        ("failure-nowhere", failure, NOWHERE, failed, "HYPERVISOR_INTERNAL_ERROR", true),
+        ("never-nowhere", never, NOWHERE, failed, "HYPERVISOR_INTERNAL_ERROR", false),
+    ];
+    let dir = tempfile::tempdir().expect("tempdir");
+    let mut host = Host::start(dir.path(), &["--isolation", "process", "--stop-vms"]).await;
+    for (id, policy, code, ..) in cases {
+        let boot = flat(dir.path(), id, code);
+        host.create(id, VirtualMachineSpec { restart_policy: policy.into(), ..boot }).await;
+    }
+    let mut watch = Watch::of(&host).await;
+    for (id, ..) in cases {
+        let request = StartVirtualMachineRequest { name: name(id), request_id: String::new() };
+        let started = host.vms().await.start_virtual_machine(request).await.expect("accepted").into_inner();
+        // Its guest may have ended before its start was answered.
+        drop(host.finish(started).await);
+    }
+
+    // Those that are not started again end once; the others at least once more, each time in a longer row.
+    let wanted = |id: &str| cases.iter().find(|case| name(case.0) == id).expect("one of them");
+    let mut ends: BTreeMap<String, Vec<VirtualMachine>> = BTreeMap::new();
+    while ends.len() < cases.len()
+        || ends.iter().any(|(id, seen)| wanted(id).5 && seen.len() < ROWS as usize + 1)
+    {
+        let vm = watch.end().await;
+        ends.entry(vm.name.clone()).or_default().push(vm);
+    }
+    for (id, seen) in &ends {
+        let &(_, _, _, state, reason, again) = wanted(id);
+        assert!(again || seen.len() == 1, "{seen:?}");
+        for (row, vm) in (0_u32..).zip(seen) {
+            assert_eq!((vm.observed_state(), vm.reason.as_str()), (state, reason), "{vm:?}");
+            assert_eq!(vm.desired_state(), DesiredState::Running, "what the user wants stays");
+            let counts = (vm.restart_count, vm.restart_row, u64::from(row) + 1 == vm.incarnation);
+            assert_eq!(counts, (row, if again { row + 1 } else { 0 }, true), "{vm:?}");
+            assert_eq!(vm.next_restart_time.is_some(), again, "{vm:?}");
+        }
+        // The wait was kept: the end that follows a start is of a later time than the one that the start was set for.
+        for pair in seen.windows(2) {
+            let (due, ended) = (pair[0].next_restart_time.as_ref(), pair[1].update_time.as_ref());
+            assert!(due.map(ms) < ended.map(ms), "{pair:?}");
+        }
+    }
+    for (id, _, _, state, _, again) in cases {
+        let left = host.get(id).await;
+        assert!(again || (left.observed_state(), left.incarnation) == (state, 1), "{left:?}");
+    }
+    assert_eq!(host.terminate().await, 0);
 }

@@ -40,6 +40,25 @@ impl Drop for Workers {
     }
 }
 
+/// Asks the keyboard controller for a reset: mov dx, 0x64; mov al, 0xfe; out dx, al; jmp $
+pub const RESET: &[u8] = &[0x66, 0xba, 0x64, 0, 0xb0, 0xfe, 0xee, 0xeb, 0xfe];
+/// Powers off: mov dx, 0x604; mov eax, 0x2000; out dx, ax; jmp $
+pub const POWER_OFF: &[u8] = &[0x66, 0xba, 0x04, 0x06, 0xb8, 0, 0x20, 0, 0, 0x66, 0xef, 0xeb, 0xfe];
+/// ud2. There is no IDT: the first exception is a triple fault.
+pub const TRIPLE_FAULT: &[u8] = &[0x0f, 0x0b];
+/// mov eax, 0xd0000000; jmp eax: a jump to where there is no memory cannot be emulated.
+pub const NOWHERE: &[u8] = &[0xb8, 0, 0, 0, 0xd0, 0xff, 0xe0];
+/// jmp $
+pub const IDLE: &[u8] = &[0xeb, 0xfe];
+
+/// A machine whose kernel is this code, in a file of that directory.
+pub fn flat(dir: &std::path::Path, id: &str, code: &[u8]) -> VirtualMachineSpec {
+    let kernel = dir.join(format!("{id}.flat"));
+    std::fs::write(&kernel, code).expect("written");
+    let boot = KernelBoot { path: kernel.display().to_string(), ..KernelBoot::default() };
+    VirtualMachineSpec { boot: Some(virtual_machine_spec::Boot::Kernel(boot)), ..probe_spec(1, 16) }
+}
+
 /// A guest that has filled a part of its memory and dirties another.
 pub fn filled(vcpus: u32, memory_mib: u64, fill: u64) -> VirtualMachineSpec {
     let boot = ProbeBoot {
