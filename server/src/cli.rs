@@ -328,6 +328,23 @@ mod tests {
     }
 
     #[test]
+    fn the_defaults_are_those_that_are_documented() {
+        let line = ["vpmud", "serve", "--state-dir", "/tmp/x", "--listen", "unix:/tmp/x/a.sock"];
+        let Command::Serve(args) = Cli::try_parse_from(line).expect("parses").command else {
+            panic!("another command")
+        };
+        let config = ServeConfig::from(args);
+        assert_eq!(
+            (config.isolation, config.pmu, config.hypervisor),
+            (Isolation::Thread, PmuMode::Auto, None)
+        );
+        assert_eq!((config.seccomp, config.spare_workers), (vcpu_worker::sandbox::Mode::Enforce, 0));
+        assert_eq!((config.local_migration, config.handover_timeout), (LocalMigration::Auto, 30_000));
+        assert!(!config.stop_vms && !config.peer_plaintext && config.peer_tls.is_none());
+        assert!(config.hold_at.is_empty() && config.worker_violates.is_none() && !config.exit_with_parent);
+    }
+
+    #[test]
     fn a_missing_listener_is_wrong_usage() {
         let error = Cli::try_parse_from(["vpmud", "serve", "--state-dir", "/tmp/x"]).expect_err("refused");
         assert_eq!(error.exit_code(), 2);

@@ -101,6 +101,11 @@ async fn started(base: &Path) -> (Child, Vec<i32>) {
     };
     let pids = tokio::time::timeout(DEADLINE, find).await.expect("serves in time");
     assert_eq!(pids.len(), 2);
+    for pid in &pids {
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).expect("it runs");
+        let command = String::from_utf8_lossy(&command).replace('\0', " ");
+        assert!(command.contains(" --isolation thread "), "nothing of a demo is to outlive it: {command}");
+    }
     // Keeps the pipe open: a closed one would only end the story.
     tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
     (child, pids)

@@ -45,7 +45,8 @@ impl Host {
         hypervisor: &str,
     ) -> Result<Self, DemoError> {
         let peer = Endpoint::unix(&directory.join(format!("{name}-peer.sock")))?;
-        Self::start_with(name, directory, hypervisor, peer, &[]).await
+        // They end with their machines, whatever the default.
+        Self::start_with(name, directory, hypervisor, peer, &["--isolation", "thread"]).await
     }
 
     /// [`Self::start`] with a peer listener of the caller's choice and more options of `vpmud serve`.
