@@ -34,12 +34,21 @@ fn vpmuctl() -> &'static Path {
     })
 }
 
-/// Whether it is there, and no source that cargo lists beside it is newer.
+/// Whether it is there, and nothing that cargo lists beside it as what it was made of is newer.
 fn is_fresh(program: &Path) -> bool {
-    let changed = |path: &Path| path.metadata().and_then(|m| m.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
     let list = std::fs::read_to_string(program.with_extension("d")).unwrap_or_default();
     let Some((_, sources)) = list.trim().split_once(": ") else { return false };
-    program.exists() && sources.split(' ').all(|source| changed(Path::new(source)) <= changed(program))
+    // What was generated is as new as what it was made of, which is listed too.
+    let target = program.ancestors().nth(2).expect("the target directory");
+    let mut sources = sources.split(' ').map(Path::new).filter(|source| !source.starts_with(target));
+    program.exists() && sources.all(|source| changed(source) <= changed(program))
+}
+
+/// When it was last changed, or the last of what is in it.
+fn changed(path: &Path) -> SystemTime {
+    let below = std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| changed(&entry.path()));
+    let own = path.metadata().and_then(|known| known.modified()).unwrap_or_else(|_| SystemTime::now());
+    below.fold(own, SystemTime::max)
 }
 
 async fn run(host: &Host, line: &str) -> Output {
