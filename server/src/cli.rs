@@ -225,6 +225,9 @@ fn serve(config: ServeConfig) -> ExitCode {
     if let Err(error) = vcpu_worker::host::schedule::answer_quickly() {
         tracing::debug!(%error, "calls are answered when the guests' slices have passed");
     }
+    if let Err(error) = vcpu_worker::host::schedule::answer_before_other_sessions() {
+        tracing::info!(%error, "this session has no greater share of the processors than a worker's");
+    }
     vcpu_worker::host::features::ask();
     let threads = config.api_threads.map_or_else(api_threads, |threads| threads as usize);
     let runtime =

@@ -9,6 +9,9 @@
 //! machines that outlived the daemon would be without one. Hence [`Controllers::Auto`] leaves units alone, and the
 //! unit that asks for `on` has `ExecStopPost=vpmud host release-cgroup`.
 //!
+//! With the cpu controller each cgroup has a share of its own, the daemon as much as one worker: beside fifty guests that
+//! compute it would answer nobody in time. So its leaf weighs more ([`WEIGHT`]).
+//!
 //! Invariant: what is not enabled is told with the reason, once, at the start; workers then run without it.
 
 use std::io;
@@ -16,6 +19,10 @@ use std::path::{Path, PathBuf};
 
 /// Where the daemon goes. Nobody else's cgroup is called so.
 pub(super) const LEAF: &str = "vpmud-daemon";
+/// Share of the daemon where a worker has [`USUAL_WEIGHT`]: what nice -10 is to nice 0, as its threads have it.
+const WEIGHT: &str = "1000";
+/// The kernel's own choice (cgroup-v2.rst, cpu.weight).
+const USUAL_WEIGHT: &str = "100";
 /// Where earlier versions went; others may have one of that name.
 const OLD_LEAF: &str = "daemon";
 /// How the names of workers' cgroups begin.
@@ -142,7 +149,24 @@ pub(super) fn provide(parent: &Path, mode: Controllers, elsewhere: &[&str]) -> V
             }
         }
     }
-    if mode == Controllers::Off { Vec::new() } else { words(parent, "cgroup.subtree_control") }
+    if mode == Controllers::Off {
+        return Vec::new();
+    }
+    if let Err(error) = weigh(&parent.join(LEAF)) {
+        tracing::warn!(cgroup = %parent.display(), %error, "the daemon has no greater share of the processors than a worker");
+    }
+    words(parent, "cgroup.subtree_control")
+}
+
+/// Gives the daemon's leaf its share, if shares are by cgroup there and nobody has chosen another.
+fn weigh(leaf: &Path) -> io::Result<()> {
+    let file = leaf.join("cpu.weight");
+    match std::fs::read_to_string(&file) {
+        Ok(now) if now.trim() == USUAL_WEIGHT => std::fs::write(file, WEIGHT),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 fn look(parent: &Path) -> Seen {
@@ -239,6 +263,18 @@ mod tests {
 
     fn missing(plan: &Plan) -> Vec<&'static str> {
         plan.missing.iter().flat_map(|(which, _)| which.clone()).collect()
+    }
+
+    #[test]
+    fn the_daemon_weighs_more_than_a_worker_unless_somebody_chose_otherwise() {
+        let leaf = tempfile::tempdir().expect("tempdir");
+        weigh(leaf.path()).expect("no cpu controller");
+        assert!(!leaf.path().join("cpu.weight").exists());
+        for (before, after) in [("100\n", "1000"), ("1000\n", "1000\n"), ("50\n", "50\n")] {
+            std::fs::write(leaf.path().join("cpu.weight"), before).expect("written");
+            weigh(leaf.path()).expect("weighs");
+            assert_eq!(std::fs::read_to_string(leaf.path().join("cpu.weight")).expect("read"), after);
+        }
     }
 
     #[test]

@@ -10,6 +10,10 @@
 //! slice is inherited by new threads and processes, so that a vCPU thread has to give it back. A thread that has just had
 //! more than its share waits until the guest has caught up, however short its slice; a higher weight (nice -10) makes
 //! that wait short too. It takes CAP_SYS_NICE, and is left alone where the operator has chosen another priority.
+//!
+//! Where sessions have shares of their own (sched(7), autogroup), a priority weighs within its session alone, and each worker
+//! process begins one: beside fifty that compute the daemon had a fifty-first of the processors, however urgent its threads,
+//! and other hosts took it for gone. So its session's share is raised by as much ([`answer_before_other_sessions`]).
 #![allow(unsafe_code)]
 
 use std::io::{Error, Result};
@@ -82,6 +86,28 @@ const _: () = assert!(size_of::<Attributes>() == 48);
 /// If the kernel refuses.
 pub fn answer_quickly() -> Result<()> {
     slice(Some(SHORT_SLICE), |nice| if nice == 0 { ANSWERING } else { nice })
+}
+
+/// Where the kernel keeps a session's share; absent without CONFIG_SCHED_AUTOGROUP.
+const SESSION: &str = "/proc/self/autogroup";
+
+/// Raises the share of this process's session as [`answer_quickly`] does a thread's weight. Without effect where shares are by
+/// cgroup; nothing changes where the operator has chosen another, or the kernel has none.
+///
+/// # Errors
+/// If the kernel refuses: it takes CAP_SYS_NICE.
+pub fn answer_before_other_sessions() -> Result<()> {
+    match std::fs::read_to_string(SESSION) {
+        Ok(text) if session_nice(&text) == Some(0) => std::fs::write(SESSION, ANSWERING.to_string()),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// `/autogroup-25 nice 0`.
+fn session_nice(text: &str) -> Option<i32> {
+    text.trim_end().rsplit_once(" nice ")?.1.parse().ok()
 }
 
 /// Gives the calling thread the weight of a guest and leaves its slices short: it carries much, in turns with a thread that
@@ -192,6 +218,14 @@ mod tests {
         })
         .join()
         .expect("thread");
+    }
+
+    #[test]
+    fn the_share_of_a_session_is_read() {
+        assert_eq!(session_nice("/autogroup-25 nice 0\n"), Some(0));
+        assert_eq!(session_nice("/autogroup-36147 nice -10\n"), Some(-10));
+        assert_eq!(session_nice("/\n"), None);
+        assert_eq!(session_nice(""), None);
     }
 
     #[test]
