@@ -40,8 +40,20 @@ fn is_fresh(program: &Path) -> bool {
     let Some((_, sources)) = list.trim().split_once(": ") else { return false };
     // What was generated is as new as what it was made of, which is listed too.
     let target = program.ancestors().nth(2).expect("the target directory");
-    let mut sources = sources.split(' ').map(Path::new).filter(|source| !source.starts_with(target));
-    program.exists() && sources.all(|source| changed(source) <= changed(program))
+    let mut sources = listed(sources).into_iter().filter(|source| !source.starts_with(target));
+    program.exists() && sources.all(|source| changed(&source) <= changed(program))
+}
+
+/// The paths of a list as make reads it: spaces are between them, and one of a path itself follows a backslash.
+fn listed(list: &str) -> Vec<PathBuf> {
+    // No path has a NUL.
+    let spaced = list.replace("\\ ", "\0");
+    spaced.split_whitespace().map(|path| path.replace('\0', " ").into()).collect()
+}
+
+#[test]
+fn a_path_with_a_space_is_one_path() {
+    assert_eq!(listed(r"/a/b\ c.rs  /d"), [Path::new("/a/b c.rs"), Path::new("/d")]);
 }
 
 /// When it was last changed, or the last of what is in it.
@@ -160,7 +172,7 @@ async fn placement() {
     let cores: Vec<u32> = {
         let request = vpmu_proto::api::GetHostPmuCapabilitiesRequest::default();
         let host = host.pmu().await.get_host_pmu_capabilities(request).await.expect("answers").into_inner();
-        host.topology.iter().map(|cpu| cpu.cpu).collect()
+        host.topology.iter().filter(|cpu| cpu.usable).map(|cpu| cpu.cpu).collect()
     };
     let worker = done(&host, "vm get a").await["worker_pid"].clone();
     for core in [cores[0], cores[cores.len() - 1], cores[0]] {
