@@ -202,6 +202,20 @@ async fn the_escape_key_is_heard_although_the_host_reads_nothing() {
 }
 
 #[tokio::test]
+async fn what_was_typed_before_the_escape_key_arrives() {
+    let host = FakeHost::serve();
+    let mut session = Session::attach(&host, "ends").await;
+    session.keyboard.write_all(b"abc\x1ddef").expect("types");
+    assert_eq!(session.end("the escape key").await, Some(0));
+    assert_eq!(
+        String::from_utf8_lossy(&host.typed()),
+        "abc",
+        "all before the escape key, and nothing after it"
+    );
+    session.until_shown("ABC").await;
+}
+
+#[tokio::test]
 async fn the_escape_key_is_heard_although_nobody_reads_the_output() {
     let host = FakeHost::serve();
     let (reader, writer) = rustix::pipe::pipe().expect("a pipe");

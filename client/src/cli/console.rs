@@ -3,8 +3,10 @@
 //! Invariants
 //! - The terminal is restored on every way out: Ctrl-], the end of the stream, an error, a signal, a panic; and for as long
 //!   as SIGTSTP has stopped the process.
-//! - Ctrl-] and signals are always heard: nothing here waits for the host, or for whoever reads the output, and for nothing
-//!   else. What is typed meanwhile is kept within a bound ([`typed`]), output is printed by a thread ([`printer`]).
+//! - Ctrl-] and signals are always heard: nothing here waits without a bound for the host, or for whoever reads the output.
+//!   What is typed meanwhile is kept within a bound ([`typed`]), output is printed by a thread ([`printer`]).
+//! - What was typed before Ctrl-] has a moment ([`GRACE`]) to get to the guest, and its answer to be shown. No host says what
+//!   it has fed to the guest, so the moment is over when the host ends the stream, or by the clock.
 
 mod printer;
 mod signals;
@@ -18,12 +20,17 @@ use printer::{Piece, Printed, Printer};
 use signals::{Signals, Told};
 use std::io::{self, IsTerminal as _, Read as _};
 use std::process::ExitCode;
+use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use typed::Typed;
 use vpmu_client::{ConsoleInput, ConsoleOptions, ConsoleSession};
 
 /// Ctrl-], as telnet has it.
 const ESCAPE: u8 = 0x1d;
+
+/// How long what is on its way, to the guest and to whoever reads, may take to arrive once somebody leaves.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// Attach to a machine's serial console; Ctrl-] leaves.
 ///
@@ -68,7 +75,7 @@ pub(crate) async fn run(context: &Context, args: ConsoleArgs) -> Result<ExitCode
     };
     let keys = if write || terminal { read_stdin() } else { None };
     let input = write.then(|| session.input());
-    let ends = Ends { session, keys, input, typed: Typed::default(), signals };
+    let ends = Ends { session, keys, input, typed: Typed::default(), last_key: None, signals };
     let end = ends.join(&mut printer, &mut printed, raw.as_ref()).await;
     drop(raw);
     let words = if terminal { format!("\ndetached from {}\n", args.name) } else { String::new() };
@@ -83,6 +90,8 @@ struct Ends {
     /// None where nothing is sent, or nothing more.
     input: Option<ConsoleInput>,
     typed: Typed,
+    /// When something was last typed for the guest.
+    last_key: Option<Instant>,
     signals: Signals,
 }
 
@@ -96,10 +105,11 @@ impl Ends {
     ) -> Result<(), Failure> {
         let mut over = None;
         let mut all_typed = false;
+        let mut leave_at = None;
         loop {
             tokio::select! {
                 told = self.signals.next() => match told {
-                    Told::Leave => return Ok(()),
+                    Told::Leave => return over.unwrap_or(Ok(())),
                     Told::Suspend => if let Some(raw) = raw { raw.suspend() },
                     Told::Continue => if let Some(raw) = raw { raw.again() },
                 },
@@ -107,11 +117,16 @@ impl Ends {
                 keys = next_keys(&mut self.keys), if raw.is_some() || self.typed.is_empty() => match keys {
                     Some(keys) => {
                         let (data, leave) = until_escape(&keys, raw.is_some());
-                        if self.input.is_some() {
+                        if self.input.is_some() && !data.is_empty() {
                             self.typed.push(data, |note| printer.note(note));
+                            self.last_key = Some(Instant::now());
                         }
                         if leave {
-                            return Ok(());
+                            if over.is_some() || self.input.is_none() {
+                                return over.unwrap_or(Ok(()));
+                            }
+                            leave_at = Some(self.arrives_by());
+                            (self.keys, all_typed) = (None, true);
                         }
                     }
                     None => all_typed = true,
@@ -134,12 +149,28 @@ impl Ends {
                     all?;
                     return over.unwrap_or(Ok(()));
                 }
+                () = until(leave_at) => return over.unwrap_or(Ok(())),
             }
             if all_typed && self.typed.is_empty() && self.input.take().is_some() {
                 // Nothing more comes from here: another client may type.
                 self.session.close_input();
             }
         }
+    }
+
+    /// When what was typed is taken to have arrived, or never to: in the past, if the last of it was sent long ago.
+    fn arrives_by(&self) -> Instant {
+        let now = Instant::now();
+        let from = if self.typed.is_empty() { self.last_key } else { Some(now) };
+        from.map_or(now, |from| from + GRACE)
+    }
+}
+
+/// Never, if there is no such moment.
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -5,8 +5,8 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -30,6 +30,7 @@ type Items<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 /// A running fake; it ends when this is dropped.
 pub(crate) struct FakeHost {
     directory: tempfile::TempDir,
+    typed: Arc<Mutex<Vec<u8>>>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
@@ -46,7 +47,8 @@ impl FakeHost {
         let guard = runtime.enter();
         let listener = UnixListener::bind(directory.path().join("s")).expect("a socket");
         drop(guard);
-        let script = Script(Arc::default());
+        let script = Script::default();
+        let typed = Arc::clone(&script.typed);
         let server = tonic::transport::Server::builder()
             .add_service(VirtualMachinesServiceServer::new(script.clone()))
             .add_service(PmuServiceServer::new(script.clone()))
@@ -54,11 +56,16 @@ impl FakeHost {
             .add_service(OperationsServer::new(script))
             .serve_with_incoming(UnixListenerStream::new(listener));
         runtime.spawn(async move { server.await.expect("serves") });
-        Self { directory, runtime: Some(runtime) }
+        Self { directory, typed, runtime: Some(runtime) }
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
         self.directory.path().join("s")
+    }
+
+    /// What was typed at its consoles, as far as it has read.
+    pub(crate) fn typed(&self) -> Vec<u8> {
+        self.typed.lock().expect("not poisoned").clone()
     }
 
     pub(crate) fn endpoint(&self) -> Endpoint {
@@ -74,9 +81,14 @@ impl Drop for FakeHost {
     }
 }
 
-/// The answers. The counter is the number of waits that an operation has seen.
-#[derive(Clone)]
-struct Script(Arc<AtomicU32>);
+/// The answers.
+#[derive(Clone, Default)]
+struct Script {
+    /// Waits that an operation has seen.
+    waits: Arc<AtomicU32>,
+    /// What was typed at the consoles.
+    typed: Arc<Mutex<Vec<u8>>>,
+}
 
 fn machine(name: &str) -> VirtualMachine {
     VirtualMachine {
@@ -255,21 +267,25 @@ impl VirtualMachinesService for Script {
         if first.history_only {
             return Ok(Response::new(Box::pin(hello)));
         }
-        let echo = messages.map(|message| {
+        let heard = Arc::clone(&self.typed);
+        let echo = messages.map(move |message| {
+            if let Ok(message) = &message {
+                heard.lock().expect("not poisoned").extend_from_slice(&message.data);
+            }
             message
                 .map(|message| AttachConsoleResponse { offset: 6, data: message.data.to_ascii_uppercase() })
         });
-        if kind == "late" {
-            tokio::time::sleep(Duration::from_millis(300)).await;
-        }
         if kind == "ends" {
             let more = |piece: &Result<AttachConsoleResponse, Status>| {
                 piece.as_ref().is_ok_and(|piece| !piece.data.ends_with(b"\x04"))
             };
             return Ok(Response::new(Box::pin(hello.chain(echo.take_while(more)))));
         }
-        // Else the host never ends the stream by itself: a client that sees its end has lost the host.
-        Ok(Response::new(Box::pin(hello.chain(echo).chain(tokio_stream::pending()))))
+        let late = Duration::from_millis(if kind == "late" { 300 } else { 0 });
+        // Within the stream: the client is attached, and sends, meanwhile.
+        let pause = tokio_stream::once(()).then(move |()| tokio::time::sleep(late)).filter_map(|()| None);
+        // The host never ends the stream by itself: a client that sees its end has lost the host.
+        Ok(Response::new(Box::pin(hello.chain(pause).chain(echo).chain(tokio_stream::pending()))))
     }
 }
 
@@ -383,7 +399,7 @@ impl Operations for Script {
             tokio::time::sleep(timeout.unwrap_or_default()).await;
             return Ok(Response::new(running(name)));
         }
-        if self.0.fetch_add(1, Ordering::Relaxed) == 0 {
+        if self.waits.fetch_add(1, Ordering::Relaxed) == 0 {
             return Ok(Response::new(running(name)));
         }
         let result = match name {

@@ -1,15 +1,11 @@
 //! Prints output on a thread of its own: a terminal that is held, or a pipe that nobody reads, blocks that thread only.
 
-use super::output;
+use super::{GRACE, output};
 use std::io::{self, Write as _};
-use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 /// Pieces that wait for being printed.
 const QUEUE: usize = 16;
-
-/// How long what has come may take to be printed once somebody leaves.
-const GRACE: Duration = Duration::from_millis(500);
 
 /// Something to print.
 pub(super) enum Piece {
@@ -39,10 +35,10 @@ pub(super) fn start() -> io::Result<(Printer, Printed)> {
     std::thread::Builder::new().name("printer".to_owned()).spawn(move || {
         let mut result = Ok(());
         while let Some(piece) = queue.blocking_recv() {
-            result = match piece {
-                Piece::Output(data) => output::raw(&data),
-                Piece::Note(text) => io::stderr().write_all(text.as_bytes()),
-            };
+            match piece {
+                Piece::Output(data) => result = output::raw(&data),
+                Piece::Note(text) => note(&text),
+            }
             if result.is_err() {
                 break;
             }
@@ -86,7 +82,7 @@ impl Printed {
     /// Prints what has come and these last words, if that is a matter of a moment.
     pub(super) async fn leave(mut self, mut printer: Printer, words: &str) {
         if self.seen {
-            eprint!("{words}");
+            note(words);
             return;
         }
         printer.note(words);
@@ -94,4 +90,9 @@ impl Printed {
         // A reader that does not read gets no more.
         let _ = tokio::time::timeout(GRACE, self.end()).await;
     }
+}
+
+/// Where standard error is gone, nobody is there to be told, and the session is none the worse.
+fn note(text: &str) {
+    let _ = write!(io::stderr(), "{text}");
 }

@@ -43,6 +43,8 @@ impl Signals {
 async fn job_control(job: &mut Option<[Signal; 2]>) -> Told {
     let Some([suspend, resume]) = job else { return std::future::pending().await };
     tokio::select! {
+        // Where both wait, going on comes last: the terminal is raw again afterwards.
+        biased;
         _ = suspend.recv() => Told::Suspend,
         _ = resume.recv() => Told::Continue,
     }
