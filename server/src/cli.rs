@@ -219,13 +219,18 @@ fn api_threads() -> usize {
 }
 
 fn serve(config: ServeConfig) -> ExitCode {
-    let log = init_tracing();
-    let state_dir = config.state_dir.clone();
+    // Before there is another thread.
     vcpu_worker::host::heap::grow_in_large_steps();
+    let log = crate::log::Log::begin();
+    let lost = log.lost.clone();
+    let state_dir = config.state_dir.clone();
     if let Err(error) = vcpu_worker::host::schedule::answer_quickly() {
         tracing::debug!(%error, "calls are answered when the guests' slices have passed");
     }
-    if let Err(error) = vcpu_worker::host::schedule::answer_before_other_sessions() {
+    // In threads the guests are in this very session.
+    if config.isolation == Isolation::Process
+        && let Err(error) = vcpu_worker::host::schedule::answer_before_other_sessions()
+    {
         tracing::info!(%error, "this session has no greater share of the processors than a worker's");
     }
     vcpu_worker::host::features::ask();
@@ -238,7 +243,7 @@ fn serve(config: ServeConfig) -> ExitCode {
                 return ExitCode::FAILURE;
             }
         };
-    let result = runtime.block_on(crate::serve::run(config));
+    let result = runtime.block_on(crate::serve::run(config, lost));
     // Blocking helpers (none should be left) get a moment, not for ever.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
     // What is logged is written now.
@@ -276,24 +281,6 @@ fn exec(image: &std::path::Path, came_from: Option<&std::path::Path>) -> std::io
     command.arg0("vpmud").args(std::env::args_os().skip(1));
     command.env(crate::upgrade::CAME_FROM, came_from.unwrap_or_else(|| std::path::Path::new("")));
     command.exec()
-}
-
-/// Logs go to standard error; RUST_LOG chooses what. A thread of its own writes them: a reader that stalls, or a disk,
-/// must not stop the daemon. What finds no room then is dropped. The last lines are written when the guard is dropped.
-fn init_tracing() -> tracing_appender::non_blocking::WorkerGuard {
-    use tracing_subscriber::EnvFilter;
-    let (log, guard) = tracing_appender::non_blocking::NonBlockingBuilder::default()
-        .buffered_lines_limit(8192)
-        .thread_name("log")
-        .finish(std::io::stderr());
-    let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new("info,h2=warn,hyper=warn,sled=warn"));
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(log)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .try_init();
-    guard
 }
 
 #[cfg(test)]

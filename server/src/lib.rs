@@ -24,6 +24,7 @@ pub mod journal;
 mod judge;
 pub mod lag;
 pub mod listen;
+pub mod log;
 pub mod migration;
 pub mod names;
 pub mod ops;

@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
 use tonic_health::pb::health_server::{Health, HealthServer};
+use tracing_appender::non_blocking::ErrorCounter;
 use vpmu_proto::api::migrations_service_server::MigrationsServiceServer;
 use vpmu_proto::api::pmu_service_server::PmuServiceServer;
 use vpmu_proto::api::virtual_machines_service_server::VirtualMachinesServiceServer;
@@ -96,14 +97,14 @@ fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> ServeError {
 }
 
 /// Serves until SIGTERM or SIGINT, or until this daemon is to become another binary, which it returns.
-pub async fn run(config: ServeConfig) -> Result<Option<PathBuf>, ServeError> {
+pub async fn run(config: ServeConfig, lost: ErrorCounter) -> Result<Option<PathBuf>, ServeError> {
     // Signals first: one that comes while it starts must end it in order too.
     let mut terminate = signal(SignalKind::terminate()).map_err(io("cannot handle SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io("cannot handle SIGINT"))?;
     config.check()?;
     let host = Host::judge(&config).await?;
     let store = open_store(config.state_dir.clone()).await?;
-    let result = serve(&config, host, store.clone(), async {
+    let result = serve(&config, host, store.clone(), lost, async {
         tokio::select! {
             _ = terminate.recv() => tracing::info!("SIGTERM: ending"),
             _ = interrupt.recv() => tracing::info!("SIGINT: ending"),
@@ -128,6 +129,7 @@ async fn serve(
     config: &ServeConfig,
     host: Host,
     store: Store,
+    lost: ErrorCounter,
     asked_to_end: impl Future<Output = ()>,
 ) -> Result<Option<PathBuf>, ServeError> {
     let tls = match config.peer_tls.clone() {
@@ -239,7 +241,7 @@ async fn serve(
     crate::adopt::after_recovery(&daemon, survivors).await;
 
     daemon.tasks.spawn(crate::housekeeping::keep(Arc::clone(&daemon), host.own_cores));
-    daemon.tasks.spawn(crate::lag::watch(daemon.shutdown.clone()));
+    daemon.tasks.spawn(crate::lag::watch(daemon.shutdown.clone(), lost));
 
     let health = health(&daemon).await;
     let mut servers = tokio::task::JoinSet::new();

@@ -136,7 +136,8 @@ impl ApiError {
             |info| info.reason.clone(),
         );
         // A connection that broke says why only in what it was caused by.
-        let cause = root_cause(status).map(|cause| format!(" ({cause})")).unwrap_or_default();
+        let cause = root_cause(status).filter(|cause| !status.message().contains(cause.as_str()));
+        let cause = cause.map(|cause| format!(" ({cause})")).unwrap_or_default();
         let message = format!("{what}: {}{cause}", status.message());
         let mut error = Self::new(status.code(), &clip(&reason, 64), message);
         if let Some(info) = details.error_info() {
@@ -267,6 +268,9 @@ mod tests {
         let error = ApiError::from_status("destination", &status);
         assert!(error.message().starts_with("destination: "), "{}", error.message());
         assert!(error.message().ends_with(&format!(" ({})", std::fmt::Error)), "{}", error.message());
+        // One that has no cause is its own.
+        let alone = ApiError::from_status("destination", &Status::from_error(Box::new(std::fmt::Error)));
+        assert_eq!(alone.message().matches(&std::fmt::Error.to_string()).count(), 1, "{}", alone.message());
         let plain = ApiError::from_status("destination", &Status::unavailable("busy"));
         assert_eq!(plain.message(), "destination: busy");
     }

@@ -79,7 +79,17 @@ impl WorkerProcess {
     ) -> io::Result<Self> {
         // Sound here: the descriptor is owned, never swapped, and closed only after it was taken out of the poller.
         #[expect(deprecated, reason = "its successor is unsafe, and an OwnedFd keeps its promise")]
-        let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE)?;
+        let pidfd = match AsyncFd::with_interest(pidfd, Interest::READABLE) {
+            Ok(pidfd) => pidfd,
+            Err(error) => {
+                // Nobody would know of it.
+                if let Some(mut child) = child {
+                    drop(child.kill());
+                    drop(child.wait());
+                }
+                return Err(error);
+            }
+        };
         let (child, settled, ending) =
             (Mutex::new(child), AtomicBool::new(false), tokio::sync::Mutex::default());
         let (placing, lifeline, last) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));

@@ -15,13 +15,6 @@ use vpmu_proto::api::*;
 
 const OPTIONS: [&str; 5] = ["--hypervisor", "simulated", "--isolation", "process", "--stop-vms"];
 
-/// Starts it; Err: the reason.
-async fn start(host: &Host, id: &str) -> Result<VirtualMachine, String> {
-    let request = StartVirtualMachineRequest { name: name(id), request_id: String::new() };
-    let operation = host.vms().await.start_virtual_machine(request).await.expect("accepted").into_inner();
-    host.finish(operation).await.map(|any| unpack(&any)).map_err(|status| reason_of(&status))
-}
-
 /// `VmFlags` of the memory of machine `id` in its worker (proc_pid_smaps(5)).
 fn flags(pid: u32, id: &str) -> Vec<String> {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("smaps");
@@ -47,7 +40,7 @@ async fn transparent_huge_pages_are_asked_of_the_kernel() {
     for (id, huge_pages) in [("plain", HugePages::Unspecified), ("transparent", HugePages::Transparent)] {
         let memory_backing = Some(MemoryBacking { huge_pages: huge_pages.into(), prefault: false });
         host.create(id, VirtualMachineSpec { memory_backing, ..probe_spec(1, 16) }).await;
-        let vm = start(&host, id).await.expect("started");
+        let vm = host.try_start_vm(id).await.expect("started");
         host.until_counting(id).await;
         let flags = flags(vm.worker_pid, id);
         assert_eq!(flags.iter().any(|flag| flag == "hg"), id == "transparent", "{id}: {flags:?}");
@@ -55,7 +48,7 @@ async fn transparent_huge_pages_are_asked_of_the_kernel() {
     // Whoever turns the switch off has it refused.
     std::fs::write(&switch, "always within_size advise [never] deny force\n").expect("written");
     host.stop_vm("transparent").await;
-    assert_eq!(start(&host, "transparent").await.expect_err("refused"), "TRANSPARENT_HUGE_PAGES_OFF");
+    assert_eq!(host.try_start_vm("transparent").await.expect_err("refused"), "TRANSPARENT_HUGE_PAGES_OFF");
     assert_eq!(host.terminate().await, 0);
 }
 
@@ -98,17 +91,17 @@ async fn a_numa_local_machine_has_its_memory_bound_to_its_node() {
         ("local", on(here, true), format!("bind:{real}")),
     ] {
         host.create(id, spec).await;
-        let vm = start(&host, id).await.expect("started");
+        let vm = host.try_start_vm(id).await.expect("started");
         host.until_counting(id).await;
         assert_eq!(policy(vm.worker_pid, id), expected, "{id}");
     }
     // The other node is asked of the kernel too, which does not have it; without the binding nobody asks for it.
     host.create("there", on(elsewhere, true)).await;
-    assert_eq!(start(&host, "there").await.expect_err("refused"), "GUEST_MEMORY");
+    assert_eq!(host.try_start_vm("there").await.expect_err("refused"), "GUEST_MEMORY");
     let failed = host.get("there").await;
     assert_eq!((failed.observed_state(), failed.worker_pid), (State::Failed, 0), "{failed:?}");
     assert!(failed.message.contains("mbind"), "{}", failed.message);
     host.create("free", on(elsewhere, false)).await;
-    start(&host, "free").await.expect("started");
+    host.try_start_vm("free").await.expect("started");
     assert_eq!(host.terminate().await, 0);
 }

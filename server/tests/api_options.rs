@@ -92,13 +92,6 @@ fn shmem_kib(pid: u32) -> u64 {
     line.split_whitespace().next().and_then(|n| n.parse().ok()).expect("a number")
 }
 
-/// Starts it; Err: the reason.
-async fn start(host: &Host, id: &str) -> Result<VirtualMachine, String> {
-    let request = StartVirtualMachineRequest { name: name(id), request_id: String::new() };
-    let operation = host.vms().await.start_virtual_machine(request).await.expect("accepted").into_inner();
-    host.finish(operation).await.map(|any| unpack(&any)).map_err(|status| reason_of(&status))
-}
-
 #[tokio::test]
 async fn memory_is_what_was_asked_for() {
     let dir = tempfile::tempdir().expect("tempdir");
@@ -106,9 +99,9 @@ async fn memory_is_what_was_asked_for() {
     let mut host = Host::start(dir.path(), &["--isolation", "process", "--stop-vms"]).await;
 
     host.create("touched", backed(HugePages::Unspecified, false)).await;
-    let touched = start(&host, "touched").await.expect("starts");
+    let touched = host.try_start_vm("touched").await.expect("starts");
     host.create("prefault", backed(HugePages::Unspecified, true)).await;
-    let prefault = start(&host, "prefault").await.expect("starts");
+    let prefault = host.try_start_vm("prefault").await.expect("starts");
     assert!(shmem_kib(prefault.worker_pid) >= 64 << 10, "every page has its memory");
     assert!(shmem_kib(touched.worker_pid) < 32 << 10, "only what was touched has");
     assert!(prefault.spec.expect("spec").memory_backing.expect("read back").prefault);
@@ -125,7 +118,7 @@ async fn memory_is_what_was_asked_for() {
         ("transparent", HugePages::Transparent, transparent, "TRANSPARENT_HUGE_PAGES_OFF"),
     ] {
         host.create(id, backed(huge, false)).await;
-        match start(&host, id).await {
+        match host.try_start_vm(id).await {
             Ok(vm) => {
                 assert!(there, "{id}");
                 assert_eq!(vm.spec.expect("spec").memory_backing.expect("read back").huge_pages, huge as i32);

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use support::guest::{Workers, alive, filled, until_filled};
-use support::threads::{is_vcpu, threads, vcpu_scheduling};
+use support::threads::{is_vcpu, threads, two_cores, vcpu_scheduling};
 use support::*;
 use tonic::Code;
 use vpmu_proto::api::cpu_placement::{Arrangement, Policy};
@@ -34,25 +34,9 @@ fn dedicated() -> CpuPlacement {
     CpuPlacement { policy: Policy::Dedicated.into(), ..CpuPlacement::default() }
 }
 
-async fn start(host: &Host, id: &str) -> Result<VirtualMachine, String> {
-    let request = StartVirtualMachineRequest { name: name(id), request_id: String::new() };
-    let operation = host.vms().await.start_virtual_machine(request).await.expect("accepted").into_inner();
-    host.finish(operation).await.map(|any| unpack(&any)).map_err(|error| reason_of(&error))
-}
-
-/// Cores that tests may use; none, and it says so, where there is only one.
-fn cores() -> Option<Vec<u32>> {
-    let cores = vcpu_worker::host::affinity::pinnable(&vcpu_worker::host::allowed_cores());
-    if cores.len() < 2 {
-        println!("skipped: a host with one core has none to dedicate");
-        return None;
-    }
-    Some(cores)
-}
-
 #[tokio::test]
 async fn a_dedicated_core_is_left_by_everybody_else() {
-    let Some(all) = cores() else { return };
+    let Some(all) = two_cores() else { return };
     for isolation in ["thread", "process"] {
         let dir = tempfile::tempdir().expect("tempdir");
         let mut host =
@@ -63,7 +47,7 @@ async fn a_dedicated_core_is_left_by_everybody_else() {
         until_kept_to(pid, &everywhere).await;
 
         host.create("own", placed(1, dedicated())).await;
-        let own = start(&host, "own").await.expect("started");
+        let own = host.try_start_vm("own").await.expect("started");
         let [core] = own.vcpu_cores[..] else { panic!("one core: {own:?}") };
         let topology = vcpu_worker::host::Topology::of_this_host();
         let threads_of_core: BTreeSet<u32> = topology.threads_of(core).collect();
@@ -81,11 +65,11 @@ async fn a_dedicated_core_is_left_by_everybody_else() {
 
         // Shared machines go elsewhere, by choice and by list.
         host.create("other", probe_spec(3, 16)).await;
-        let other = start(&host, "other").await.expect("started");
+        let other = host.try_start_vm("other").await.expect("started");
         assert!(other.vcpu_cores.iter().all(|core| rest.contains(core)), "{other:?}");
         let there = CpuPlacement { cores: vec![core], ..CpuPlacement::default() };
         host.create("there", placed(1, there)).await;
-        assert_eq!(start(&host, "there").await.expect_err("refused"), "CORE_TAKEN");
+        assert_eq!(host.try_start_vm("there").await.expect_err("refused"), "CORE_TAKEN");
         assert_eq!(host.get("there").await.observed_state(), State::Stopped, "nothing of it failed");
         let shown =
             host.pmu().await.get_host_pmu_capabilities(GetHostPmuCapabilitiesRequest {}).await.expect("host");
@@ -96,13 +80,13 @@ async fn a_dedicated_core_is_left_by_everybody_else() {
 
         // More than there are: refused by count, and everything is given back in the end.
         host.create("many", placed(256, dedicated())).await;
-        assert_eq!(start(&host, "many").await.expect_err("refused"), "CORES_EXHAUSTED");
+        assert_eq!(host.try_start_vm("many").await.expect_err("refused"), "CORES_EXHAUSTED");
         host.stop_vm("own").await;
         until_kept_to(pid, &everywhere).await;
         if let Some(pid) = Some(other.worker_pid).filter(|pid| *pid != 0) {
             until_kept_to(pid, &everywhere).await;
         }
-        let there = start(&host, "there").await.expect("free again");
+        let there = host.try_start_vm("there").await.expect("free again");
         assert_eq!(there.vcpu_cores, [core]);
         assert_eq!(host.terminate().await, 0);
     }
@@ -111,7 +95,7 @@ async fn a_dedicated_core_is_left_by_everybody_else() {
 /// Spares that were made before the core was dedicated are not left on it.
 #[tokio::test]
 async fn spare_workers_leave_a_dedicated_core_too() {
-    let Some(all) = cores() else { return };
+    let Some(all) = two_cores() else { return };
     let dir = tempfile::tempdir().expect("tempdir");
     let options = ["--isolation", "process", "--spare-workers", "2", "--stop-vms"];
     let mut host = Host::start(dir.path(), &options).await;
@@ -132,7 +116,7 @@ async fn spare_workers_leave_a_dedicated_core_too() {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
     host.create("own", placed(1, dedicated())).await;
-    let own = start(&host, "own").await.expect("started");
+    let own = host.try_start_vm("own").await.expect("started");
     let [core] = own.vcpu_cores[..] else { panic!("one core: {own:?}") };
     let threads_of_core: BTreeSet<u32> =
         vcpu_worker::host::Topology::of_this_host().threads_of(core).collect();
@@ -189,7 +173,7 @@ async fn data_threads_of_every_connection_stay_off_a_dedicated_core() {
         std::iter::once(first.to_owned()).chain((1..CONNECTIONS).map(|n| format!("{others}-{n}"))).collect()
     };
     let (outgoing, incoming) = (side("vpmud-out", "vpmud-data"), side("vpmud-in", "vpmud-recv"));
-    let Some(all) = cores() else { return };
+    let Some(all) = two_cores() else { return };
     let everywhere: BTreeSet<u32> = all.iter().copied().collect();
     let topology = vcpu_worker::host::Topology::of_this_host();
     for isolation in ["thread", "process"] {
@@ -201,12 +185,12 @@ async fn data_threads_of_every_connection_stay_off_a_dedicated_core() {
         let mut rest = Vec::new();
         for host in [&a, &b] {
             host.create("own", placed(1, dedicated())).await;
-            let own = start(host, "own").await.expect("started");
+            let own = host.try_start_vm("own").await.expect("started");
             let taken: BTreeSet<u32> = topology.threads_of(own.vcpu_cores[0]).collect();
             rest.push(everywhere.difference(&taken).copied().collect::<BTreeSet<u32>>());
         }
         a.create("vm", filled(1, 32, 16)).await;
-        start(&a, "vm").await.expect("started");
+        a.try_start_vm("vm").await.expect("started");
         until_filled(&a, "vm").await;
         // So slow that it is in its first round to the end.
         let spec = MigrationSpec { connections: CONNECTIONS, max_bandwidth: 1 << 20, ..b.arrival() };
@@ -222,7 +206,7 @@ async fn data_threads_of_every_connection_stay_off_a_dedicated_core() {
         until_data_threads_keep_to(&a, &outgoing, &everywhere).await;
         until_data_threads_keep_to(&b, &incoming, &everywhere).await;
         for host in [&a, &b] {
-            start(host, "own").await.expect("started");
+            host.try_start_vm("own").await.expect("started");
         }
         until_data_threads_keep_to(&a, &outgoing, &rest[0]).await;
         until_data_threads_keep_to(&b, &incoming, &rest[1]).await;
@@ -236,13 +220,13 @@ async fn data_threads_of_every_connection_stay_off_a_dedicated_core() {
 
 #[tokio::test]
 async fn a_dedicated_machine_that_outlived_its_daemon_keeps_its_core() {
-    if cores().is_none() {
+    if two_cores().is_none() {
         return;
     }
     let dir = tempfile::tempdir().expect("tempdir");
     let mut host = Host::start(dir.path(), &["--hypervisor", "simulated", "--isolation", "process"]).await;
     host.create("own", placed(1, dedicated())).await;
-    let own = start(&host, "own").await.expect("started");
+    let own = host.try_start_vm("own").await.expect("started");
     let core = own.vcpu_cores[0];
     host.kill().await;
     host.restart().await;
@@ -254,25 +238,25 @@ async fn a_dedicated_machine_that_outlived_its_daemon_keeps_its_core() {
         vcpu_worker::host::allowed_cores().into_iter().filter(|core| !own_core.contains(core)).collect();
     until_kept_to(pid, &rest).await;
     host.create("there", placed(1, CpuPlacement { cores: vec![core], ..CpuPlacement::default() })).await;
-    assert_eq!(start(&host, "there").await.expect_err("refused"), "CORE_TAKEN");
+    assert_eq!(host.try_start_vm("there").await.expect_err("refused"), "CORE_TAKEN");
     host.stop_vm("own").await;
     assert_eq!(host.terminate().await, 0);
 }
 
 #[tokio::test]
 async fn fifo_is_set_where_it_is_asked_for() {
-    if cores().is_none() {
+    if two_cores().is_none() {
         return;
     }
     let dir = tempfile::tempdir().expect("tempdir");
     let mut host = Host::start(dir.path(), &["--hypervisor", "simulated"]).await;
     let pid = host.child.id().expect("running");
     host.create("plain", probe_spec(1, 16)).await;
-    start(&host, "plain").await.expect("started");
+    host.try_start_vm("plain").await.expect("started");
     assert_eq!(vcpu_scheduling(pid), [(0, 0)]);
     host.stop_vm("plain").await;
     host.create("fifo", placed(1, CpuPlacement { fifo_priority: 7, ..dedicated() })).await;
-    match start(&host, "fifo").await {
+    match host.try_start_vm("fifo").await {
         Ok(_) => assert_eq!(vcpu_scheduling(pid), [(1, 7)], "SCHED_FIFO"),
         // Without CAP_SYS_NICE it is refused, and no thread is left.
         Err(reason) => {

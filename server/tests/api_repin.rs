@@ -6,7 +6,7 @@ mod support;
 use std::collections::BTreeSet;
 
 use support::load::Reaper;
-use support::threads::{Cpuset, pinned, vcpu_scheduling};
+use support::threads::{Cpuset, pinned, two_cores, vcpu_scheduling};
 use support::*;
 use tonic::{Code, Status};
 use vpmu_proto::api::cpu_placement::Policy;
@@ -20,15 +20,6 @@ async fn host(dir: &std::path::Path, isolation: &str) -> Host {
 }
 
 /// Cores that vCPUs may have; none, and it says so, where there is only one.
-fn cores() -> Option<Vec<u32>> {
-    let cores = vcpu_worker::host::affinity::pinnable(&vcpu_worker::host::allowed_cores());
-    if cores.len() < 2 {
-        println!("skipped: a host with one core has nowhere to go");
-        return None;
-    }
-    Some(cores)
-}
-
 fn shared(cores: &[u32]) -> CpuPlacement {
     CpuPlacement { cores: cores.to_vec(), ..CpuPlacement::default() }
 }
@@ -75,7 +66,7 @@ async fn until_it_goes_on(host: &Host, id: &str) {
 
 #[tokio::test]
 async fn vcpus_are_where_the_api_says_that_they_went() {
-    let Some(all) = cores() else { return };
+    let Some(all) = two_cores() else { return };
     let (a, b) = (all[0], all[1]);
     for isolation in ISOLATIONS {
         let dir = tempfile::tempdir().expect("tempdir");
@@ -117,7 +108,7 @@ async fn vcpus_are_where_the_api_says_that_they_went() {
 
 #[tokio::test]
 async fn what_is_refused_changes_nothing() {
-    let Some(all) = cores() else { return };
+    let Some(all) = two_cores() else { return };
     let (a, b) = (all[0], all[1]);
     for isolation in ISOLATIONS {
         let dir = tempfile::tempdir().expect("tempdir");
@@ -165,7 +156,7 @@ async fn what_is_refused_changes_nothing() {
 /// else gets either place until a move succeeds.
 #[tokio::test]
 async fn a_move_that_the_kernel_refuses_is_undone_or_said_to_be_uncertain() {
-    let Some(all) = cores() else { return };
+    let Some(all) = two_cores() else { return };
     let (a, b) = (all[0], all[1]);
     for isolation in ISOLATIONS {
         let Some(cpuset) = Cpuset::new(&format!("repin-{isolation}"), &a.to_string()) else { return };
@@ -212,7 +203,7 @@ async fn a_move_that_the_kernel_refuses_is_undone_or_said_to_be_uncertain() {
 #[tokio::test]
 async fn a_move_brings_the_scheduler_with_it() {
     const FIFO: u32 = 1;
-    let Some(all) = cores() else { return };
+    let Some(all) = two_cores() else { return };
     let (a, b) = (all[0], all[1]);
     for isolation in ISOLATIONS {
         let dir = tempfile::tempdir().expect("tempdir");

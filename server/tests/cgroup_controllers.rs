@@ -164,11 +164,12 @@ async fn a_cgroup_that_the_daemon_shares_is_left_as_it_is() {
     let mut host = Host::start_under(dir.path(), &delegated.starter(), &OPTIONS).await;
     assert!(cgroup_of(host.child.id().expect("running")).ends_with("-shared"));
     assert!(words(&delegated.dir, "cgroup.subtree_control").is_empty());
-    let log = std::fs::read_to_string(dir.path().join("log")).expect("log");
     let why = format!("other processes are in it ({})", other.id());
-    assert_eq!(log.matches(&why).count(), 1, "said once: {log}");
+    host.until_logged(&why, 1).await;
     host.create("a", probe_spec(1, 16)).await;
     let vm = host.start_vm("a").await;
+    let log = std::fs::read_to_string(dir.path().join("log")).expect("log");
+    assert_eq!(log.matches(&why).count(), 1, "said once: {log}");
     let own = worker_cgroup(&delegated, vm.worker_pid, &vm.uid).await;
     assert!(words(&own, "cgroup.controllers").is_empty());
     host.delete("a").await;
@@ -185,7 +186,7 @@ async fn a_units_cgroup_gets_controllers_only_if_the_unit_asks() {
     let Some(delegated) = Delegated::new("vpmud.service").await else { return };
     let mut host = Host::start_under(dir.path(), &delegated.starter(), &OPTIONS).await;
     assert!(words(&delegated.dir, "cgroup.subtree_control").is_empty());
-    let log = std::fs::read_to_string(dir.path().join("log")).expect("log");
+    let log = host.until_logged("give --cgroup-controllers on", 1).await;
     assert_eq!(log.matches("give --cgroup-controllers on").count(), 1, "{log}");
     assert_eq!(host.terminate().await, 0);
     let on = [&OPTIONS[..], &["--cgroup-controllers", "on"]].concat();

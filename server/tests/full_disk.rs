@@ -115,8 +115,7 @@ async fn the_store_takes_writes_again_once_there_is_room() {
         assert!(begin.elapsed() < DEADLINE, "it stays read-only");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let log = std::fs::read_to_string(dir.path().join("log")).expect("log");
-    assert!(log.contains("the store takes writes again"), "{log}");
+    host.until_logged("the store takes writes again", 1).await;
     let begin = Instant::now();
     while !host.stored_pmu("b").await.is_ok_and(|state| kept(&state)) {
         assert!(begin.elapsed() < DEADLINE, "the images of the pause are not stored: {live:?}");

@@ -488,28 +488,3 @@ async fn sigterm_in_a_migration_leaves_the_machine_running() {
     assert!(workers.iter().all(|w| w.alive().is_empty()));
     assert_eq!((a.terminate().await, b.terminate().await), (0, 0));
 }
-
-/// A nice value weighs within its session alone, and a worker's is another.
-#[tokio::test]
-async fn the_daemons_session_has_a_greater_share_than_a_workers() {
-    if !Path::new("/proc/self/autogroup").exists() {
-        println!("skipped: this kernel has no shares by session (CONFIG_SCHED_AUTOGROUP)");
-        return;
-    }
-    let dir = tempfile::tempdir().expect("tempdir");
-    let _workers = Workers::of(dir.path());
-    let host = Host::start(dir.path(), &OPTIONS).await;
-    host.create("a", probe_spec(1, 16)).await;
-    let vm = host.start_vm("a").await;
-    let share = |pid: u32| {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/autogroup")).expect("its session");
-        let (session, nice) = text.trim().split_once(" nice ").expect("session and nice value");
-        (session.to_owned(), nice.parse::<i32>().expect("a number"))
-    };
-    let (worker, daemon) = (share(vm.worker_pid), share(host.child.id().expect("running")));
-    assert_ne!(worker.0, daemon.0, "one session");
-    assert_eq!(worker.1, 0, "{worker:?}");
-    if rustix::process::geteuid().is_root() {
-        assert!(daemon.1 < worker.1, "{daemon:?} beside {worker:?}");
-    }
-}

@@ -77,19 +77,6 @@ fn signal(worker: &Identity, signal: Signal) {
 
 const ASKED: &str = "a worker with a copy is asked again";
 
-/// Waits until the host has logged that often what says that it waits.
-async fn until_logged(host: &Host, what: &str, times: usize) {
-    let begin = Instant::now();
-    loop {
-        let log = std::fs::read_to_string(host.dir.join("log")).expect("log");
-        if log.matches(what).count() >= times {
-            return;
-        }
-        assert!(begin.elapsed() < DEADLINE, "{what:?} is not said {times} times: {log}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
 /// Something else that the daemon has to do while it waits.
 async fn serves(host: &Host) {
     host.create("other", probe_spec(1, 16)).await;
@@ -103,7 +90,7 @@ async fn source_at(point: &str) {
     pair.a.kill_at_hold().await;
     let worker = pair.silence(0);
     pair.a.restart_with(&SHORT).await;
-    until_logged(&pair.a, ASKED, 2).await;
+    pair.a.until_logged(ASKED, 2).await;
     let shown = pair.a.get("vm").await;
     assert_eq!(
         (shown.observed_state(), shown.reason.as_str()),
@@ -115,7 +102,7 @@ async fn source_at(point: &str) {
     assert_eq!(pair.a.terminate().await, 0);
     assert!(lives(&worker), "a silent worker was ended");
     pair.a.restart().await;
-    until_logged(&pair.a, ASKED, 1).await;
+    pair.a.until_logged(ASKED, 1).await;
     signal(&worker, Signal::CONT);
     // Nothing was committed: it stays, in the worker that has it.
     let back = pair.a.until("vm", "RUNNING", is(State::Running)).await;
@@ -141,7 +128,7 @@ async fn a_silent_worker_that_dies_leaves_its_machine_to_the_copy_at_the_destina
     pair.a.kill_at_hold().await;
     let worker = pair.silence(0);
     pair.a.restart_with(&SHORT).await;
-    until_logged(&pair.a, ASKED, 2).await;
+    pair.a.until_logged(ASKED, 2).await;
     signal(&worker, Signal::KILL);
     let epoch = pair.vm.epoch + 1;
     pair.a.until("vm", "MOVED", is(State::Moved)).await;
@@ -179,7 +166,7 @@ async fn a_destination_keeps_a_silent_copy_until_it_can_run_it() {
     pair.b.kill().await;
     let worker = pair.silence(1);
     pair.b.restart_with(&SHORT).await;
-    until_logged(&pair.b, ASKED, 2).await;
+    pair.b.until_logged(ASKED, 2).await;
     pair.a.signal(Signal::CONT);
     let begin = Instant::now();
     loop {
@@ -199,7 +186,7 @@ async fn a_destination_keeps_a_silent_copy_until_it_can_run_it() {
     assert_eq!(pair.b.terminate().await, 0);
     assert!(lives(&worker), "a silent worker was ended");
     pair.b.restart().await;
-    until_logged(&pair.b, ASKED, 1).await;
+    pair.b.until_logged(ASKED, 1).await;
     signal(&worker, Signal::CONT);
     let epoch = pair.vm.epoch + 1;
     let found = pair.b.until("vm", "RUNNING", is(State::Running)).await;
@@ -216,7 +203,7 @@ async fn a_silent_copy_that_dies_is_given_back() {
     pair.b.kill().await;
     let worker = pair.silence(1);
     pair.b.restart_with(&SHORT).await;
-    until_logged(&pair.b, ASKED, 2).await;
+    pair.b.until_logged(ASKED, 2).await;
     pair.a.signal(Signal::CONT);
     pair.b.until("vm", "INCOMING", is(State::Incoming)).await;
     signal(&worker, Signal::KILL);
@@ -238,7 +225,7 @@ async fn a_silent_worker_does_not_hold_up_what_it_was_sealed_for() {
     let worker = pair.silence(0);
     pair.a.restart_with(&SHORT).await;
     pair.b.until("vm", "RUNNING", is(State::Running)).await;
-    until_logged(&pair.a, ASKED, 3).await;
+    pair.a.until_logged(ASKED, 3).await;
     assert!(lives(&worker), "a silent worker was ended");
     signal(&worker, Signal::CONT);
     until_gone(&worker).await;
@@ -259,7 +246,7 @@ async fn a_machine_is_forced_while_its_worker_is_silent() {
         let token = fence(&pair.b.dir, &["--end-worker"]).expect("fenced");
         let worker = pair.silence(0);
         pair.a.restart_with(&SHORT).await;
-        until_logged(&pair.a, ASKED, 2).await;
+        pair.a.until_logged(ASKED, 2).await;
         let request = ForceOwnerRequest {
             name: name("vm"),
             evidence: Some(Evidence::FenceToken(token)),

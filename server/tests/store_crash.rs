@@ -32,7 +32,7 @@ async fn child_writes_until_killed() {
     let first = store.get_vm("vm").map_or(0, |r| r.vm.unwrap().etag.parse::<u64>().unwrap() + 1);
     for n in first.. {
         let epoch = n + 1;
-        let batch = Batch::new().put_vm(&vm("vm", &n.to_string())).unwrap();
+        let batch = Batch::new().put_vm(vm("vm", &n.to_string())).unwrap();
         let batch = batch.put_operation(&operation(&format!("op{n}"), n, true)).unwrap();
         let images = [pmu("vm", 0, n), pmu("vm", 1, n)];
         let (a, b, c) = tokio::join!(
@@ -129,7 +129,7 @@ async fn waiting_writers_share_a_commit() {
                 let uid = format!("vm{n}");
                 let owner = owned(&uid, 1, 1);
                 let record = vm(&uid, "1");
-                let (a, b) = tokio::join!(store.append_ownership(owner), store.put_vm(&record));
+                let (a, b) = tokio::join!(store.append_ownership(owner), store.put_vm(record));
                 (a.unwrap(), b.unwrap())
             })
         })

@@ -22,7 +22,7 @@ async fn everything_reads_back_after_reopen() {
     assert_eq!(term, 1);
     store.append_ownership(owned("a", 1, 3)).await.unwrap();
     let batch =
-        Batch::new().put_vm(&vm("a", "1")).unwrap().put_migration(&migration("a", "m", 5, State::Precopy));
+        Batch::new().put_vm(vm("a", "1")).unwrap().put_migration(&migration("a", "m", 5, State::Precopy));
     store.commit(batch.unwrap().put_operation(&operation("o", 9, false)).unwrap()).await.unwrap();
     store.put_pmu(&[pmu("a", 0, 100), pmu("a", 1, 200)]).await.unwrap();
     let before = (store.list_vms(), store.get_pmu("a"), store.list_migrations("a"), store.list_operations());
@@ -39,7 +39,7 @@ async fn everything_reads_back_after_reopen() {
     assert!(store.damaged().is_empty() && store.journal_recovery().whole);
     store.delete_vm("a").await.unwrap();
     store.close().await;
-    assert_eq!(store.put_vm(&vm("a", "2")).await, Err(StoreError::Closed));
+    assert_eq!(store.put_vm(vm("a", "2")).await, Err(StoreError::Closed));
 
     let store = open(dir.path());
     assert!(
@@ -143,7 +143,7 @@ async fn bad_keys_are_refused_by_field() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     for uid in ["", "a/b", "a\0", &"x".repeat(200), "é"] {
-        let refused = store.put_vm(&vm(uid, "1")).await.unwrap_err();
+        let refused = store.put_vm(vm(uid, "1")).await.unwrap_err();
         assert!(matches!(refused, StoreError::BadField { field: "vm.uid", .. }), "{uid:?}: {refused}");
     }
     let mut record = pmu("a", 0, 1);
@@ -156,7 +156,7 @@ async fn bad_keys_are_refused_by_field() {
 async fn damaged_records_are_named_and_kept() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
-    let batch = Batch::new().put_vm(&vm("a", "1")).unwrap().put_vm(&vm("b", "1")).unwrap();
+    let batch = Batch::new().put_vm(vm("a", "1")).unwrap().put_vm(vm("b", "1")).unwrap();
     store.commit(batch.put_operation(&operation("o", 1, false)).unwrap()).await.unwrap();
     store.put_pmu(&[pmu("a", 3, 1)]).await.unwrap();
     store.close().await;
@@ -181,7 +181,7 @@ async fn damaged_records_are_named_and_kept() {
     assert!(keys.contains(&"vm/a".to_owned()) && keys.iter().any(|k| k.starts_with("pmu/a/3/")), "{keys:?}");
     assert_eq!(keys.len(), 3);
     assert!(store.get_vm("a").is_none() && store.get_vm("b").is_some() && store.get_operation("o").is_some());
-    store.put_vm(&vm("c", "1")).await.unwrap();
+    store.put_vm(vm("c", "1")).await.unwrap();
     store.close().await;
     drop(store);
     let db = sled::open(dir.path().join("sled")).unwrap();
@@ -214,7 +214,7 @@ async fn epochs_in_sled_ahead_of_the_journal_make_a_machine_uncertain() {
     let store = open(dir.path());
     store.append_ownership(owned("a", 4, 1)).await.unwrap();
     store.append_ownership(owned("b", 1, 1)).await.unwrap();
-    store.commit(Batch::new().put_vm(&vm("a", "1")).unwrap().put_vm(&vm("b", "1")).unwrap()).await.unwrap();
+    store.commit(Batch::new().put_vm(vm("a", "1")).unwrap().put_vm(vm("b", "1")).unwrap()).await.unwrap();
     store.close().await;
     drop(store);
     for entry in std::fs::read_dir(dir.path().join("journal")).unwrap() {

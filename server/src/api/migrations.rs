@@ -218,7 +218,7 @@ impl MigrationsService for MigrationsApi {
         let forced = tokio::spawn(async move { Box::pin(force::force(&daemon, request)).await }).await;
         let forced = forced
             .map_err(|e| ApiError::internal("TASK_FAILED", format!("the request's task failed: {e}")))?;
-        Ok(Response::new(forced?))
+        Ok(Response::new(crate::vm::view::whole(forced?)))
     }
 
     async fn cancel_migration(

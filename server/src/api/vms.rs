@@ -17,6 +17,7 @@ use crate::ops::{now, pack};
 use crate::status::ApiError;
 use crate::validate;
 use crate::vm::command::Command;
+use crate::vm::view::whole;
 
 /// The service.
 #[derive(Clone)]
@@ -118,7 +119,7 @@ impl Vms {
         let virtual_machines = page
             .iter()
             .map(crate::vm::registry::VmHandle::view)
-            .map(|view| if full { view.vm.clone() } else { basic(&view.vm) })
+            .map(|view| if full { whole(view.vm.clone()) } else { basic(&view.vm) })
             .collect();
         Ok(ListVirtualMachinesResponse { virtual_machines, next_page_token })
     }
@@ -173,7 +174,7 @@ impl VirtualMachinesService for Vms {
         request: Request<GetVirtualMachineRequest>,
     ) -> Result<Response<VirtualMachine>, Status> {
         let name = VmName::parse("name", &request.get_ref().name, "")?;
-        Ok(Response::new(self.daemon.registry.get(&name)?.view().vm.clone()))
+        Ok(Response::new(whole(self.daemon.registry.get(&name)?.view().vm.clone())))
     }
 
     async fn get_virtual_machine_stats(
@@ -242,7 +243,7 @@ impl VirtualMachinesService for Vms {
     ) -> Result<Response<VirtualMachine>, Status> {
         let name = VmName::parse("name", &request.get_ref().name, "")?;
         let vm = self.daemon.registry.get(&name)?.ask(|reply| Command::Pause { reply }).await?;
-        Ok(Response::new(vm))
+        Ok(Response::new(whole(vm)))
     }
 
     async fn resume_virtual_machine(
@@ -251,7 +252,7 @@ impl VirtualMachinesService for Vms {
     ) -> Result<Response<VirtualMachine>, Status> {
         let name = VmName::parse("name", &request.get_ref().name, "")?;
         let vm = self.daemon.registry.get(&name)?.ask(|reply| Command::Resume { reply }).await?;
-        Ok(Response::new(vm))
+        Ok(Response::new(whole(vm)))
     }
 
     async fn snapshot_virtual_machine(
@@ -282,7 +283,8 @@ impl VirtualMachinesService for Vms {
         })?;
         let vcpus = handle.view().vm.spec.as_ref().map_or(0, |spec| spec.vcpus);
         crate::placement::validate("placement", &placement, vcpus, &self.daemon.capacity)?;
-        Ok(Response::new(handle.ask(|reply| Command::Place { placement, etag, reply }).await?))
+        let vm = handle.ask(|reply| Command::Place { placement, etag, reply }).await?;
+        Ok(Response::new(whole(vm)))
     }
 
     type WatchVirtualMachinesStream = BoxStream<WatchVirtualMachinesResponse>;
@@ -312,7 +314,7 @@ impl VirtualMachinesService for Vms {
         };
         let stream = async_stream::stream! {
             for vm in existing {
-                yield step(Kind::Existing, Some(vm), sequence);
+                yield step(Kind::Existing, Some(whole(vm)), sequence);
             }
             yield step(Kind::Synced, None, sequence);
             loop {
@@ -324,10 +326,11 @@ impl VirtualMachinesService for Vms {
                     event = events.recv() => event,
                 };
                 match event {
-                    Ok(event) => {
+                    Ok(mut event) => {
                         let name = event.virtual_machine.as_ref().map_or("", |vm| vm.name.as_str());
                         let wanted = only.as_ref().map_or_else(|| name.starts_with(&prefix), |only| only == name);
                         if wanted {
+                            event.virtual_machine = event.virtual_machine.map(whole);
                             yield Ok(event);
                         }
                     }

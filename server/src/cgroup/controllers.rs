@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 /// Where the daemon goes. Nobody else's cgroup is called so.
 pub(super) const LEAF: &str = "vpmud-daemon";
-/// Share of the daemon where a worker has [`USUAL_WEIGHT`]: what nice -10 is to nice 0, as its threads have it.
+/// Share of the daemon where a worker has [`USUAL_WEIGHT`]: about what nice -10 is to nice 0, as its threads have it.
 const WEIGHT: &str = "1000";
 /// The kernel's own choice (cgroup-v2.rst, cpu.weight).
 const USUAL_WEIGHT: &str = "100";

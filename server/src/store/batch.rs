@@ -34,10 +34,10 @@ impl Batch {
     ///
     /// # Errors
     /// `RECORD_BAD_FIELD` if the uid is not usable as a key, `RECORD_TOO_LARGE`.
-    pub fn put_vm(mut self, record: &VmRecord) -> Result<Self, StoreError> {
+    pub fn put_vm(mut self, record: VmRecord) -> Result<Self, StoreError> {
         let uid = check_id("vm.uid", record.vm.as_ref().map_or("", |vm| &vm.uid))?;
-        check_size(&Key::Vm(uid.clone()), record)?;
-        self.ops.push(Op::PutVm(uid, Box::new(record.clone())));
+        check_size(&Key::Vm(uid.clone()), &record)?;
+        self.ops.push(Op::PutVm(uid, Box::new(record)));
         Ok(self)
     }
 

@@ -253,7 +253,7 @@ impl Store {
     ///
     /// # Errors
     /// Those of [`Batch::put_vm`] and [`Store::commit`].
-    pub async fn put_vm(&self, record: &VmRecord) -> Result<(), StoreError> {
+    pub async fn put_vm(&self, record: VmRecord) -> Result<(), StoreError> {
         self.commit(Batch::new().put_vm(record)?).await
     }
 

@@ -186,22 +186,31 @@ impl Processes {
         Ok(())
     }
 
-    /// Starts a worker for a machine that has none, or takes a spare one, and connects to it.
+    /// Starts a worker for a machine that has none, or takes a spare one, and connects to it. One at a time for each uid. If
+    /// nobody waits for it any more, the new process is ended.
     pub async fn start(self: &Arc<Self>, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
         let (of, called) = (uid.to_owned(), name.to_owned());
         let at_once = self.aside(move |this| {
             let free = this.clear_dead(&of)?.is_empty();
             if free { this.take_or_make(&of, &called).map(Some) } else { Ok(None) }
         });
-        let started = if let Some(started) = at_once.await? {
-            Ok(started)
-        } else {
-            self.end_unheld(uid).await?;
-            let (of, called) = (uid.to_owned(), name.to_owned());
-            self.aside(move |this| this.take_or_make(&of, &called)).await
+        let started = match at_once.await {
+            Ok(Some(started)) => Ok(started),
+            Ok(None) => self.start_after_another(uid, name).await,
+            Err(error) => Err(error),
         };
         self.refill();
         started
+    }
+
+    async fn start_after_another(
+        self: &Arc<Self>,
+        uid: &str,
+        name: &str,
+    ) -> io::Result<(Channel, WorkerProcess)> {
+        self.end_unheld(uid).await?;
+        let (of, called) = (uid.to_owned(), name.to_owned());
+        self.aside(move |this| this.take_or_make(&of, &called)).await
     }
 
     /// Blocks; must be called on a runtime.
@@ -246,7 +255,8 @@ impl Processes {
         name: &str,
     ) -> io::Result<(Channel, WorkerProcess)> {
         let dir = format!("{uid}.{incarnation}");
-        if let Found::Live(old) = self.find(&dir)? {
+        let there = dir.clone();
+        if let Found::Live(old) = self.aside(move |this| this.find(&there)).await? {
             ended(&old).await?;
         }
         let called = name.to_owned();

@@ -220,9 +220,27 @@ impl Host {
     }
 
     pub async fn start_vm(&self, id: &str) -> VirtualMachine {
+        self.try_start_vm(id).await.expect("started")
+    }
+
+    /// Err: the reason.
+    pub async fn try_start_vm(&self, id: &str) -> Result<VirtualMachine, String> {
         let request = StartVirtualMachineRequest { name: name(id), request_id: String::new() };
         let operation = self.vms().await.start_virtual_machine(request).await.expect("accepted").into_inner();
-        unpack(&self.finish(operation).await.expect("started"))
+        self.finish(operation).await.map(|any| unpack(&any)).map_err(|status| reason_of(&status))
+    }
+
+    /// Waits until the host has logged that, so often at least; the log.
+    pub async fn until_logged(&self, what: &str, times: usize) -> String {
+        let begin = Instant::now();
+        loop {
+            let log = std::fs::read_to_string(self.dir.join("log")).expect("log");
+            if log.matches(what).count() >= times {
+                return log;
+            }
+            assert!(begin.elapsed() < DEADLINE, "{what:?} is not said {times} times: {log}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     pub async fn stop_vm(&self, id: &str) -> VirtualMachine {

@@ -125,3 +125,13 @@ impl Drop for Cpuset {
         drop(std::fs::remove_dir(&self.0));
     }
 }
+
+/// Cores that tests may use; none, and it says so, where there is only one.
+pub fn two_cores() -> Option<Vec<u32>> {
+    let cores = vcpu_worker::host::affinity::pinnable(&vcpu_worker::host::allowed_cores());
+    if cores.len() < 2 {
+        println!("skipped: a host with one core has no other one");
+        return None;
+    }
+    Some(cores)
+}

@@ -95,7 +95,8 @@ const SESSION: &str = "/proc/self/autogroup";
 /// cgroup; nothing changes where the operator has chosen another, or the kernel has none.
 ///
 /// # Errors
-/// If the kernel refuses: it takes CAP_SYS_NICE.
+/// If the kernel refuses: it takes CAP_SYS_NICE, not too many changes at once (CAP_SYS_ADMIN has no bound), and a session
+/// that is not the first of the system.
 pub fn answer_before_other_sessions() -> Result<()> {
     match std::fs::read_to_string(SESSION) {
         Ok(text) if session_nice(&text) == Some(0) => std::fs::write(SESSION, ANSWERING.to_string()),

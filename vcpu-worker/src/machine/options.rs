@@ -10,6 +10,8 @@ use crate::memory::HugePages;
 
 /// Most features of a list.
 const MAX_FEATURES: usize = 128;
+/// What a leaf is made of, in order.
+const REGISTERS: [&str; 4] = ["eax", "ebx", "ecx", "edx"];
 
 /// What memory is made of.
 pub(super) struct Backing {
@@ -83,20 +85,30 @@ pub(super) fn dirty(spec: &VirtualMachineSpec) -> Result<DirtyMode, WorkerError>
 pub(crate) fn differences(found: &[kvm::CpuidDifference]) -> Vec<CpuidDifference> {
     let mut out = Vec::new();
     for d in found {
-        for (at, register) in ["eax", "ebx", "ecx", "edx"].into_iter().enumerate() {
+        for (at, register) in REGISTERS.into_iter().enumerate() {
             let (asked, stored) = (d.asked[at], d.stored[at]);
             if asked == stored {
                 continue;
             }
-            let signed = |sign: char, bits| {
-                names(d.leaf, d.subleaf, at, bits).into_iter().map(move |name| format!("{sign}{name}"))
-            };
-            let features = signed('+', stored & !asked).chain(signed('-', asked & !stored)).collect();
             let (leaf, subleaf, register) = (d.leaf, d.subleaf, register.to_owned());
-            out.push(CpuidDifference { leaf, subleaf, register, asked, stored, features });
+            let features = Vec::new();
+            let mut difference = CpuidDifference { leaf, subleaf, register, asked, stored, features };
+            spell(&mut difference);
+            out.push(difference);
         }
     }
     out
+}
+
+/// Names the features that a difference is about, by its bits.
+pub fn spell(difference: &mut CpuidDifference) {
+    let (leaf, subleaf) = (difference.leaf, difference.subleaf);
+    let (asked, stored) = (difference.asked, difference.stored);
+    let Some(at) = REGISTERS.iter().position(|name| *name == difference.register) else { return };
+    let signed = |sign: char, bits| {
+        names(leaf, subleaf, at, bits).into_iter().map(move |name| format!("{sign}{name}"))
+    };
+    difference.features = signed('+', stored & !asked).chain(signed('-', asked & !stored)).collect();
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use vpmu_proto::store::ownership_record::Phase;
 
 use super::Actor;
 use super::restarting::{note, wall_ms};
-use crate::ops::{Running, Seed, pack};
+use crate::ops::{Running, Seed};
 use crate::status::ApiError;
 use crate::store::Batch;
 use crate::vm::command::Reply;
@@ -35,7 +35,7 @@ impl Actor {
             return;
         };
         match self.do_create().await {
-            Ok(()) => running.finish(Ok(pack("VirtualMachine", &self.vm))).await,
+            Ok(()) => running.finish(Ok(self.answer())).await,
             Err(error) => {
                 self.forget();
                 running.finish(Err(error)).await;
@@ -108,7 +108,7 @@ impl Actor {
             vm.set_desired_state(DesiredState::Stopped);
             vm.create_time = Some(crate::ops::now());
         });
-        let batch = Batch::new().put_vm(&self.record()).unwrap_or_default();
+        let batch = Batch::new().put_vm(self.record()).unwrap_or_default();
         // Logged there.
         let _ = running.finish_with(batch, Err(error)).await;
         self.announce(Kind::Created);
@@ -122,8 +122,8 @@ impl Actor {
             vm.create_time = Some(crate::ops::now());
             note(vm, Event::Running { now: wall_ms() });
         });
-        let batch = Batch::new().put_vm(&self.record())?;
-        let batch = running.record_end(batch, Ok(pack("VirtualMachine", &self.vm)))?;
+        let batch = Batch::new().put_vm(self.record())?;
+        let batch = running.record_end(batch, Ok(self.answer()))?;
         let (runs, stored) = tokio::join!(self.let_run(true), self.daemon.store.commit(batch));
         runs?;
         Ok(stored?)

@@ -107,7 +107,7 @@ impl Actor {
             edit(vm);
             restarting::note_end(vm, state, reason);
         });
-        let stored = self.daemon.store.put_vm(&self.record()).await;
+        let stored = self.daemon.store.put_vm(self.record()).await;
         self.worker = worker;
         self.retire_worker("stop").await;
         self.announce(Kind::Updated);

@@ -12,7 +12,7 @@ use vpmu_proto::worker::RestoreFrom;
 
 use super::Actor;
 use super::restarting::{note, wall_ms};
-use crate::ops::{Running, Seed, pack, pack_empty};
+use crate::ops::{Running, Seed, pack_empty};
 use crate::status::ApiError;
 use crate::vm::command::Reply;
 use crate::vm::restart::Event;
@@ -45,7 +45,7 @@ impl Actor {
         let Some(running) = self.begin(seed, reply).await else { return };
         note(&mut self.vm, Event::ByUser);
         let started = self.do_start().await;
-        running.finish(started.map(|()| pack("VirtualMachine", &self.vm))).await;
+        running.finish(started.map(|()| self.answer())).await;
     }
 
     pub(super) async fn do_start(&mut self) -> Result<(), ApiError> {
@@ -132,6 +132,7 @@ impl Actor {
         self.shape = built.pmu_shape;
         self.vm.pmu_restored = None;
         self.vm.cpuid_differences = built.cpuid_differences;
+        crate::vm::view::brief(&mut self.vm);
         self.console = std::sync::Arc::default();
         self.daemon.host.hypervisor.clone_into(&mut self.vm.hypervisor);
         self.daemon.host.pmu_mode.clone_into(&mut self.vm.pmu_mode);
@@ -165,7 +166,7 @@ impl Actor {
         // Durable before the worker is told: whoever dies in between, the next daemon ends what the user has ended.
         let before = self.vm.desired_state();
         self.vm.set_desired_state(DesiredState::Stopped);
-        if let Err(error) = self.daemon.store.put_vm(&self.record()).await {
+        if let Err(error) = self.daemon.store.put_vm(self.record()).await {
             self.vm.set_desired_state(before);
             return running.finish(Err(error.into())).await;
         }
@@ -181,7 +182,7 @@ impl Actor {
             note(vm, Event::ByUser);
         };
         let stored = self.change(State::Stopped, "", "", Kind::Updated, edit).await;
-        running.finish(stored.map(|()| pack("VirtualMachine", &self.vm))).await;
+        running.finish(stored.map(|()| self.answer())).await;
     }
 
     pub(super) async fn delete(&mut self, etag: &str, seed: Seed, reply: Reply<Uuid>) {

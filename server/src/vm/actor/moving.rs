@@ -185,7 +185,7 @@ impl Actor {
             self.shape = before.pmu_shape;
             self.vm = before.vm.unwrap_or_default();
             self.announce(Kind::Updated);
-            Ok(self.daemon.store.put_vm(&self.record()).await?)
+            Ok(self.daemon.store.put_vm(self.record()).await?)
         } else {
             // The record goes before the name is free: the next arrival's record must not be hit.
             let deleted = self.daemon.store.delete_vm(&self.vm.uid).await;

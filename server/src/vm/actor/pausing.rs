@@ -37,7 +37,7 @@ impl Actor {
         let stored = if images.is_empty() {
             self.store_soon()
         } else {
-            let batch = match Batch::new().put_vm(&self.record()) {
+            let batch = match Batch::new().put_vm(self.record()) {
                 Ok(batch) => self.with_pmu(batch, images, &worker.cores(), "pause"),
                 Err(error) => Err(error.into()),
             };
@@ -78,7 +78,7 @@ impl Actor {
         if self.record_due.take().is_none() || self.gone {
             return;
         }
-        let stored = match Batch::new().put_vm(&self.record()) {
+        let stored = match Batch::new().put_vm(self.record()) {
             Ok(batch) => self.daemon.store.enqueue(batch).await,
             Err(error) => Err(error),
         };

@@ -254,7 +254,7 @@ impl Actor {
         let edit = |vm: &mut VirtualMachine| note_end(vm, State::Failed, error.reason());
         self.edit(State::Failed, error.reason(), error.message(), edit);
         // Durable before its runtime directory goes, and shown once its resources are free.
-        let stored = self.daemon.store.put_vm(&self.record()).await;
+        let stored = self.daemon.store.put_vm(self.record()).await;
         if let Some(worker) = worker {
             worker.end().await;
             self.console = Arc::new(worker.last_output().await);

@@ -11,14 +11,20 @@ use vpmu_proto::api::watch_virtual_machines_response::Kind;
 use vpmu_proto::store::VmRecord;
 
 use super::Actor;
+use crate::ops::pack;
 use crate::status::ApiError;
-use crate::vm::view::VmView;
+use crate::vm::view::{VmView, whole};
 use crate::worker_link::WorkerLink;
 
 impl Actor {
     /// The record as the store keeps it.
     pub(super) fn record(&self) -> VmRecord {
         VmRecord { vm: Some(self.vm.clone()), pmu_shape: self.shape.clone() }
+    }
+
+    /// The record as the answer of an operation.
+    pub(super) fn answer(&self) -> prost_types::Any {
+        pack("VirtualMachine", &whole(self.vm.clone()))
     }
 
     /// Shows a state in passing.
@@ -56,7 +62,7 @@ impl Actor {
         edit: impl FnOnce(&mut VirtualMachine),
     ) -> Result<(), ApiError> {
         self.edit(state, reason, message, edit);
-        let stored = self.daemon.store.put_vm(&self.record()).await;
+        let stored = self.daemon.store.put_vm(self.record()).await;
         self.announce(kind);
         Ok(stored?)
     }
@@ -88,7 +94,7 @@ impl Actor {
             return Ok(());
         }
         // The record comes last: the one that was refused with the images may be older.
-        let batch = self.unstored.clone().unwrap_or_default().put_vm(&self.record())?;
+        let batch = self.unstored.clone().unwrap_or_default().put_vm(self.record())?;
         self.daemon.store.commit(batch).await?;
         self.unstored = None;
         Ok(())

@@ -141,7 +141,7 @@ impl Actor {
             return;
         }
         match self.do_restore(from, paused).await {
-            Ok(()) => running.finish(Ok(pack("VirtualMachine", &self.vm))).await,
+            Ok(()) => running.finish(Ok(self.answer())).await,
             Err(error) => {
                 if let Some(worker) = self.worker.take() {
                     worker.end().await;
