@@ -259,7 +259,12 @@ async fn whoever_dies_every_machine_is_as_it_was_acknowledged() {
     let _reaper = Reaper(dirs.to_vec());
     // Waits for a peer or a worker that is dead would be most of a round.
     let options = ["--isolation", "process", "--handover-timeout", "12000"];
-    let mut hosts = [Host::start(&dirs[0], &options).await, Host::start(&dirs[1], &options).await];
+    // Sessions of their own, as a service manager gives them: beside many guests they need a share of their own.
+    let under = ["setsid".to_owned()];
+    let mut hosts = [
+        Host::start_under(&dirs[0], &under, &options).await,
+        Host::start_under(&dirs[1], &under, &options).await,
+    ];
     let apis = [Api::of(&hosts[0]), Api::of(&hosts[1])];
     let absent = Known { id: String::new(), host: 0, is: Is::Absent, asked: None, killed: false };
     let mut machines = vec![absent; SLOTS];

@@ -69,7 +69,8 @@ fn exe(pid: u32) -> PathBuf {
 async fn until_reaped(pid: u32) {
     let begin = Instant::now();
     while Path::new(&format!("/proc/{pid}")).exists() {
-        assert!(begin.elapsed() < DEADLINE, "process {pid} does not go away");
+        let status = || std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        assert!(begin.elapsed() < DEADLINE, "process {pid} does not go away: {}", status());
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

@@ -152,7 +152,12 @@ async fn nothing_is_left_of_many_machines() {
     let _reaper = Reaper(dirs.to_vec());
     let snapshots = dir.path().join("snapshots").display().to_string();
     let options = ["--isolation", &isolation, "--snapshot-dir", &snapshots];
-    let mut hosts = [Host::start(&dirs[0], &options).await, Host::start(&dirs[1], &options).await];
+    // Sessions of their own, as a service manager gives them: beside many guests they need a share of their own.
+    let under = ["setsid".to_owned()];
+    let mut hosts = [
+        Host::start_under(&dirs[0], &under, &options).await,
+        Host::start_under(&dirs[1], &under, &options).await,
+    ];
     let apis = [Api::of(&hosts[0]), Api::of(&hosts[1])];
     let kvm = hosts[0].ready["hypervisor"] == "kvm";
     let cores: Arc<[u32]> = vcpu_worker::host::probe().allowed_cores.into();

@@ -92,12 +92,16 @@ pub fn answer_quickly() -> Result<()> {
 const SESSION: &str = "/proc/self/autogroup";
 
 /// Raises the share of this process's session as [`answer_quickly`] does a thread's weight. Without effect where shares are by
-/// cgroup; nothing changes where the operator has chosen another, or the kernel has none.
+/// cgroup; nothing changes where the session is somebody else's (a shell's, with all that it runs), where the operator has
+/// chosen another share, or where the kernel has none.
 ///
 /// # Errors
 /// If the kernel refuses: it takes CAP_SYS_NICE, not too many changes at once (CAP_SYS_ADMIN has no bound), and a session
 /// that is not the first of the system.
 pub fn answer_before_other_sessions() -> Result<()> {
+    if rustix::process::getsid(None)? != rustix::process::getpid() {
+        return Ok(());
+    }
     match std::fs::read_to_string(SESSION) {
         Ok(text) if session_nice(&text) == Some(0) => std::fs::write(SESSION, ANSWERING.to_string()),
         Ok(_) => Ok(()),
