@@ -15,6 +15,7 @@ use support::*;
 use vcpu_worker::memory::GuestMemory;
 use vcpu_worker::probe::layout;
 use vcpu_worker::process::Identity;
+use vpmu_proto::api::virtual_machine_spec::DirtyTracking;
 use vpmu_proto::api::*;
 
 const MEMORY: u64 = 32;
@@ -143,25 +144,31 @@ fn rings(pid: u32) -> usize {
     bytes.filter(|bytes| *bytes == 64 << 10).count()
 }
 
+/// A guest that dirties so many MiB at so many pages a second, tracked that way.
+fn tracked(
+    tracking: DirtyTracking,
+    spec: VirtualMachineSpec,
+    mib: u64,
+    pages_per_second: u64,
+) -> VirtualMachineSpec {
+    let probe = ProbeBoot {
+        working_set_bytes: mib << 20,
+        fill_bytes: 8 << 20,
+        dirty_pages_per_second: pages_per_second,
+        ..ProbeBoot::default()
+    };
+    let boot = Some(virtual_machine_spec::Boot::Probe(probe));
+    VirtualMachineSpec { boot, dirty_tracking: tracking.into(), ..spec }
+}
+
 /// The way that the spec asks for is the one that KVM tracks by, here and where the machine goes, and misses nothing.
 #[tokio::test]
 async fn memory_is_equal_by_either_kind_of_dirty_tracking() {
-    use virtual_machine_spec::DirtyTracking;
     if !have_kvm() {
         return;
     }
     for (tracking, expected) in [(DirtyTracking::Bitmap, 0), (DirtyTracking::Ring, 2)] {
-        let probe = ProbeBoot {
-            working_set_bytes: 4 << 20,
-            fill_bytes: 8 << 20,
-            dirty_pages_per_second: 20_000,
-            ..ProbeBoot::default()
-        };
-        let spec = VirtualMachineSpec {
-            boot: Some(virtual_machine_spec::Boot::Probe(probe)),
-            dirty_tracking: tracking.into(),
-            ..probe_spec(2, MEMORY)
-        };
+        let spec = tracked(tracking, probe_spec(2, MEMORY), 4, 20_000);
         let look = |pid| assert_eq!(rings(pid), expected, "{tracking:?}");
         equal_page_by_page("kvm", spec, times("VPMU_INTEGRITY", 3).min(2), look).await;
     }
@@ -180,17 +187,7 @@ async fn a_full_ring_is_emptied_while_the_guest_runs() {
     let options = ["--isolation", "process", "--hypervisor", "kvm"];
     let mut here = Host::start(&dir.path().join("a"), &options).await;
     let mut there = Host::start(&dir.path().join("b"), &options).await;
-    let probe = ProbeBoot {
-        working_set_bytes: 24 << 20,
-        fill_bytes: 8 << 20,
-        dirty_pages_per_second: 200_000,
-        ..ProbeBoot::default()
-    };
-    let spec = VirtualMachineSpec {
-        boot: Some(virtual_machine_spec::Boot::Probe(probe)),
-        dirty_tracking: virtual_machine_spec::DirtyTracking::Ring.into(),
-        ..probe_spec(1, 64)
-    };
+    let spec = tracked(DirtyTracking::Ring, probe_spec(1, 64), 24, 200_000);
     here.create("vm", spec).await;
     here.start_vm("vm").await;
     here.until_counting("vm").await;

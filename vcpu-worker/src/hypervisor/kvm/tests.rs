@@ -1,9 +1,11 @@
 //! Tests on real KVM, with guests of a few instructions.
 
+mod dirty_tracking;
 mod figures;
 mod guest;
 mod hops;
 mod inbox;
+mod kicks;
 mod lazy;
 mod order;
 mod policies;
@@ -154,177 +156,6 @@ fn every_pmu_msr_exits() {
         assert_eq!(vcpu.finish_pending().expect("finished"), None);
         assert!(pmu::is_pmu_msr(msr));
     }
-}
-
-/// A kick at any moment gets the vCPU out, and none is lost or doubled by clearing.
-#[test]
-fn kicks_are_never_lost() {
-    if !require_kvm() {
-        return;
-    }
-    let memory = memory(2 * MIB);
-    let (send, receive) = std::sync::mpsc::channel();
-    let answered = Arc::new(AtomicU64::new(0));
-    let wanted = Arc::new(AtomicU64::new(0));
-    let stop = Arc::new(AtomicBool::new(false));
-    let thread = {
-        let (answered, wanted, stop) = (Arc::clone(&answered), Arc::clone(&wanted), Arc::clone(&stop));
-        std::thread::spawn(move || {
-            let (_vm, mut vcpu) = start(&memory, guest::spin(), EntryMode::LongUser);
-            send.send(vcpu.kicker()).expect("sent");
-            while !stop.load(Ordering::Acquire) {
-                assert_eq!(vcpu.run().expect("run"), Exit::Interrupted);
-                vcpu.clear_kick();
-                answered.store(wanted.load(Ordering::Acquire), Ordering::Release);
-            }
-        })
-    };
-    let kicker = receive.recv().expect("kicker");
-    for round in 1..=500u64 {
-        wanted.store(round, Ordering::Release);
-        kicker.kick();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while answered.load(Ordering::Acquire) != round {
-            assert!(Instant::now() < deadline, "kick {round} was lost");
-            // Vary the distance between kicks, so that they hit every part of the loop.
-            if round % 3 == 0 { std::hint::spin_loop() } else { std::thread::yield_now() }
-        }
-    }
-    stop.store(true, Ordering::Release);
-    kicker.kick();
-    thread.join().expect("vcpu thread");
-    kicker.kick();
-}
-
-#[test]
-fn a_kick_holds_until_it_is_cleared() {
-    if !require_kvm() {
-        return;
-    }
-    let memory = memory(2 * MIB);
-    let (_vm, mut vcpu) = start(&memory, guest::doorbell(), EntryMode::Long);
-    let kicker = vcpu.kicker();
-    kicker.kick();
-    kicker.kick();
-    for _ in 0..3 {
-        assert_eq!(vcpu.run().expect("run"), Exit::Interrupted);
-    }
-    vcpu.clear_kick();
-    assert!(matches!(vcpu.run().expect("run"), Exit::PioOut { port: 0x80, .. }));
-}
-
-#[test]
-fn ticks_interrupt_a_spinning_guest() {
-    use crate::host::TickTimer;
-    if !require_kvm() {
-        return;
-    }
-    let memory = memory(2 * MIB);
-    let (_vm, mut vcpu) = start(&memory, guest::spin(), EntryMode::LongUser);
-    let period = Duration::from_millis(1);
-    for mut timer in [TickTimer::new(period).expect("timer"), TickTimer::new_posix(period).expect("timer")] {
-        timer.arm().expect("armed");
-        let begin = crate::host::thread_cpu_ns();
-        let mut ticks = 0u64;
-        while crate::host::thread_cpu_ns() - begin < 100_000_000 {
-            assert_eq!(vcpu.run().expect("run"), Exit::Interrupted);
-            vcpu.clear_kick();
-            ticks += 1;
-        }
-        timer.disarm().expect("disarmed");
-        println!("{timer:?}: {ticks} ticks in 100 ms of CPU time");
-        // The POSIX timer's grain is the kernel's tick, up to 10 ms, if that finds the thread running.
-        let least = if timer.source() == "perf cpu-clock" { 50 } else { 3 };
-        assert!((least..=150).contains(&ticks), "{timer:?}: {ticks}");
-        drop(timer);
-        vcpu.clear_kick();
-    }
-}
-
-#[test]
-fn the_dirty_log_is_exact_in_both_regions() {
-    if require_kvm() {
-        dirty_pages_are_exact(DirtyMode::Bitmap);
-    }
-}
-
-/// The same over rings, and bursts that are larger than a ring.
-#[test]
-fn the_dirty_ring_is_exact_in_both_regions_and_when_it_is_full() {
-    if require_kvm() {
-        let full = dirty_pages_are_exact(DirtyMode::Ring);
-        println!("the ring was full {full} times");
-        assert!(full > 0, "bursts of more pages than a ring has entries fill it");
-    }
-}
-
-/// Guest and log agree about every page; how often a ring was full.
-fn dirty_pages_are_exact(mode: DirtyMode) -> u32 {
-    let high = 64 * MIB;
-    let memory = memory(crate::memory::HOLE_START + high);
-    let regs = guest::load(&memory, guest::dirty(), EntryMode::LongUser, None);
-    let options = KvmOptions { vcpus: 1, filter_pmu_msrs: true, dirty: mode, ..KvmOptions::default() };
-    let vm = KvmVm::new(memory.clone(), options).expect("vm");
-    let mut vcpu = vm.make_vcpu(0).expect("vcpu");
-    vcpu.set_initial(&regs).expect("start state");
-    let mut full = 0;
-    let mut x = 12345u64;
-    set_general(&vcpu, |r| r.rax = 12345);
-    // Lets the guest store to `stores` pages of the `count` from `base`; which ones.
-    let mut burst = |base: u64, count: u64, stores: u64| {
-        for (at, value) in [(0, stores), (8, count), (16, base)] {
-            memory.store_u64(RESULT + at, value).expect("inside");
-        }
-        let exit = loop {
-            match vcpu.run().expect("run") {
-                Exit::DirtyRingFull => {
-                    full += 1;
-                    vm.drain_dirty_rings().expect("drained");
-                }
-                exit => break exit,
-            }
-        };
-        let mut written = BTreeSet::new();
-        for _ in 0..stores {
-            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let page = (x >> 33) % count;
-            written.insert(memory.offset_of(base, 1).expect("ram") / PAGE_SIZE + page);
-        }
-        assert_eq!(exit, Exit::MmioWrite { addr: DEVICE, size: 8, data: x });
-        // Ours, above.
-        written.insert(RESULT / PAGE_SIZE);
-        written
-    };
-    let mut pages = PageBitmap::new(memory.pages());
-    assert!(vm.collect_dirty(&mut pages).is_err(), "nothing is tracked yet");
-    // KVM maps what is first read writable too and then counts it as dirty: the code and parameter pages.
-    burst(64 * MIB, 1, 1);
-    for cycle in 0..2 {
-        vm.start_dirty_tracking().expect("started");
-        for round in 0..40u64 {
-            // Low region: 32 MiB from 64 MiB; high region: all of it.
-            let (base, count) =
-                if round % 2 == 0 { (64 * MIB, 8192u64) } else { (4 << 30, high / PAGE_SIZE) };
-            // One round in twenty dirties more pages than a ring has entries.
-            let stores = if round % 20 == 18 { 12_000 } else { 1 + round * 7 % 200 };
-            let expected = burst(base, count, stores);
-            pages.clear_all();
-            vm.collect_dirty(&mut pages).expect("collected");
-            let seen: BTreeSet<u64> = pages.runs().flat_map(|(first, len)| first..first + len).collect();
-            let missing: Vec<_> = expected.difference(&seen).collect();
-            let extra: Vec<_> = seen.difference(&expected).collect();
-            assert!(
-                missing.is_empty() && extra.is_empty(),
-                "burst {round}: missing {missing:?} extra {extra:?}"
-            );
-        }
-        pages.clear_all();
-        vm.collect_dirty(&mut pages).expect("collected");
-        assert!(pages.is_empty(), "cycle {cycle}: nothing ran: {pages:?}");
-        vm.stop_dirty_tracking().expect("stopped");
-        assert!(vm.collect_dirty(&mut pages).is_err());
-    }
-    full
 }
 
 #[test]
