@@ -4,6 +4,7 @@ mod support;
 
 use support::workers::*;
 use support::*;
+use vpmu_proto::api::virtual_machine::State;
 
 /// Session of a process, and its nice value; none where the kernel does not share by session.
 fn session(pid: u32) -> Option<(String, i32)> {
@@ -44,4 +45,21 @@ async fn a_daemon_in_a_session_of_its_own_has_more_than_a_worker() {
             assert_eq!(daemon.1, if may_raise(pid) { -10 } else { 0 });
         }
     }
+}
+
+/// As in a container: the session was begun outside of it, and its number is none that the daemon can see.
+#[tokio::test]
+async fn a_daemon_whose_session_was_begun_outside_of_its_container_serves() {
+    let under = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"].map(str::to_owned);
+    let may =
+        std::process::Command::new(&under[0]).args(&under[1..]).arg("true").output().expect("util-linux");
+    if !may.status.success() {
+        println!("skipped: no namespace of processes here: {}", String::from_utf8_lossy(&may.stderr).trim());
+        return;
+    }
+    let dir = tempfile::tempdir().expect("tempdir");
+    let host = Host::start_under(dir.path(), &under, &["--isolation", "process"]).await;
+    host.create("a", probe_spec(1, 16)).await;
+    let vm = host.start_vm("a").await;
+    assert_eq!(vm.observed_state(), State::Running, "{vm:?}");
 }

@@ -99,7 +99,7 @@ const SESSION: &str = "/proc/self/autogroup";
 /// If the kernel refuses: it takes CAP_SYS_NICE, not too many changes at once (CAP_SYS_ADMIN has no bound), and a session
 /// that is not the first of the system.
 pub fn answer_before_other_sessions() -> Result<()> {
-    if rustix::process::getsid(None)? != rustix::process::getpid() {
+    if !leads_its_session() {
         return Ok(());
     }
     match std::fs::read_to_string(SESSION) {
@@ -108,6 +108,16 @@ pub fn answer_before_other_sessions() -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// Whether this process began its session. A container's processes may be in a session begun outside of it, whose number the
+/// kernel gives as 0 there: no process's, and nothing that rustix's `Pid` can hold (1.1.6 asserts, or is undefined).
+fn leads_its_session() -> bool {
+    // SAFETY: takes no pointer; 0 is the caller, which has a session.
+    let session = unsafe { libc::getsid(0) };
+    // SAFETY: takes nothing and cannot fail.
+    let process = unsafe { libc::getpid() };
+    session == process
 }
 
 /// `/autogroup-25 nice 0`.
