@@ -2,7 +2,8 @@
 //! vCPUs before anybody asks for one, because that is most of what a process costs a start.
 //!
 //! ```text
-//!   refill ──▶ made (run/spare…) ──claim: renamed to run/UID──▶ a machine's worker ──given its machine──▶ lifeline dropped
+//!   refill ──▶ made (run/spare…) ──claim──▶ a machine's worker: its directory is renamed to run/UID while it builds the
+//!                      │                    machine ──both done──▶ lifeline dropped
 //!                      │
 //!                      └── daemon ends or dies: the lifeline breaks, it ends
 //! ```
@@ -78,19 +79,19 @@ impl Spares {
         self.ready().iter().for_each(|spare| spare.keep_to(cores));
     }
 
-    /// One of them, if there is one that lives.
+    /// One of them, if there is one that lives. Must be called on a runtime.
     pub(crate) fn take(&self) -> Option<Spare> {
         loop {
             let spare = self.ready().pop_front()?;
             if spare.process.is_running() {
                 return Some(spare);
             }
-            tracing::warn!(
-                pid = spare.process.pid(),
-                "a spare worker has died: {}",
-                spare.process.last_words()
-            );
-            spare.process.bury();
+            // Reads and removes its directory.
+            tokio::task::spawn_blocking(move || {
+                let (pid, words) = (spare.process.pid(), spare.process.last_words());
+                tracing::warn!(pid, "a spare worker has died: {words}");
+                spare.process.bury();
+            });
         }
     }
 }

@@ -5,6 +5,7 @@
 //! one that it found lives on. It is waited for through its pidfd, so that an adopted worker, which is no child of this
 //! process, is watched in the same way.
 
+mod claim;
 mod console_file;
 mod factory;
 mod vm_fd;
@@ -50,7 +51,9 @@ pub struct WorkerProcess {
     pidfd: AsyncFd<OwnedFd>,
     /// None if it was adopted.
     child: Mutex<Option<Child>>,
-    dir: PathBuf,
+    dir: Mutex<PathBuf>,
+    /// Until that is the machine's, for one that was a spare.
+    claim: tokio::sync::Mutex<Option<claim::Claim>>,
     /// That very directory, under whatever name: its own name another worker's may have by now.
     home: Option<File>,
     /// Where it listens; a spare's moves when it is claimed, and connections made before that are made anew there.
@@ -93,16 +96,17 @@ impl WorkerProcess {
         let (child, settled, ending) =
             (Mutex::new(child), AtomicBool::new(false), tokio::sync::Mutex::default());
         let (placing, lifeline, last) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
-        let vm = Mutex::new(None);
+        let (vm, claim) = (Mutex::new(None), tokio::sync::Mutex::default());
         let sandbox = std::fs::read_to_string(dir.join("sandbox")).unwrap_or_default();
         let sandbox = crate::status::clip(&sandbox, 256);
         let home = File::open(&dir).ok();
-        let socket = Arc::new(Mutex::new(socket));
+        let (socket, dir) = (Arc::new(Mutex::new(socket)), Mutex::new(dir));
         Ok(Self {
             pid,
             pidfd,
             child,
             dir,
+            claim,
             home,
             socket,
             sandbox,
@@ -125,25 +129,9 @@ impl WorkerProcess {
         &self.sandbox
     }
 
-    /// Makes a spare the worker of the machine whose runtime directory this is to be. It ends by itself if this process
-    /// does before [`Self::has_machine`].
-    fn claim(mut self, dir: &Path, lifeline: OwnedFd) -> io::Result<Self> {
-        let renamed = std::fs::rename(&self.dir, dir);
-        if let Err(error) = renamed {
-            let old = self.dir.clone();
-            drop(self);
-            clear(&old);
-            return Err(error);
-        }
-        dir.clone_into(&mut self.dir);
-        *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = socket_of(dir);
-        *self.lifeline.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(lifeline);
-        Ok(self)
-    }
-
-    /// It has its machine: from now on it outlives this process.
-    pub fn has_machine(&self) {
-        self.lifeline.lock().unwrap_or_else(PoisonError::into_inner).take();
+    /// Its runtime directory.
+    fn dir(&self) -> PathBuf {
+        self.dir.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether it has not ended, as far as can be seen now.
@@ -176,13 +164,13 @@ impl WorkerProcess {
 
     /// How its guest ended, if it had before the process did.
     pub fn guest_end(&self) -> Option<GuestEnd> {
-        vcpu_worker::process::exit_record(&self.dir)
+        vcpu_worker::process::exit_record(&self.dir())
     }
 
     /// What its guest printed last, also when it has ended. Blocks.
     pub fn last_output(&self) -> Option<ConsoleState> {
         let kept = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        kept.map(|kept| *kept).or_else(|| console_file::read(&self.dir))
+        kept.map(|kept| *kept).or_else(|| console_file::read(&self.dir()))
     }
 
     /// It lives on when this is dropped.
@@ -246,10 +234,12 @@ impl WorkerProcess {
             // It writes into the directory that is removed now.
             drop(placing.await);
         }
+        // Where it was, if not where it was to be.
+        drop(self.claimed().await);
         if !self.is_at_home() {
             return true;
         }
-        let (dir, released) = (self.dir.clone(), steps == RELEASE);
+        let (dir, released) = (self.dir(), steps == RELEASE);
         // A cgroup may need a moment until it can be removed.
         let cleared = tokio::task::spawn_blocking(move || {
             let last = if released { None } else { console_file::read(&dir) };
@@ -273,7 +263,7 @@ impl WorkerProcess {
         self.settled.store(true, Ordering::Release);
         self.reap();
         if self.is_at_home() {
-            clear(&self.dir);
+            clear(&self.dir());
         }
     }
 
@@ -299,7 +289,7 @@ impl WorkerProcess {
 
     /// The end of its log, for one that has ended early.
     pub fn last_words(&self) -> String {
-        let log = std::fs::read(self.dir.join("log")).unwrap_or_default();
+        let log = std::fs::read(self.dir().join("log")).unwrap_or_default();
         let tail = log.get(log.len().saturating_sub(512)..).unwrap_or_default();
         format!("the end of its log: {}", crate::status::clip(&String::from_utf8_lossy(tail), 512))
     }

@@ -8,7 +8,7 @@
 //! What it does with a message is the table in [`state`]; what it does in the guest is [`run`].
 
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pmu::{GuestPmu, Rates};
@@ -18,7 +18,7 @@ use crate::cores::CoreSlot;
 use crate::devices::Devices;
 use crate::error::WorkerError;
 use crate::grant::RunRight;
-use crate::hypervisor::{Kick, Vm};
+use crate::hypervisor::{InitialRegs, Kick, Vm};
 use crate::sys::thread::Thread;
 
 #[cfg(test)]
@@ -160,9 +160,46 @@ pub struct VcpuHandle {
     thread: Mutex<Option<Thread>>,
 }
 
+/// A vCPU thread that is making its vCPU. Dropping it ends the thread once that is made, and waits for it.
+pub struct Starting {
+    // Dropped first: a thread whose inbox is closed ends.
+    inbox: SyncSender<Request>,
+    started: Receiver<Result<Arc<dyn Kick>, WorkerError>>,
+    thread: Thread,
+    shared: Arc<Shared>,
+    index: u32,
+    name: String,
+}
+
+impl Starting {
+    /// Has it take a start state once its vCPU is made. If it ends before, [`Self::started`] says why.
+    pub fn load(&self, regs: InitialRegs) -> Answer<Option<pmu::Image>> {
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        // Nothing was sent to it before: there is room.
+        drop(self.inbox.try_send(Request::Load(LoadFrom::Initial(Box::new(regs)), reply)));
+        answer
+    }
+
+    /// Waits until it is pinned, has made its vCPU and is paused. Blocks for that long.
+    pub fn started(self) -> Result<VcpuHandle, WorkerError> {
+        let Self { inbox, started, thread, shared, index, name } = self;
+        let ended = |_| WorkerError::Thread { thread: name, problem: "it ended while starting".to_owned() };
+        match started.recv().map_err(ended).and_then(std::convert::identity) {
+            Ok(kick) => {
+                let link = VcpuLink { index, inbox, kick, shared: Arc::clone(&shared) };
+                Ok(VcpuHandle { link, shared, thread: Mutex::new(Some(thread)) })
+            }
+            Err(error) => {
+                drop(thread);
+                Err(error)
+            }
+        }
+    }
+}
+
 impl VcpuHandle {
-    /// Starts the thread and waits until it is pinned, has made its vCPU and is paused. Blocks for that long.
-    pub fn spawn(setup: VcpuSetup) -> Result<Self, WorkerError> {
+    /// Starts the thread, which is pinned, makes its vCPU and waits. [`Starting::started`] waits for it.
+    pub fn spawn(setup: VcpuSetup) -> Result<Starting, WorkerError> {
         let index = setup.index;
         let name = thread_name(&setup.vm_name, index);
         let failed = |problem: String| WorkerError::Thread { thread: name.clone(), problem };
@@ -179,20 +216,7 @@ impl VcpuHandle {
             move || run::thread(setup, shared, requests, &ready)
         })
         .map_err(|e| failed(e.to_string()))?;
-        match started.recv() {
-            Ok(Ok(kick)) => {
-                let link = VcpuLink { index, inbox, kick, shared: Arc::clone(&shared) };
-                Ok(Self { link, shared, thread: Mutex::new(Some(thread)) })
-            }
-            Ok(Err(error)) => {
-                drop(thread);
-                Err(error)
-            }
-            Err(_) => {
-                drop(thread);
-                Err(failed("it ended while starting".to_owned()))
-            }
-        }
+        Ok(Starting { inbox, started, thread, shared, index, name })
     }
 
     /// Sends a request, and gets the thread out of the guest for it. Never blocks.

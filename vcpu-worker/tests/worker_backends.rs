@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tonic::Code;
 use vcpu_worker::cores::{Backend, HostCores, MsrPaths};
@@ -53,7 +53,8 @@ async fn until(what: &str, mut is: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !is() {
         assert!(begin.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
-        tokio::task::yield_now().await;
+        // The guest may need the core that this thread is on.
+        tokio::time::sleep(Duration::from_micros(200)).await;
     }
 }
 

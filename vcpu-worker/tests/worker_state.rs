@@ -8,11 +8,11 @@ use proptest::prelude::*;
 use prost::Message as _;
 use vcpu_worker::grant::RunRight;
 use vcpu_worker::machine::Machine;
-use vcpu_worker::machine::build::{BuildOptions, Plan, build};
+use vcpu_worker::machine::build::{BuildOptions, Loads, Plan, build};
 use vpmu_proto::worker::*;
 use worker_common::*;
 
-fn machine(incoming: bool) -> (Arc<Machine>, Vec<vcpu_worker::hypervisor::InitialRegs>) {
+fn machine(incoming: bool) -> (Arc<Machine>, Loads) {
     machine_of("simulated", probe_spec(1, 32), incoming)
 }
 
@@ -20,7 +20,7 @@ fn machine_of(
     hypervisor: &str,
     spec: vpmu_proto::api::VirtualMachineSpec,
     incoming: bool,
-) -> (Arc<Machine>, Vec<vcpu_worker::hypervisor::InitialRegs>) {
+) -> (Arc<Machine>, Loads) {
     let request = CreateVmRequest {
         fence: None,
         vm_name: "state".to_owned(),

@@ -81,15 +81,30 @@ pub(super) async fn attach(
     }))
 }
 
+/// Who has the machine's console: its worker, also while that builds it.
+fn writer(view: &VmView) -> Option<&WorkerLink> {
+    view.worker.as_ref().or(view.opening.as_ref())
+}
+
 /// The view of a machine that is past its start, or not on the way to one.
 async fn started(handle: &VmHandle) -> Arc<VmView> {
     let mut views = handle.watch();
     let past = |view: &Arc<VmView>| {
-        view.worker.is_some() || view.deleted || !matches!(view.state(), State::Creating | State::Starting)
+        writer(view).is_some() || view.deleted || !matches!(view.state(), State::Creating | State::Starting)
     };
     // Neither a machine that takes longer nor one that is gone has a console.
     let _ = tokio::time::timeout(STARTING, views.wait_for(past)).await;
     handle.view()
+}
+
+/// The view of a machine that no worker is building.
+async fn built(handle: &VmHandle) -> Arc<VmView> {
+    let mut views = handle.watch();
+    let _ = tokio::time::timeout(STARTING, views.wait_for(|view| view.opening.is_none())).await;
+    let mut view = VmView::clone(&handle.view());
+    // One that takes longer has no console.
+    view.opening = None;
+    Arc::new(view)
 }
 
 async fn open(
@@ -98,11 +113,18 @@ async fn open(
     first: AttachConsoleRequest,
     mut input: Streaming<AttachConsoleRequest>,
 ) -> Result<BoxStream<AttachConsoleResponse>, Status> {
-    let view = if first.history_only { handle.view() } else { started(handle).await };
-    let Some(worker) = view.worker.clone() else {
-        return Ok(history(&view.console, first.offset));
+    let mut view = if first.history_only { handle.view() } else { started(handle).await };
+    let (worker, mut output) = loop {
+        let Some(worker) = writer(&view).cloned() else {
+            return Ok(history(&view.console, first.offset));
+        };
+        match worker.read_console(first.offset, !first.history_only).await {
+            Ok(output) => break (worker, output),
+            // One that builds its machine may not know yet whom it obeys, or may have failed.
+            Err(_) if view.worker.is_none() => view = built(handle).await,
+            Err(error) => return Err(error.into()),
+        }
     };
-    let mut output = worker.read_console(first.offset, !first.history_only).await?;
     let (shutdown, views) = (daemon.shutdown.clone(), handle.watch());
     if first.history_only {
         let stream = async_stream::stream! {
@@ -213,8 +235,7 @@ async fn last_words(
     if !worker.is_dead().await {
         return Box::pin(tokio_stream::empty());
     }
-    let over =
-        |view: &Arc<VmView>| view.deleted || view.worker.as_ref().map(WorkerLink::pid) != Some(worker.pid());
+    let over = |view: &Arc<VmView>| view.deleted || writer(view).map(WorkerLink::pid) != Some(worker.pid());
     match tokio::time::timeout(ENDING, views.wait_for(over)).await {
         Ok(Ok(view)) => history(&view.console, offset),
         _ => Box::pin(tokio_stream::empty()),

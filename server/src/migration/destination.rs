@@ -206,6 +206,7 @@ impl Incoming {
             pmu_shape: self.record.pmu_shape.clone(),
             restore: None,
             beside: false,
+            first: false,
         };
         let (worker, built) = WorkerLink::launch(&self.daemon.workers, grant, launch).await?;
         self.worker = Some(worker.clone());

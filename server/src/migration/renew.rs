@@ -125,6 +125,7 @@ impl Renewal<'_> {
             pmu_shape: self.lease.record.pmu_shape.clone(),
             restore: None,
             beside: true,
+            first: false,
         };
         let (worker, _) = WorkerLink::launch(&self.daemon.workers, grant, launch).await?;
         match self.hand_over(&worker, spec.memory_bytes).await {

@@ -25,6 +25,7 @@ mod reattach;
 mod record;
 mod restarting;
 mod snapshot;
+mod starting;
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -18,6 +18,8 @@ pub struct VmView {
     pub pmu_shape: Option<PmuShape>,
     /// Its worker, if it has one.
     pub worker: Option<WorkerLink>,
+    /// A worker that is building the machine: its console can be read already.
+    pub opening: Option<WorkerLink>,
     /// Console of its last run, once that has ended.
     pub console: Arc<ConsoleHistory>,
     /// The open migration.

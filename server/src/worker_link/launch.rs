@@ -1,6 +1,6 @@
 //! How a worker comes to be held: started for a machine that it builds, or taken over from a former daemon.
 //!
-//! Invariants: nothing is asked of a worker before it has attached with this daemon's term, so that commands of an earlier
+//! Invariants: nothing is asked of a worker before it attaches with this daemon's term, so that commands of an earlier
 //! one are refused there; a start that fails leaves no worker and no grant behind.
 
 use std::sync::atomic::AtomicU64;
@@ -67,6 +67,22 @@ pub struct Launch<'a> {
     pub restore: Option<RestoreFrom>,
     /// The machine has a worker that goes on meanwhile; this one is a process.
     pub beside: bool,
+    /// The machine has never had a worker.
+    pub first: bool,
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+fn start_failed(error: std::io::Error) -> ApiError {
+    ApiError::internal("WORKER_START_FAILED", format!("cannot start a worker: {error}"))
+}
+
+fn attach_request(factory: &WorkerFactory, launch: &Launch<'_>) -> AttachRequest {
+    AttachRequest {
+        store_id: factory.store_id.clone(),
+        vm_uid: launch.vm_uid.to_owned(),
+        incarnation: launch.incarnation,
+        term: factory.term,
+    }
 }
 
 /// How a worker that was found is attached.
@@ -78,42 +94,47 @@ pub(super) struct First {
 }
 
 impl WorkerLink {
-    /// Starts a worker, attaches to it and builds the machine, paused.
+    /// Starts a worker, attaches to it and has the machine built, paused.
     pub async fn launch(
         factory: &WorkerFactory,
         grant: Grant,
         launch: Launch<'_>,
     ) -> Result<(Self, CreateVmResponse), ApiError> {
-        let failed = |e| ApiError::internal("WORKER_START_FAILED", format!("cannot start a worker: {e}"));
+        let link = Self::open(factory, grant, &launch).await?;
+        let built = link.build(factory, launch).await?;
+        Ok((link, built))
+    }
+
+    /// Starts a worker, which [`Self::build`] has attach if it has not yet.
+    pub async fn open(factory: &WorkerFactory, grant: Grant, launch: &Launch<'_>) -> Result<Self, ApiError> {
         let (way, thread, process) = if factory.processes.isolated() || launch.beside {
+            let (uid, name) = (launch.vm_uid, launch.vm_name);
             let started = if launch.beside {
-                factory.processes.start_beside(launch.vm_uid, launch.incarnation, launch.vm_name).await
+                factory.processes.start_beside(uid, launch.incarnation, name).await
+            } else if launch.first {
+                factory.processes.start_first(uid, name).await
             } else {
-                factory.processes.start(launch.vm_uid, launch.vm_name).await
+                factory.processes.start(uid, name).await
             };
-            let (channel, process) = started.map_err(failed)?;
+            let (channel, process) = started.map_err(start_failed)?;
             (Way::There(client(channel)), None, Some(process))
         } else {
             let options = vcpu_worker::service::WorkerOptions::new(
                 Arc::clone(&factory.cores),
                 factory.shutdown.child_token(),
             );
-            let (worker, thread) = InProcessWorker::start(options).map_err(failed)?;
+            let (worker, thread) = InProcessWorker::start(options).map_err(start_failed)?;
             (Way::Here(worker), Some(thread), None)
         };
         let fence =
             Fence { vm_uid: launch.vm_uid.to_owned(), incarnation: launch.incarnation, term: factory.term };
-        let cores = grant.cores.clone();
-        let memory_nodes = grant.memory_nodes.clone();
-        // A worker in this process is where this process's threads are kept anyway.
-        let housekeeping_cores = if process.is_some() { grant.housekeeping() } else { Vec::new() };
         let link = Self {
             inner: Arc::new(Inner {
                 way,
                 lane: Arc::default(),
-                fence: fence.clone(),
+                fence,
                 seq: AtomicU64::new(0),
-                cores: Mutex::new(cores.as_slice().into()),
+                cores: Mutex::new(grant.cores.as_slice().into()),
                 grant: Mutex::new(Some(grant)),
                 thread: tokio::sync::Mutex::new(thread),
                 process,
@@ -122,47 +143,78 @@ impl WorkerLink {
                 first: None,
             }),
         };
-        let built = async {
-            let attach = AttachRequest {
-                store_id: factory.store_id.clone(),
-                vm_uid: launch.vm_uid.to_owned(),
-                incarnation: launch.incarnation,
-                term: factory.term,
-            };
-            unary!(link, factory.command, attach, attach)?;
-            let request = CreateVmRequest {
-                fence: Some(fence),
-                vm_name: launch.vm_name.to_owned(),
-                spec: Some(launch.spec.clone()),
-                vcpu_cores: cores,
-                hypervisor: factory.hypervisor.to_owned(),
-                pmu_mode: factory.pmu_mode.to_owned(),
-                model_pmu: factory.model_pmu.clone(),
-                incoming: launch.incoming,
-                placement: Some(ThreadPlacement {
-                    fifo_priority: launch.spec.placement.as_ref().map_or(0, |p| p.fifo_priority),
-                    memory_nodes,
-                    housekeeping_cores,
-                }),
-                restore: launch.restore,
-                pmu_shape: launch.pmu_shape,
-            };
-            let within = if request.restore.is_some() { RESTORE } else { BUILD };
-            unary!(link, within, create_vm, request)
+        if link.attaches_with_build(launch) {
+            return Ok(link);
+        }
+        match unary!(link, factory.command, attach, attach_request(factory, launch)) {
+            Ok(_) => Ok(link),
+            Err(error) => Err(link.failed(error).await),
+        }
+    }
+
+    /// Whether it attaches in the call that has the machine built. One that may be of another version may not know that.
+    fn attaches_with_build(&self, launch: &Launch<'_>) -> bool {
+        self.inner.process.is_some() && !launch.beside
+    }
+
+    /// Has it build its machine, paused. One that does not is ended.
+    pub async fn build(
+        &self,
+        factory: &WorkerFactory,
+        launch: Launch<'_>,
+    ) -> Result<CreateVmResponse, ApiError> {
+        let (memory_nodes, housekeeping_cores) = {
+            let grant = self.inner.grant.lock().unwrap_or_else(PoisonError::into_inner);
+            // A worker in this process is where this process's threads are kept anyway.
+            let apart = grant.as_ref().filter(|_| self.inner.process.is_some());
+            (
+                grant.as_ref().map(|grant| grant.memory_nodes.clone()).unwrap_or_default(),
+                apart.map(Grant::housekeeping).unwrap_or_default(),
+            )
         };
-        match built.await {
-            Ok(response) => {
-                if let Some(process) = &link.inner.process {
+        let attach = self.attaches_with_build(&launch).then(|| attach_request(factory, &launch));
+        let request = CreateVmRequest {
+            attach,
+            fence: self.fence(),
+            vm_name: launch.vm_name.to_owned(),
+            spec: Some(launch.spec.clone()),
+            vcpu_cores: self.cores().to_vec(),
+            hypervisor: factory.hypervisor.to_owned(),
+            pmu_mode: factory.pmu_mode.to_owned(),
+            model_pmu: factory.model_pmu.clone(),
+            incoming: launch.incoming,
+            placement: Some(ThreadPlacement {
+                fifo_priority: launch.spec.placement.as_ref().map_or(0, |p| p.fifo_priority),
+                memory_nodes,
+                housekeeping_cores,
+            }),
+            restore: launch.restore,
+            pmu_shape: launch.pmu_shape,
+        };
+        let within = if request.restore.is_some() { RESTORE } else { BUILD };
+        let claimed = async {
+            match &self.inner.process {
+                Some(process) => process.claimed().await.map_err(start_failed),
+                None => Ok(()),
+            }
+        };
+        let built = async { unary!(self, within, create_vm, request) };
+        match tokio::try_join!(built, claimed) {
+            Ok((response, ())) => {
+                if let Some(process) = &self.inner.process {
                     process.has_machine();
                 }
-                Ok((link, response))
+                Ok(response)
             }
-            Err(error) => {
-                let error = link.cause(error).await;
-                link.end().await;
-                Err(error)
-            }
+            Err(error) => Err(self.failed(error).await),
         }
+    }
+
+    /// Ends one that came to nothing; why, if it can be told better.
+    async fn failed(&self, error: ApiError) -> ApiError {
+        let error = self.cause(error).await;
+        self.end().await;
+        error
     }
 
     /// Takes over a process that a former daemon of the same store started. One that refuses is ended if it is

@@ -189,39 +189,29 @@ impl Processes {
     /// Starts a worker for a machine that has none, or takes a spare one, and connects to it. One at a time for each uid. If
     /// nobody waits for it any more, the new process is ended.
     pub async fn start(self: &Arc<Self>, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
-        let (of, called) = (uid.to_owned(), name.to_owned());
-        let at_once = self.aside(move |this| {
-            let free = this.clear_dead(&of)?.is_empty();
-            if free { this.take_or_make(&of, &called).map(Some) } else { Ok(None) }
-        });
-        let started = match at_once.await {
-            Ok(Some(started)) => Ok(started),
-            Ok(None) => self.start_after_another(uid, name).await,
-            Err(error) => Err(error),
-        };
-        self.refill();
-        started
+        let of = uid.to_owned();
+        if !self.aside(move |this| this.clear_dead(&of)).await?.is_empty() {
+            self.end_unheld(uid).await?;
+        }
+        self.start_first(uid, name).await
     }
 
-    async fn start_after_another(
+    /// The same for a machine that has never had one: none is looked for. Of a spare, [`WorkerProcess::claimed`] is still to
+    /// be waited for.
+    pub async fn start_first(
         self: &Arc<Self>,
         uid: &str,
         name: &str,
     ) -> io::Result<(Channel, WorkerProcess)> {
-        self.end_unheld(uid).await?;
-        let (of, called) = (uid.to_owned(), name.to_owned());
-        self.aside(move |this| this.take_or_make(&of, &called)).await
-    }
-
-    /// Blocks; must be called on a runtime.
-    fn take_or_make(&self, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
         let spare = if self.image().is_none() { self.spares.take() } else { None };
-        match spare {
-            Some(Spare { process, lifeline, channel }) => {
-                process.claim(&self.run_dir.join(uid), lifeline).map(|process| (channel, process))
-            }
-            None => self.start_in(uid, name),
-        }
+        let started = if let Some(Spare { process, lifeline, channel }) = spare {
+            Ok((channel, process.claim(self.run_dir.join(uid), lifeline)))
+        } else {
+            let (of, called) = (uid.to_owned(), name.to_owned());
+            self.aside(move |this| this.start_in(&of, &called)).await
+        };
+        self.refill();
+        started
     }
 
     /// A worker that waits for a machine, connected to. Blocks; must be called on a runtime.

@@ -251,7 +251,8 @@ impl Ours {
             fifo: None,
             listener: Arc::new(Nobody),
             throttle: Arc::default(),
-        })?;
+        })?
+        .started()?;
         wait(vcpu.load(LoadFrom::Initial(Box::new(regs)))?)?;
         Ok(Self { vcpu })
     }

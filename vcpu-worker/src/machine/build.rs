@@ -24,9 +24,9 @@ use crate::hypervisor::simulated::{SimOptions, SimVm};
 use crate::hypervisor::{InitialRegs, Vm};
 use crate::memory::{GuestMemory, HugePages};
 use crate::probe::{ProbeConfig, ProbePmu};
-use crate::vcpu::request::LoadFrom;
+use crate::vcpu::request::Answer;
 use crate::vcpu::throttle::Throttle;
-use crate::vcpu::{Listener, VcpuHandle, VcpuSetup};
+use crate::vcpu::{Listener, Starting, VcpuHandle, VcpuSetup};
 
 /// vCPUs of one machine.
 const MAX_VCPUS: u32 = 256;
@@ -262,8 +262,8 @@ fn guest_shape(pmu: &api::PmuSpec, host: &Shape) -> Result<Option<Shape>, Worker
     })
 }
 
-/// What is loaded into each vCPU afterwards; empty for a machine that waits for a migration.
-pub type Loads = Vec<InitialRegs>;
+/// Answers of the vCPUs that a start state was sent to; empty for a machine whose state comes from elsewhere.
+pub type Loads = Vec<Answer<Option<pmu::Image>>>;
 
 /// Builds it. Blocks: memory, ioctls, files, threads.
 pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<String>), WorkerError> {
@@ -273,7 +273,6 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
     if plan.prefault {
         memory.prefault()?;
     }
-    let loads = if plan.incoming || plan.restored { Vec::new() } else { boot(&plan, &memory)? };
     let cpuid = plan.shape.as_ref().filter(|_| plan.exposed).map(cpuid_pmu).transpose()?;
     let vm: Arc<dyn Vm> = match plan.kind {
         Kind::Kvm => KvmVm::new(
@@ -297,18 +296,18 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
     let devices = Arc::new(Devices::new(Arc::clone(&vm), Arc::clone(&console)));
     let lifecycle = Arc::new(Lifecycle::new());
     let throttle = Arc::new(Throttle::default());
-    let mut vcpus = Vec::with_capacity(plan.slots.len());
-    for (index, slot) in (0u32..).zip(plan.slots) {
+    let mut starting = Vec::with_capacity(plan.slots.len());
+    for (index, slot) in (0u32..).zip(&plan.slots) {
         let listener: Arc<dyn Listener> = lifecycle.clone();
         let switched = plan.shape.filter(|_| !plan.by_kernel);
         let pmu =
             switched.map(|shape| GuestPmu::new(next_guest_id(), shape, plan.policy, plan.filter.clone()));
-        vcpus.push(VcpuHandle::spawn(VcpuSetup {
+        starting.push(VcpuHandle::spawn(VcpuSetup {
             index,
             vm_name: plan.name.clone(),
             vm: Arc::clone(&vm),
             devices: Arc::clone(&devices),
-            slot,
+            slot: Arc::clone(slot),
             fifo: plan.fifo,
             pmu,
             rates: options.rates,
@@ -317,6 +316,14 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
             throttle: Arc::clone(&throttle),
         })?);
     }
+    // While they make their vCPUs.
+    let loads = if plan.incoming || plan.restored {
+        Vec::new()
+    } else {
+        boot(&plan.boot, plan.shape.as_ref(), plan.vcpus, &memory)?
+    };
+    let loads = starting.iter().zip(loads).map(|(vcpu, regs)| vcpu.load(regs)).collect();
+    let vcpus = starting.into_iter().map(Starting::started).collect::<Result<Vec<_>, _>>()?;
     lifecycle.know(vcpus.iter().map(VcpuHandle::link).collect());
     let machine = Machine {
         name: plan.name,
@@ -337,23 +344,22 @@ pub fn build(plan: Plan, options: &BuildOptions) -> Result<(Machine, Loads, Vec<
 }
 
 impl Machine {
-    /// Sets the start state of the vCPUs; those without one wait to be started by the guest.
+    /// Waits until the vCPUs have their start state; those without one wait to be started by the guest.
     pub async fn load(&self, loads: Loads) -> Result<(), WorkerError> {
-        let answers = self
-            .vcpus
-            .iter()
-            .zip(loads)
-            .map(|(vcpu, regs)| vcpu.load(LoadFrom::Initial(Box::new(regs))))
-            .collect();
-        gather("setting the start state", answers).await.map(drop)
+        gather("setting the start state", loads.into_iter().map(Ok).collect()).await.map(drop)
     }
 }
 
-fn boot(plan: &Plan, memory: &GuestMemory) -> Result<Loads, WorkerError> {
-    match &plan.boot {
+fn boot(
+    boot: &Boot,
+    shape: Option<&Shape>,
+    vcpus: u32,
+    memory: &GuestMemory,
+) -> Result<Vec<InitialRegs>, WorkerError> {
+    match boot {
         Boot::Probe(probe) => {
-            let pmu = plan.shape.as_ref().map(probe_pmu);
-            let config = ProbeConfig::from_boot(probe, plan.vcpus, plan.memory_bytes, tsc_khz(), pmu);
+            let config =
+                ProbeConfig::from_boot(probe, vcpus, memory.bytes(), tsc_khz(), shape.map(probe_pmu));
             crate::probe::load(memory, &config).map_err(|e| boot_error(&e))
         }
         Boot::Kernel(kernel) => Ok(vec![crate::boot::load(memory, kernel).map_err(|e| boot_error(&e))?]),

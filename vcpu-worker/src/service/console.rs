@@ -21,8 +21,9 @@ const INPUT: usize = 4096;
 /// Chunks on the way to one reader.
 const AHEAD: usize = 4;
 
-pub(super) fn read(inner: &Arc<Inner>, offset: u64, follow: bool) -> Result<ReadStream, WorkerError> {
-    let console = Arc::clone(inner.machine()?.console());
+pub(super) fn read(inner: &Inner, offset: u64, follow: bool) -> ReadStream {
+    // Also before there is a machine: who reads it then misses nothing of the one that comes.
+    let console = Arc::clone(&inner.console);
     let shutdown = inner.shutdown.clone();
     let (send, chunks) = mpsc::channel(AHEAD);
     tokio::spawn(async move {
@@ -49,7 +50,7 @@ pub(super) fn read(inner: &Arc<Inner>, offset: u64, follow: bool) -> Result<Read
             }
         }
     });
-    Ok(Box::pin(ReceiverStream::new(chunks)))
+    Box::pin(ReceiverStream::new(chunks))
 }
 
 pub(super) async fn write(inner: &Inner, data: Vec<u8>) -> Result<WriteConsoleResponse, WorkerError> {

@@ -22,19 +22,24 @@ pub(super) async fn create(
     }
     let plan = Plan::new(&request, &inner.cores)?;
     let housekeeping = request.placement.map(|p| p.housekeeping_cores).unwrap_or_default();
-    if !housekeeping.is_empty() {
-        super::placement::housekeeping(housekeeping).await?;
-    }
-    if inner.own_process {
-        // Only shown, by ps and top; cut to 15 bytes by the kernel.
-        drop(std::fs::write("/proc/self/comm", format!("vm-{}", request.vm_name)));
-    }
+    // Only shown, by ps and top; cut to 15 bytes by the kernel.
+    let shown = inner.own_process.then(|| format!("vm-{}", request.vm_name));
     let options = BuildOptions {
         right: Arc::clone(&inner.right),
         rates: inner.rates,
         console: Arc::clone(&inner.console),
     };
-    let built = tokio::task::spawn_blocking(move || build(plan, &options))
+    let building = move || {
+        // Here, because each hand-over to another thread may take as long as all of this.
+        if !housekeeping.is_empty() {
+            super::placement::move_housekeeping(&housekeeping)?;
+        }
+        if let Some(shown) = shown {
+            drop(std::fs::write("/proc/self/comm", shown));
+        }
+        build(plan, &options)
+    };
+    let built = tokio::task::spawn_blocking(building)
         .await
         .map_err(|e| WorkerError::Thread { thread: "building the VM".to_owned(), problem: e.to_string() })?;
     let (machine, loads, warnings) = built?;

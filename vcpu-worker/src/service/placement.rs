@@ -12,17 +12,20 @@ const MAX_CORES: usize = 8192;
 
 /// Moves every thread of this process that runs no vCPU.
 pub(super) async fn housekeeping(cores: Vec<u32>) -> Result<u32, WorkerError> {
-    let shown = format!("{cores:?}");
+    let set = tokio::task::spawn_blocking(move || move_housekeeping(&cores));
+    set.await
+        .map_err(|e| WorkerError::Thread { thread: "moving threads".to_owned(), problem: e.to_string() })?
+}
+
+/// The same; blocks for some system calls for each thread.
+pub(super) fn move_housekeeping(cores: &[u32]) -> Result<u32, WorkerError> {
+    let invalid = |remedy: String| WorkerError::invalid("cores", format!("{cores:?}"), remedy);
     if cores.is_empty() || cores.len() > MAX_CORES {
-        return Err(WorkerError::invalid("cores", shown, "give 1 to 8192 cores"));
+        return Err(invalid("give 1 to 8192 cores".to_owned()));
     }
-    let set = tokio::task::spawn_blocking(move || affinity::set_housekeeping(&cores)).await;
-    match set.map_err(std::io::Error::other).and_then(std::convert::identity) {
+    match affinity::set_housekeeping(cores) {
         Ok(threads) => Ok(u32::try_from(threads).unwrap_or(u32::MAX)),
-        Err(error) => {
-            let remedy = format!("{error}; give cores that this process may use");
-            Err(WorkerError::invalid("cores", shown, remedy))
-        }
+        Err(error) => Err(invalid(format!("{error}; give cores that this process may use"))),
     }
 }
 

@@ -20,22 +20,15 @@ const MAX_ID: usize = 128;
 #[tonic::async_trait]
 impl WorkerService for Worker {
     async fn attach(&self, request: Request<proto::AttachRequest>) -> Answer<proto::AttachResponse> {
-        let r = request.into_inner();
-        for (field, value) in [("store_id", &r.store_id), ("vm_uid", &r.vm_uid)] {
-            if value.is_empty() || value.len() > MAX_ID {
-                let error = WorkerError::invalid(field, value, "give 1 to 128 bytes");
-                return Err(error.into());
-            }
-        }
-        self.inner
-            .rights()
-            .attach(&r.store_id, &r.vm_uid, r.incarnation, r.term)
-            .map_err(|e| Status::from(WorkerError::from(e)))?;
+        self.attach_as(&request.into_inner())?;
         Ok(Response::new(proto::AttachResponse { status: Some(self.inner.status()) }))
     }
 
     async fn create_vm(&self, request: Request<proto::CreateVmRequest>) -> Answer<proto::CreateVmResponse> {
-        let r = request.into_inner();
+        let mut r = request.into_inner();
+        if let Some(attach) = r.attach.take() {
+            self.attach_as(&attach)?;
+        }
         self.inner.fence(r.fence.as_ref())?;
         Ok(Response::new(create::create(&self.inner, r).await?))
     }
@@ -133,7 +126,7 @@ impl WorkerService for Worker {
     ) -> Answer<Self::ReadConsoleStream> {
         let r = request.into_inner();
         self.inner.fence(r.fence.as_ref())?;
-        Ok(Response::new(console::read(&self.inner, r.offset, r.follow)?))
+        Ok(Response::new(console::read(&self.inner, r.offset, r.follow)))
     }
 
     async fn write_console(
@@ -279,6 +272,15 @@ impl WorkerService for Worker {
 }
 
 impl Worker {
+    fn attach_as(&self, r: &proto::AttachRequest) -> Result<(), WorkerError> {
+        for (field, value) in [("store_id", &r.store_id), ("vm_uid", &r.vm_uid)] {
+            if value.is_empty() || value.len() > MAX_ID {
+                return Err(WorkerError::invalid(field, value, "give 1 to 128 bytes"));
+            }
+        }
+        Ok(self.inner.rights().attach(&r.store_id, &r.vm_uid, r.incarnation, r.term)?)
+    }
+
     async fn grant_and_run(&self, r: &proto::GrantRequest) -> Result<u64, WorkerError> {
         let term = r.fence.as_ref().map_or(0, |f| f.term);
         if r.epoch == 0 {

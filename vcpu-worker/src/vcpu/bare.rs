@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pmu::{Rates, Shape};
 
-use super::{Left, Listener, VcpuHandle, VcpuSetup};
+use super::{Left, Listener, Starting, VcpuHandle, VcpuSetup};
 use crate::console::Console;
 use crate::cores::{Backend, HostCores};
 use crate::devices::Devices;
@@ -33,6 +33,7 @@ pub(crate) fn spawn(vm: Arc<dyn Vm>, backend: Backend, shape: Shape, right: &Arc
         right: Arc::clone(right),
         listener: Arc::new(Nobody),
     })
+    .and_then(Starting::started)
     .expect("starts")
 }
 

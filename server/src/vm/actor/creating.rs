@@ -15,7 +15,7 @@ use crate::status::ApiError;
 use crate::store::Batch;
 use crate::vm::command::Reply;
 use crate::vm::restart::Event;
-use crate::worker_link::WorkerLink;
+use crate::worker_link::Launch;
 
 impl Actor {
     pub(super) async fn create(&mut self, seed: Seed, start: bool, reply: Reply<Uuid>) {
@@ -44,8 +44,9 @@ impl Actor {
     }
 
     /// Creates a machine that is to run at once. The operation's and the ownership's records are made durable while the
-    /// worker builds the machine, which it cannot run before it is granted; the machine's record and the operation's end
-    /// are one write. A daemon that dies in between leaves no machine: what it finds of the worker it ends.
+    /// worker builds the machine, which it cannot run before it is granted, and it is granted once they are; the machine's
+    /// record and the operation's end are one write. A daemon that dies in between leaves no machine: what it finds of the
+    /// worker it ends.
     async fn create_started(&mut self, seed: Seed, reply: Reply<Uuid>) {
         let _awake = self.daemon.awake.hold();
         let spec = self.vm.spec.clone().unwrap_or_default();
@@ -54,10 +55,21 @@ impl Actor {
         let incarnation = u64::from(!refused);
         let first = self.first(incarnation);
         let daemon = std::sync::Arc::clone(&self.daemon);
-        let (begun, owned, launched) =
-            tokio::join!(self.begin(seed, reply), daemon.store.append_ownership(first), async {
-                WorkerLink::launch(&daemon.workers, grant?, self.plan(incarnation, &spec, None)).await
-            },);
+        let (permit, permitted) = tokio::sync::oneshot::channel();
+        let recorded = async {
+            let (begun, owned) = tokio::join!(self.begin(seed, reply), daemon.store.append_ownership(first));
+            if let (Some(_), Ok(owned)) = (&begun, &owned) {
+                // Nobody waits for it if there is no worker.
+                let _ = permit.send(owned.epoch);
+            }
+            (begun, owned)
+        };
+        let launched = async {
+            let plan = Launch { first: true, ..self.plan(incarnation, &spec, None) };
+            self.launch(grant?, plan, async { permitted.await.ok() }).await
+        };
+        // The worker first: it takes longer, on other cores.
+        let (launched, (begun, owned)) = tokio::join!(biased; launched, recorded);
         let failed = match (&begun, &owned) {
             (Some(_), Ok(_)) => None,
             (_, Err(error)) => Some(ApiError::from(error.clone())),
@@ -68,8 +80,8 @@ impl Actor {
         }
         let Some(running) = begun else {
             // The caller was refused: nothing of it stays.
-            if let Ok((worker, _)) = launched {
-                worker.end().await;
+            if let Ok(launched) = launched {
+                launched.worker.end().await;
             }
             let gone = OwnershipRecord { phase: Phase::Deleted as i32, ..self.ownership.clone() };
             if let Err(error) = daemon.store.append_ownership(gone).await {
@@ -78,8 +90,8 @@ impl Actor {
             return self.forget();
         };
         if let Some(error) = failed {
-            if let Ok((worker, _)) = launched {
-                worker.end().await;
+            if let Ok(launched) = launched {
+                launched.worker.end().await;
             }
             self.forget();
             return running.finish(Err(error)).await;
@@ -87,8 +99,9 @@ impl Actor {
         let mut running = running;
         let started = match launched {
             Ok(launched) => {
+                let runs = launched.runs;
                 self.take_worker(launched);
-                self.run_and_record(&mut running).await
+                self.run_and_record(&mut running, runs).await
             }
             Err(error) => Err(error),
         };
@@ -114,9 +127,9 @@ impl Actor {
         self.announce(Kind::Created);
     }
 
-    /// Lets a new machine run while its record and the operation's end are made durable. Nobody sees either before both
-    /// are done; if the daemon dies in between, it is as if it had died right afterwards.
-    async fn run_and_record(&mut self, running: &mut Running) -> Result<(), ApiError> {
+    /// Lets a new machine run, unless it `runs` already, while its record and the operation's end are made durable. Nobody
+    /// sees either before both are done; if the daemon dies in between, it is as if it had died right afterwards.
+    async fn run_and_record(&mut self, running: &mut Running, runs: bool) -> Result<(), ApiError> {
         self.edit(State::Running, "", "", |vm| {
             vm.set_desired_state(DesiredState::Running);
             vm.create_time = Some(crate::ops::now());
@@ -124,7 +137,7 @@ impl Actor {
         });
         let batch = Batch::new().put_vm(self.record())?;
         let batch = running.record_end(batch, Ok(self.answer()))?;
-        let (runs, stored) = tokio::join!(self.let_run(true), self.daemon.store.commit(batch));
+        let (runs, stored) = tokio::join!(self.let_run(true, runs), self.daemon.store.commit(batch));
         runs?;
         Ok(stored?)
     }

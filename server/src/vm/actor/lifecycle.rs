@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use uuid::Uuid;
+use vpmu_proto::api::VirtualMachine;
 use vpmu_proto::api::virtual_machine::{DesiredState, State};
 use vpmu_proto::api::watch_virtual_machines_response::Kind;
-use vpmu_proto::api::{VirtualMachine, VirtualMachineSpec};
 use vpmu_proto::store::OwnershipRecord;
 use vpmu_proto::store::ownership_record::Phase;
-use vpmu_proto::worker::RestoreFrom;
 
 use super::Actor;
 use super::restarting::{note, wall_ms};
@@ -17,7 +16,6 @@ use crate::status::ApiError;
 use crate::vm::command::Reply;
 use crate::vm::restart::Event;
 use crate::vm::transitions::Action;
-use crate::worker_link::{Launch, WorkerLink};
 
 /// How long a worker that was waited for may take to be let go once it has ended.
 const FREED: Duration = Duration::from_secs(1);
@@ -82,71 +80,6 @@ impl Actor {
                 Err(error)
             }
         }
-    }
-
-    /// Gets a worker and gives it the right to run; `run` says whether it does at once.
-    pub(super) async fn launch_and_run(
-        &mut self,
-        grant: crate::capacity::Grant,
-        spec: &VirtualMachineSpec,
-        restore: Option<RestoreFrom>,
-        run: bool,
-    ) -> Result<(), ApiError> {
-        let _awake = self.daemon.awake.hold();
-        let next = OwnershipRecord { incarnation: self.ownership.incarnation + 1, ..self.owned() };
-        self.ownership = self.daemon.store.append_ownership(next).await?;
-        let incarnation = self.ownership.incarnation;
-        let launched =
-            WorkerLink::launch(&self.daemon.workers, grant, self.plan(incarnation, spec, restore)).await?;
-        self.take_worker(launched);
-        self.let_run(run).await
-    }
-
-    pub(super) fn plan<'a>(
-        &'a self,
-        incarnation: u64,
-        spec: &'a VirtualMachineSpec,
-        restore: Option<RestoreFrom>,
-    ) -> Launch<'a> {
-        let (vm_uid, vm_name) = (self.vm.uid.as_str(), self.name.vm());
-        Launch {
-            vm_uid,
-            vm_name,
-            incarnation,
-            spec,
-            incoming: false,
-            pmu_shape: None,
-            restore,
-            beside: false,
-        }
-    }
-
-    pub(super) fn take_worker(
-        &mut self,
-        (worker, built): (WorkerLink, vpmu_proto::worker::CreateVmResponse),
-    ) {
-        for warning in &built.warnings {
-            tracing::warn!(vm = %self.name, %warning);
-        }
-        self.worker = Some(worker);
-        self.shape = built.pmu_shape;
-        self.vm.pmu_restored = None;
-        self.vm.cpuid_differences = built.cpuid_differences;
-        crate::vm::view::brief(&mut self.vm);
-        self.console = std::sync::Arc::default();
-        self.daemon.host.hypervisor.clone_into(&mut self.vm.hypervisor);
-        self.daemon.host.pmu_mode.clone_into(&mut self.vm.pmu_mode);
-        // Who has attached to the console already reads it from now on.
-        self.publish_view();
-    }
-
-    /// Gives the worker its right and follows what it says; both at once, each is a call.
-    pub(super) async fn let_run(&self, run: bool) -> Result<(), ApiError> {
-        let Some(worker) = self.worker.clone() else { return Ok(()) };
-        let (followed, granted) =
-            tokio::join!(self.follow_worker(&worker), worker.grant(self.ownership.epoch, run));
-        followed?;
-        granted.map(drop)
     }
 
     /// The ownership record as plain Owned at its epoch. It goes on to name the migration that the machine came with,

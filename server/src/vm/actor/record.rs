@@ -41,14 +41,24 @@ impl Actor {
 
     /// Publishes what is, without an event.
     pub(super) fn publish_view(&self) {
-        self.publish.send_replace(Arc::new(VmView {
+        self.publish.send_replace(Arc::new(self.view(None)));
+    }
+
+    /// Publishes what is, and that this worker is building the machine.
+    pub(super) fn publish_opening(&self, opening: &WorkerLink) {
+        self.publish.send_replace(Arc::new(self.view(Some(opening.clone()))));
+    }
+
+    fn view(&self, opening: Option<WorkerLink>) -> VmView {
+        VmView {
             vm: self.vm.clone(),
             pmu_shape: self.shape.clone(),
             worker: self.worker.clone(),
+            opening,
             console: Arc::clone(&self.console),
             migration: self.migration.clone(),
             deleted: self.gone,
-        }));
+        }
     }
 
     /// Changes the record durably, then shows it. If the store refuses, the change is shown all the same when it
