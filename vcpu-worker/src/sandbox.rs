@@ -79,7 +79,7 @@ pub fn confine(mode: Mode, violate: Option<Kind>, runtime_dir: Option<&Path>, ra
     // Read once and remembered; a vCPU thread may not open the file.
     let _ = crate::host::boot_id();
     quiet_panics();
-    crate::host::heap::bound_arenas();
+    crate::host::heap::without_files();
     if mode == Mode::Off {
         return Ok(());
     }

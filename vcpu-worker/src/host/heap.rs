@@ -13,17 +13,22 @@ const TRIM: libc::c_int = 1 << 30;
 
 /// Heaps of a confined process: what glibc has at once on a small host.
 const ARENAS: libc::c_int = 8;
+/// Smallest block that gets a mapping of its own in a confined process, in bytes. Told one of these numbers glibc leaves all
+/// as they are, and would map and unmap each block of 128 KiB.
+const MAPPED: libc::c_int = 4 << 20;
 
 /// To be called once, before other threads allocate. glibc otherwise reads a file to know how many heaps there may be, in
-/// whichever thread needs the ninth: one that may not open files (`sandbox`) would end the process by that. Has no effect
-/// with another allocator.
-pub(crate) fn bound_arenas() {
+/// whichever thread needs the ninth, and one to know whether it may shrink a heap, in whichever thread first frees the end
+/// of one: a thread that may not open files (`sandbox`) would end the process by that. Has no effect with another allocator.
+pub(crate) fn without_files() {
     #[cfg(target_env = "gnu")]
+    for (parameter, value) in
+        [(libc::M_ARENA_MAX, ARENAS), (libc::M_TRIM_THRESHOLD, TRIM), (libc::M_MMAP_THRESHOLD, MAPPED)]
     {
         // SAFETY: mallopt takes two numbers; it locks the arena that it changes.
-        let taken = unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
+        let taken = unsafe { libc::mallopt(parameter, value) };
         if taken != 1 {
-            tracing::warn!("the number of heaps is not bounded");
+            tracing::warn!(parameter, value, "the allocator may open files, which ends a confined worker");
         }
     }
 }
