@@ -7,7 +7,7 @@
 //!                      │
 //!                      └── daemon ends or dies: the lifeline breaks, it ends
 //! ```
-//! Invariants: a spare belongs to no machine and is never adopted; nothing of it outlives its daemon; one that has died
+//! Invariants: a spare belongs to no machine and is never adopted; nothing of it that has no machine outlives its daemon; one that has died
 //! while it waited is never handed out for a live one without the caller finding out (the first call fails as it would
 //! with a worker of its own); making one never delays a start.
 

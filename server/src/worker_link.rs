@@ -53,6 +53,8 @@ pub struct WorkerLink {
 struct Inner {
     way: Way,
     lane: Arc<lane::Lane>,
+    /// It attaches in the call that has its machine built.
+    attaches_with_build: bool,
     fence: Fence,
     seq: AtomicU64,
     cores: Mutex<Arc<[u32]>>,

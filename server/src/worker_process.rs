@@ -59,6 +59,8 @@ pub struct WorkerProcess {
     /// Where it listens; a spare's moves when it is claimed, and connections made before that are made anew there.
     socket: Arc<Mutex<PathBuf>>,
     sandbox: String,
+    /// It runs the binary that this process runs.
+    own_binary: bool,
     /// The worker ends if this breaks before it has a machine: it was a spare.
     lifeline: Mutex<Option<OwnedFd>>,
     /// Puts it into its cgroup.
@@ -110,6 +112,7 @@ impl WorkerProcess {
             home,
             socket,
             sandbox,
+            own_binary: false,
             lifeline,
             placing,
             settled,
@@ -122,6 +125,11 @@ impl WorkerProcess {
     /// Process id.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Whether it is known to run the binary that this process runs, and to understand all that this process says.
+    pub fn is_of_own_binary(&self) -> bool {
+        self.own_binary
     }
 
     /// How it was confined when it was started.

@@ -51,10 +51,9 @@ async fn a_daemon_in_a_session_of_its_own_has_more_than_a_worker() {
 #[tokio::test]
 async fn a_daemon_whose_session_was_begun_outside_of_its_container_serves() {
     let under = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"].map(str::to_owned);
-    let may =
-        std::process::Command::new(&under[0]).args(&under[1..]).arg("true").output().expect("util-linux");
-    if !may.status.success() {
-        println!("skipped: no namespace of processes here: {}", String::from_utf8_lossy(&may.stderr).trim());
+    let may = std::process::Command::new(&under[0]).args(&under[1..]).arg("true").output();
+    if !may.as_ref().is_ok_and(|may| may.status.success()) {
+        println!("skipped: no namespace of processes here: {may:?}");
         return;
     }
     let dir = tempfile::tempdir().expect("tempdir");

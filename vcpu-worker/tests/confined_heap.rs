@@ -34,7 +34,11 @@ fn main() {
         .map(|n| {
             let together = Arc::clone(&together);
             std::thread::spawn(move || {
-                enter(if n % 2 == 0 { Kind::Data } else { Kind::Vcpu }).expect("entered");
+                if let Err(error) = enter(if n % 2 == 0 { Kind::Data } else { Kind::Vcpu }) {
+                    eprintln!("not confined: {error}");
+                    // The others wait for this one.
+                    std::process::exit(1);
+                }
                 together.wait();
                 for size in BLOCKS {
                     let held: Vec<Vec<u8>> = (0..HELD).map(|_| vec![1; size]).collect();
@@ -45,5 +49,7 @@ fn main() {
             })
         })
         .collect();
-    threads.into_iter().for_each(|thread| thread.join().expect("it ends in order"));
+    for thread in threads {
+        thread.join().expect("it ends in order");
+    }
 }

@@ -81,16 +81,20 @@ pub(super) async fn attach(
     }))
 }
 
-/// Who has the machine's console: its worker, also while that builds it.
-fn writer(view: &VmView) -> Option<&WorkerLink> {
-    view.worker.as_ref().or(view.opening.as_ref())
+/// Who has the machine's console: its worker. Who only reads what comes may do so while that still builds the machine; before
+/// it is built there is nobody to write to.
+fn writer<'a>(view: &'a VmView, first: &AttachConsoleRequest) -> Option<&'a WorkerLink> {
+    let opening = view.opening.as_ref().filter(|_| !first.write && !first.history_only);
+    view.worker.as_ref().or(opening)
 }
 
 /// The view of a machine that is past its start, or not on the way to one.
-async fn started(handle: &VmHandle) -> Arc<VmView> {
+async fn started(handle: &VmHandle, first: &AttachConsoleRequest) -> Arc<VmView> {
     let mut views = handle.watch();
     let past = |view: &Arc<VmView>| {
-        writer(view).is_some() || view.deleted || !matches!(view.state(), State::Creating | State::Starting)
+        writer(view, first).is_some()
+            || view.deleted
+            || !matches!(view.state(), State::Creating | State::Starting)
     };
     // Neither a machine that takes longer nor one that is gone has a console.
     let _ = tokio::time::timeout(STARTING, views.wait_for(past)).await;
@@ -113,9 +117,9 @@ async fn open(
     first: AttachConsoleRequest,
     mut input: Streaming<AttachConsoleRequest>,
 ) -> Result<BoxStream<AttachConsoleResponse>, Status> {
-    let mut view = if first.history_only { handle.view() } else { started(handle).await };
+    let mut view = if first.history_only { handle.view() } else { started(handle, &first).await };
     let (worker, mut output) = loop {
-        let Some(worker) = writer(&view).cloned() else {
+        let Some(worker) = writer(&view, &first).cloned() else {
             return Ok(history(&view.console, first.offset));
         };
         match worker.read_console(first.offset, !first.history_only).await {
@@ -235,7 +239,10 @@ async fn last_words(
     if !worker.is_dead().await {
         return Box::pin(tokio_stream::empty());
     }
-    let over = |view: &Arc<VmView>| view.deleted || writer(view).map(WorkerLink::pid) != Some(worker.pid());
+    let over = |view: &Arc<VmView>| {
+        view.deleted
+            || view.worker.as_ref().or(view.opening.as_ref()).map(WorkerLink::pid) != Some(worker.pid())
+    };
     match tokio::time::timeout(ENDING, views.wait_for(over)).await {
         Ok(Ok(view)) => history(&view.console, offset),
         _ => Box::pin(tokio_stream::empty()),

@@ -9,7 +9,7 @@
 //! * a right to run is journalled before the worker is told (grant), and taken from the worker before it is journalled;
 //! * readers never wait for the actor: they use the published snapshot.
 //!
-//! What it does is in [`lifecycle`] and [`placing`] (users), [`moving`] (migrations), [`forcing`] (ForceOwner), [`reattach`]
+//! What it does is in [`creating`], [`starting`], [`lifecycle`] and [`placing`] (users), [`moving`] (migrations), [`forcing`] (ForceOwner), [`reattach`]
 //! (workers that outlived a daemon), [`restarting`] (the restart policy), [`ending`] (guests, workers and the daemon end),
 //! [`snapshot`], and the table of `transitions`; what it keeps is in [`record`] and [`pmu`].
 

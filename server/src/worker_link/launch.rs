@@ -128,10 +128,13 @@ impl WorkerLink {
         };
         let fence =
             Fence { vm_uid: launch.vm_uid.to_owned(), incarnation: launch.incarnation, term: factory.term };
+        // One that may be of another version may not know that it can.
+        let attaches_with_build = process.as_ref().is_some_and(WorkerProcess::is_of_own_binary);
         let link = Self {
             inner: Arc::new(Inner {
                 way,
                 lane: Arc::default(),
+                attaches_with_build,
                 fence,
                 seq: AtomicU64::new(0),
                 cores: Mutex::new(grant.cores.as_slice().into()),
@@ -143,7 +146,7 @@ impl WorkerLink {
                 first: None,
             }),
         };
-        if link.attaches_with_build(launch) {
+        if link.inner.attaches_with_build {
             return Ok(link);
         }
         match unary!(link, factory.command, attach, attach_request(factory, launch)) {
@@ -152,9 +155,12 @@ impl WorkerLink {
         }
     }
 
-    /// Whether it attaches in the call that has the machine built. One that may be of another version may not know that.
-    fn attaches_with_build(&self, launch: &Launch<'_>) -> bool {
-        self.inner.process.is_some() && !launch.beside
+    /// Waits until a worker that was a spare is where its machine's is looked for.
+    pub async fn claimed(&self) -> Result<(), ApiError> {
+        match &self.inner.process {
+            Some(process) => process.claimed().await.map_err(start_failed),
+            None => Ok(()),
+        }
     }
 
     /// Has it build its machine, paused. One that does not is ended.
@@ -172,7 +178,7 @@ impl WorkerLink {
                 apart.map(Grant::housekeeping).unwrap_or_default(),
             )
         };
-        let attach = self.attaches_with_build(&launch).then(|| attach_request(factory, &launch));
+        let attach = self.inner.attaches_with_build.then(|| attach_request(factory, &launch));
         let request = CreateVmRequest {
             attach,
             fence: self.fence(),
@@ -192,14 +198,15 @@ impl WorkerLink {
             pmu_shape: launch.pmu_shape,
         };
         let within = if request.restore.is_some() { RESTORE } else { BUILD };
-        let claimed = async {
-            match &self.inner.process {
-                Some(process) => process.claimed().await.map_err(start_failed),
-                None => Ok(()),
+        let built = Box::pin(async { unary!(self, within, create_vm, request) });
+        let waited = async {
+            tokio::select! {
+                biased;
+                built = built => built,
+                silent = Box::pin(self.silent()) => Err(silent),
             }
         };
-        let built = async { unary!(self, within, create_vm, request) };
-        match tokio::try_join!(built, claimed) {
+        match tokio::try_join!(biased; waited, self.claimed()) {
             Ok((response, ())) => {
                 if let Some(process) = &self.inner.process {
                     process.has_machine();
@@ -210,8 +217,21 @@ impl WorkerLink {
         }
     }
 
+    /// Returns once a worker that takes its time is found to answer nothing at all.
+    async fn silent(&self) -> ApiError {
+        loop {
+            tokio::time::sleep(self.inner.command).await;
+            match self.status().await {
+                Err(error) if error.reason() == wire::SILENT => return error,
+                Ok(_) | Err(_) => {}
+            }
+        }
+    }
+
     /// Ends one that came to nothing; why, if it can be told better.
     async fn failed(&self, error: ApiError) -> ApiError {
+        // What it has left is read where it is.
+        drop(self.claimed().await);
         let error = self.cause(error).await;
         self.end().await;
         error
@@ -238,6 +258,7 @@ impl WorkerLink {
         let inner = Inner {
             way: Way::There(client(process.connect())),
             lane: Arc::default(),
+            attaches_with_build: false,
             fence,
             seq: AtomicU64::new(0),
             cores: Mutex::new(cores.as_slice().into()),

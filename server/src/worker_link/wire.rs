@@ -130,13 +130,15 @@ pub(super) fn client(channel: Channel) -> WorkerServiceClient<Channel> {
 }
 
 /// Makes the connection to a worker that has no machine yet, and has a call served over it: the first one costs
-/// milliseconds on either side. It is refused, since it does not say who asks; what a worker is that does not answer shows
-/// when it is given a machine.
-pub(crate) async fn acquaint(channel: Channel) {
+/// milliseconds on either side. It is refused, since it does not say who asks. Says whether it was answered.
+pub(crate) async fn acquaint(channel: Channel) -> bool {
     let mut client = client(channel);
     let asked = client.get_status(vpmu_proto::worker::GetStatusRequest::default());
     let answer = tokio::time::timeout(ACQUAINTED, asked).await;
     tracing::debug!(?answer, "a spare worker was asked");
+    // Who has no fence is told so; what tonic says of a connection that is not there is Unavailable.
+    answer
+        .is_ok_and(|answer| answer.map_or_else(|status| status.code() != tonic::Code::Unavailable, |_| true))
 }
 
 pub(super) async fn call<T>(

@@ -233,7 +233,14 @@ impl Processes {
         }
         self.cgroups.place(&dir.file_name().unwrap_or_default().to_string_lossy(), process.pid, &dir);
         let channel = process.connect();
-        tokio::runtime::Handle::current().block_on(crate::worker_link::acquaint(channel.clone()));
+        let answers =
+            tokio::runtime::Handle::current().block_on(crate::worker_link::acquaint(channel.clone()));
+        if !answers {
+            let (words, dir) = (process.last_words(), process.dir());
+            drop(process);
+            clear(&dir);
+            return Err(io::Error::other(format!("a spare worker does not answer; {words}")));
+        }
         Ok(Spare { process, lifeline, channel })
     }
 
@@ -301,7 +308,9 @@ impl Processes {
         let cores: Vec<_> = self.cores.iter().map(ToString::to_string).collect();
         let violate = self.violate.and_then(|kind| clap::ValueEnum::to_possible_value(&kind));
         // The running image itself, also when the file has been replaced by an upgrade.
-        let mut command = Command::new(self.image().unwrap_or_else(|| PathBuf::from("/proc/self/exe")));
+        let image = self.image();
+        let own_binary = image.is_none();
+        let mut command = Command::new(image.unwrap_or_else(|| PathBuf::from("/proc/self/exe")));
         command
             .env_remove(crate::upgrade::CAME_FROM)
             .arg0("vpmud")
@@ -324,7 +333,10 @@ impl Processes {
         let pidfd = child.id().try_into().ok().and_then(Pid::from_raw).ok_or(rustix::io::Errno::SRCH);
         match pidfd.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())) {
             Ok(pidfd) => {
-                WorkerProcess::new(child.id(), pidfd, Some(child), dir.to_owned(), socket.to_owned())
+                let (dir, socket) = (dir.to_owned(), socket.to_owned());
+                let mut process = WorkerProcess::new(child.id(), pidfd, Some(child), dir, socket)?;
+                process.own_binary = own_binary;
+                Ok(process)
             }
             Err(error) => {
                 // A child that is not waited for keeps its number: this cannot hit another.

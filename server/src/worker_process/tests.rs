@@ -112,6 +112,7 @@ async fn one_whose_claim_fails_leaves_nothing() {
     let (broken, lifeline) = lifeline();
     let worker = worker(dir.path()).claim(dir.path().join("not/there"), lifeline);
     worker.claimed().await.expect_err("nowhere to go");
+    worker.claimed().await.expect_err("whoever asks");
     assert!(holds(&broken));
     assert!(worker.end().await && !worker.is_running());
     assert_eq!(std::fs::read_dir(dir.path()).expect("reads").count(), 0);

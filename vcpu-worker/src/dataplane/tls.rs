@@ -7,17 +7,22 @@
 //! Invariants: without the pinned certificate and its key no byte of a session passes in either direction; a peer that
 //! speaks something else is refused before anything of it is interpreted.
 
+mod handshake;
+mod record;
 mod stream;
 mod verify;
 
 use std::net::TcpStream;
 use std::sync::Arc;
 
+use rustls::client::UnbufferedClientConnection;
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection};
+use rustls::server::UnbufferedServerConnection;
+use rustls::{ClientConfig, ServerConfig};
 use sha2::{Digest, Sha256};
 
 use super::error::{DataplaneError, Result};
+use handshake::Side;
 pub(crate) use stream::TlsStream;
 use verify::Pin;
 
@@ -88,11 +93,18 @@ impl Tls {
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
+        // The record layer is ours.
+        config.enable_secret_extraction = true;
         Ok(TlsServer(Arc::new(config)))
     }
 
     /// A connection that is about to introduce itself.
     pub(crate) fn client(&self, tcp: TcpStream) -> Result<TlsStream> {
+        let session = UnbufferedClientConnection::new(self.client_config()?, name()?).map_err(failed)?;
+        Ok(TlsStream::new(tcp, Side::Client(Box::new(session))))
+    }
+
+    fn client_config(&self) -> Result<Arc<ClientConfig>> {
         let pin = Arc::new(Pin::new(self.peer));
         let provider = Arc::clone(pin.provider());
         let mut config = ClientConfig::builder_with_provider(provider)
@@ -107,10 +119,13 @@ impl Tls {
             .map_err(failed)?;
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.resumption = rustls::client::Resumption::disabled();
-        let name = ServerName::try_from(NAME).map_err(failed)?;
-        let session = ClientConnection::new(Arc::new(config), name).map_err(failed)?;
-        Ok(TlsStream::new(tcp, session.into()))
+        config.enable_secret_extraction = true;
+        Ok(Arc::new(config))
     }
+}
+
+fn name() -> Result<ServerName<'static>> {
+    ServerName::try_from(NAME).map_err(failed)
 }
 
 /// Takes connections of one migration.
@@ -119,7 +134,7 @@ pub(crate) struct TlsServer(Arc<ServerConfig>);
 
 impl TlsServer {
     pub(crate) fn accept(&self, tcp: TcpStream) -> Result<TlsStream> {
-        let session = ServerConnection::new(Arc::clone(&self.0)).map_err(failed)?;
-        Ok(TlsStream::new(tcp, session.into()))
+        let session = UnbufferedServerConnection::new(Arc::clone(&self.0)).map_err(failed)?;
+        Ok(TlsStream::new(tcp, Side::Server(Box::new(session))))
     }
 }

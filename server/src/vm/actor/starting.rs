@@ -5,7 +5,8 @@
 //!                          │          ▲
 //!            granted ──────┘──────────┘  what the grant waits for is durable, as a rule, before the machine is built
 //! ```
-//! Invariant: a worker is granted nothing before its ownership record is durable. It may run, and be read from, before this
+//! Invariant: a worker is granted nothing before its ownership record is durable and its runtime directory has the machine's
+//! name. It may run, and be read from, before this
 //! daemon has heard that the machine is built; one that is not built ends.
 
 use std::future::Future;
@@ -58,14 +59,16 @@ impl Actor {
     ) -> Result<Launched, ApiError> {
         let factory = &self.daemon.workers;
         let worker = WorkerLink::open(factory, grant, &plan).await?;
-        // Who waits for its console reads from the first byte on.
-        self.publish_opening(&worker);
         let granted = async {
+            // It has been asked to build. Who waits for its console reads from the first byte on.
+            self.publish_opening(&worker);
             let Some(epoch) = permitted.await else { return Ok(false) };
+            // It must not run where nobody would look for it.
+            worker.claimed().await?;
             // A worker that has not been asked to build yet, or takes too long, refuses; nothing is lost.
             Ok(worker.grant(epoch, true).await.is_ok())
         };
-        let (built, runs) = tokio::try_join!(Box::pin(worker.build(factory, plan)), granted)?;
+        let (built, runs) = tokio::try_join!(biased; Box::pin(worker.build(factory, plan)), granted)?;
         Ok(Launched { worker, built, runs })
     }
 

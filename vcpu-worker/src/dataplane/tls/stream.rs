@@ -1,23 +1,67 @@
 //! A TLS session over a TCP socket, blocking or not as the socket is.
 //!
-//! Bytes are read from the socket in large pieces: rustls alone would ask for 4 KiB at a time. One thread at a time
-//! reads or writes; others only shut the socket down, which needs no lock and wakes whoever waits in it.
+//! ```text
+//!   Shaking, with each call ──handshake done──▶ Open: who reads and who writes do not wait for each other
+//! ```
+//! One thread at a time reads and one writes; others only shut the socket down, which needs no lock and wakes whoever waits
+//! in it. Keys are renewed when they have encrypted as much as they may, and when the peer renews its own.
+//!
+//! Invariants: bytes are read from the socket in large pieces and decrypted where they are; what a peer sends that is neither
+//! data nor a new key ends the session.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, Read as _, Write as _};
 use std::net::TcpStream;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
-use rustls::Connection;
+use rustls::{AlertDescription, Error, InvalidMessage, PeerMisbehaved};
 
-/// Bytes read from the socket at once.
-const IN_BYTES: usize = 128 << 10;
-/// Bytes that are encrypted before they are written.
-const OUT_BYTES: usize = 256 << 10;
+use super::handshake::{Handshake, Renewal, Side};
+use super::record::{self, Content, HEADER, LARGEST, Opener, RECORD, Sealer, TRAILER};
+
+/// Bytes read from the socket at once, at most.
+const IN_BYTES: usize = (128 << 10) + LARGEST;
+/// Records that are encrypted before they are written.
+const OUT_RECORDS: usize = 16;
+/// Records one after the other that hold no data.
+const IDLE_RECORDS: u32 = 32;
+/// KeyUpdate (RFC 8446, section 4.6.3) that asks for none in return.
+const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
+/// The same that asks for one.
+const KEY_UPDATE_REQUESTED: [u8; 5] = [24, 0, 0, 1, 1];
 
 pub(crate) struct TlsStream {
     tcp: TcpStream,
-    session: Mutex<Session>,
+    shaking: Mutex<Option<Handshake>>,
+    open: OnceLock<Open>,
+}
+
+struct Open {
+    incoming: Mutex<Incoming>,
+    outgoing: Mutex<Outgoing>,
+    renewal: Mutex<Renewal>,
+    /// The peer wants our key renewed.
+    renewal_due: AtomicBool,
+}
+
+struct Incoming {
+    opener: Opener,
+    /// Bytes of the socket: `buf[start..end]`.
+    buf: Vec<u8>,
+    start: usize,
+    end: usize,
+    /// Data of a record before `start` that nobody has read yet.
+    data: Range<usize>,
+}
+
+struct Outgoing {
+    sealer: Sealer,
+    /// Records that are to be written; their length is in `end`.
+    buf: Vec<u8>,
+    end: usize,
 }
 
 impl std::fmt::Debug for TlsStream {
@@ -26,73 +70,13 @@ impl std::fmt::Debug for TlsStream {
     }
 }
 
-struct Session {
-    tls: Connection,
-    /// Bytes of the socket that the session has not taken yet: `buf[start..end]`.
-    buf: Vec<u8>,
-    start: usize,
-    end: usize,
-}
-
-fn invalid(error: rustls::Error) -> io::Error {
+fn invalid(error: Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
-impl Session {
-    /// Writes what the session has to say.
-    fn flush(&mut self, mut tcp: &TcpStream) -> io::Result<()> {
-        while self.tls.wants_write() {
-            match self.tls.write_tls(&mut tcp) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes in bytes of the socket, waiting for some if none are here; false at the end of the stream.
-    fn advance(&mut self, mut tcp: &TcpStream) -> io::Result<bool> {
-        if self.start == self.end {
-            self.buf.resize(IN_BYTES, 0);
-            (self.start, self.end) = (0, 0);
-            self.end = tcp.read(&mut self.buf)?;
-            if self.end == 0 {
-                return Ok(false);
-            }
-        }
-        let mut here = self.buf.get(self.start..self.end).unwrap_or_default();
-        let taken = self.tls.read_tls(&mut here)?;
-        self.start += taken;
-        let processed = self.tls.process_new_packets();
-        // An alert says why, also where the packets were refused.
-        let flushed = self.flush(tcp);
-        processed.map_err(invalid)?;
-        flushed?;
-        Ok(true)
-    }
-
-    fn read(&mut self, tcp: &TcpStream, out: &mut [u8]) -> io::Result<usize> {
-        self.flush(tcp)?;
-        loop {
-            match self.tls.reader().read(out) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // The end of the socket without the session's own: frames tell where they end, so nothing is lost.
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
-                other => return other,
-            }
-            if !self.advance(tcp)? {
-                return Ok(0);
-            }
-        }
-    }
-}
-
 impl TlsStream {
-    pub(super) fn new(tcp: TcpStream, mut tls: Connection) -> Self {
-        tls.set_buffer_limit(Some(OUT_BYTES));
-        Self { tcp, session: Mutex::new(Session { tls, buf: Vec::new(), start: 0, end: 0 }) }
+    pub(super) fn new(tcp: TcpStream, side: Side) -> Self {
+        Self { tcp, shaking: Mutex::new(Some(Handshake::new(side))), open: OnceLock::new() }
     }
 
     pub(crate) fn tcp(&self) -> &TcpStream {
@@ -101,24 +85,49 @@ impl TlsStream {
 
     /// Goes on with the handshake; false if the peer has closed. `WouldBlock` where the socket says so.
     pub(crate) fn shake(&self) -> io::Result<bool> {
-        let mut session = self.session.lock();
-        session.flush(&self.tcp)?;
-        while session.tls.is_handshaking() {
-            if !session.advance(&self.tcp)? {
-                return Ok(false);
-            }
+        let mut shaking = self.shaking.lock();
+        let Some(handshake) = shaking.as_mut() else { return Ok(true) };
+        if !handshake.go_on(&self.tcp)? {
+            return Ok(false);
         }
+        let Some(handshake) = shaking.take() else { return Ok(true) };
+        let (secrets, renewal) = handshake.finish()?;
+        let incoming = Incoming {
+            opener: Opener::new(secrets.rx).map_err(invalid)?,
+            buf: Vec::new(),
+            start: 0,
+            end: 0,
+            data: 0..0,
+        };
+        let sealer = Sealer::new(secrets.tx, renewal.limit()).map_err(invalid)?;
+        let open = Open {
+            incoming: Mutex::new(incoming),
+            outgoing: Mutex::new(Outgoing { sealer, buf: Vec::new(), end: 0 }),
+            renewal: Mutex::new(renewal),
+            renewal_due: AtomicBool::new(false),
+        };
+        drop(self.open.set(open));
         Ok(true)
     }
 
+    /// Once the handshake is done, with which it goes on; none if the peer has closed before.
+    fn opened(&self) -> io::Result<Option<&Open>> {
+        if self.open.get().is_none() && !self.shake()? {
+            return Ok(None);
+        }
+        self.open.get().map(Some).ok_or_else(|| invalid(Error::HandshakeNotComplete))
+    }
+
     pub(crate) fn read(&self, out: &mut [u8]) -> io::Result<usize> {
-        self.session.lock().read(&self.tcp, out)
+        let Some(open) = self.opened()? else { return Ok(0) };
+        open.read(&mut open.incoming.lock(), &self.tcp, out)
     }
 
     pub(crate) fn read_exact(&self, mut out: &mut [u8]) -> io::Result<()> {
-        let mut session = self.session.lock();
+        let open = self.opened()?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let mut incoming = open.incoming.lock();
         while !out.is_empty() {
-            match session.read(&self.tcp, out) {
+            match open.read(&mut incoming, &self.tcp, out) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(n) => out = out.get_mut(n..).unwrap_or_default(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -129,25 +138,176 @@ impl TlsStream {
     }
 
     pub(crate) fn write_all(&self, slices: &[IoSlice<'_>]) -> io::Result<()> {
-        let mut session = self.session.lock();
-        for slice in slices {
-            let mut rest: &[u8] = slice;
-            while !rest.is_empty() {
-                let taken = session.tls.writer().write(rest)?;
-                rest = rest.get(taken..).unwrap_or_default();
-                if taken == 0 {
-                    session.flush(&self.tcp)?;
+        let open = self.opened()?.ok_or(io::ErrorKind::BrokenPipe)?;
+        let mut outgoing = open.outgoing.lock();
+        let mut rest = slices.iter().map(|slice| &**slice).filter(|slice| !slice.is_empty());
+        let mut piece: &[u8] = rest.next().unwrap_or_default();
+        while !piece.is_empty() {
+            open.renew_if_due(&mut outgoing, &self.tcp)?;
+            let record = outgoing.room(&self.tcp)?;
+            let mut filled = HEADER;
+            let full = RECORD - TRAILER;
+            while filled < full && !piece.is_empty() {
+                let (now, later) = piece.split_at(piece.len().min(full - filled));
+                if let Some(place) = record.get_mut(filled..filled + now.len()) {
+                    place.copy_from_slice(now);
                 }
+                filled += now.len();
+                piece = if later.is_empty() { rest.next().unwrap_or_default() } else { later };
             }
+            outgoing.seal(Content::Data, filled + TRAILER)?;
         }
-        session.flush(&self.tcp)
+        outgoing.flush(&self.tcp)
     }
 
     /// Whether bytes are here already that a wait for the socket would not see.
     pub(crate) fn has_buffered(&self) -> bool {
-        let mut session = self.session.lock();
-        session.start < session.end
-            || session.tls.process_new_packets().is_ok_and(|state| state.plaintext_bytes_to_read() > 0)
+        self.open.get().is_some_and(|open| {
+            let incoming = open.incoming.lock();
+            !incoming.data.is_empty() || incoming.whole().is_ok_and(|whole| whole.is_some())
+        })
+    }
+}
+
+impl Open {
+    fn read(&self, incoming: &mut Incoming, tcp: &TcpStream, out: &mut [u8]) -> io::Result<usize> {
+        if incoming.data.is_empty() && !out.is_empty() {
+            match self.advance(incoming, tcp) {
+                Ok(true) => {}
+                // The end of the socket without the session's own: frames tell where they end, so nothing is lost.
+                Ok(false) => return Ok(0),
+                Err(error) => {
+                    self.say_why(&error, tcp);
+                    return Err(error);
+                }
+            }
+        }
+        let here = incoming.buf.get(incoming.data.clone()).unwrap_or_default();
+        let taken = here.len().min(out.len());
+        let (here, out) = (here.get(..taken).unwrap_or_default(), out.get_mut(..taken).unwrap_or_default());
+        out.copy_from_slice(here);
+        incoming.data.start += taken;
+        Ok(taken)
+    }
+
+    /// Opens records until one holds data; false at the end of the stream.
+    fn advance(&self, incoming: &mut Incoming, tcp: &TcpStream) -> io::Result<bool> {
+        for _ in 0..IDLE_RECORDS {
+            let whole = loop {
+                match incoming.whole().map_err(invalid)? {
+                    Some(whole) => break whole,
+                    None if incoming.receive(tcp)? => {}
+                    None => return Ok(false),
+                }
+            };
+            let begin = incoming.start;
+            let record = incoming.buf.get_mut(begin..begin + whole).unwrap_or_default();
+            let (content, length) = incoming.opener.open(record).map_err(invalid)?;
+            let data = begin + HEADER..begin + HEADER + length;
+            incoming.start += whole;
+            match (content, incoming.buf.get(data.clone()).unwrap_or_default()) {
+                (Content::Data, []) => {}
+                (Content::Data, _) => {
+                    incoming.data = data;
+                    return Ok(true);
+                }
+                (Content::Handshake, message)
+                    if *message == KEY_UPDATE || *message == KEY_UPDATE_REQUESTED =>
+                {
+                    if *message == KEY_UPDATE_REQUESTED {
+                        self.renewal_due.store(true, Ordering::Release);
+                    }
+                    let renewed = self.renewal.lock().incoming();
+                    renewed.and_then(|secrets| incoming.opener.renew(secrets)).map_err(invalid)?;
+                }
+                (Content::Handshake, _) => {
+                    return Err(invalid(Error::InvalidMessage(InvalidMessage::UnexpectedMessage(
+                        "a handshake message after the handshake",
+                    ))));
+                }
+                (Content::Alert, alert) => {
+                    let description = AlertDescription::from(*alert.get(1).unwrap_or(&0));
+                    if description == AlertDescription::CloseNotify {
+                        return Ok(false);
+                    }
+                    return Err(invalid(Error::AlertReceived(description)));
+                }
+            }
+        }
+        Err(invalid(PeerMisbehaved::TooManyEmptyFragments.into()))
+    }
+
+    /// An alert, if nobody is writing and the socket takes it.
+    fn say_why(&self, error: &io::Error, tcp: &TcpStream) {
+        let broken = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
+        let Some(alert) = broken.and_then(record::alert_of) else { return };
+        if let Some(mut outgoing) = self.outgoing.try_lock() {
+            drop(outgoing.say(Content::Alert, &alert, tcp));
+        }
+    }
+
+    /// Another key, if this one has been used enough or the peer wants one.
+    fn renew_if_due(&self, outgoing: &mut Outgoing, tcp: &TcpStream) -> io::Result<()> {
+        if !outgoing.sealer.is_worn() && !self.renewal_due.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        outgoing.put(Content::Handshake, &KEY_UPDATE, tcp)?;
+        let renewed = self.renewal.lock().outgoing();
+        renewed.and_then(|secrets| outgoing.sealer.renew(secrets)).map_err(invalid)
+    }
+}
+
+impl Incoming {
+    /// Length of the next record, if all of it is here.
+    fn whole(&self) -> Result<Option<usize>, Error> {
+        let here = self.buf.get(self.start..self.end).unwrap_or_default();
+        Ok(record::length(here)?.filter(|whole| *whole <= here.len()))
+    }
+
+    /// More bytes of the socket; false at its end. All data has been read.
+    fn receive(&mut self, mut tcp: &TcpStream) -> io::Result<bool> {
+        self.buf.resize(IN_BYTES, 0);
+        self.buf.copy_within(self.start..self.end, 0);
+        (self.start, self.end) = (0, self.end - self.start);
+        self.data = 0..0;
+        let read = tcp.read(self.buf.get_mut(self.end..).unwrap_or_default())?;
+        self.end += read;
+        Ok(read > 0)
+    }
+}
+
+impl Outgoing {
+    /// Where the next record is put together.
+    fn room(&mut self, tcp: &TcpStream) -> io::Result<&mut [u8]> {
+        self.buf.resize(OUT_RECORDS * RECORD, 0);
+        if self.end + RECORD > self.buf.len() {
+            self.flush(tcp)?;
+        }
+        Ok(self.buf.get_mut(self.end..self.end + RECORD).unwrap_or_default())
+    }
+
+    /// The record that was put together has this length, header and all.
+    fn seal(&mut self, content: Content, length: usize) -> io::Result<()> {
+        let record = self.buf.get_mut(self.end..self.end + length).unwrap_or_default();
+        self.sealer.seal(content, record).map_err(invalid)?;
+        self.end += length;
+        Ok(())
+    }
+
+    fn put(&mut self, content: Content, message: &[u8], tcp: &TcpStream) -> io::Result<()> {
+        let record = self.room(tcp)?;
+        record.get_mut(HEADER..HEADER + message.len()).unwrap_or_default().copy_from_slice(message);
+        self.seal(content, HEADER + message.len() + TRAILER)
+    }
+
+    fn say(&mut self, content: Content, message: &[u8], tcp: &TcpStream) -> io::Result<()> {
+        self.put(content, message, tcp)?;
+        self.flush(tcp)
+    }
+
+    fn flush(&mut self, mut tcp: &TcpStream) -> io::Result<()> {
+        let records = self.buf.get(..std::mem::take(&mut self.end)).unwrap_or_default();
+        tcp.write_all(records)
     }
 }
 
@@ -156,3 +316,6 @@ impl AsFd for TlsStream {
         self.tcp.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests;
