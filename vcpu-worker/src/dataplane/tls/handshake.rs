@@ -5,8 +5,8 @@
 //!               ▲                                             │
 //!               └─────────────────────────────────────────────┘
 //! ```
-//! Invariant: rustls is shown no byte beyond the record that it waits for, so that it takes none of the data that follows the
-//! handshake.
+//! Invariants: rustls is shown no byte beyond the record that it waits for, so that it takes none of the data that follows the
+//! handshake; what does not begin as a record is refused at its first bytes, without an alert, and not waited for.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
@@ -26,6 +26,15 @@ const INCOMING: usize = 64 << 10;
 pub(super) enum Side {
     Client(Box<UnbufferedClientConnection>),
     Server(Box<UnbufferedServerConnection>),
+}
+
+impl Side {
+    fn wants_write(&self) -> bool {
+        match self {
+            Self::Client(client) => client.wants_write(),
+            Self::Server(server) => server.wants_write(),
+        }
+    }
 }
 
 /// Keys that follow the first ones.
@@ -98,8 +107,8 @@ impl Handshake {
                     }
                 }
                 Err(error) => {
-                    // Why, if rustls has something to say; the socket may be gone.
-                    drop(self.step());
+                    // All that rustls has to say, of which the last is why; the socket may be gone.
+                    while self.side.wants_write() && matches!(self.step(), Ok(Next::Again)) {}
                     drop(self.send(tcp));
                     return Err(invalid(error));
                 }
@@ -138,6 +147,7 @@ impl Handshake {
         loop {
             let here = self.incoming.len();
             let begun = self.incoming.get(self.shown..).unwrap_or_default();
+            record::check(begun).map_err(invalid)?;
             let missing = match record::length(begun).map_err(invalid)? {
                 Some(whole) => whole.saturating_sub(begun.len()),
                 None => record::HEADER - begun.len(),

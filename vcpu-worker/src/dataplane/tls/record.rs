@@ -8,7 +8,7 @@
 use ring::aead::{
     AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey,
 };
-use rustls::{AlertDescription, ConnectionTrafficSecrets, Error, PeerMisbehaved};
+use rustls::{AlertDescription, ConnectionTrafficSecrets, Error, InvalidMessage, PeerMisbehaved};
 
 /// Most bytes of content in a record.
 pub(super) const CONTENT: usize = 1 << 14;
@@ -161,10 +161,17 @@ impl Opener {
             Some(21) => Content::Alert,
             Some(22) => Content::Handshake,
             Some(23) => Content::Data,
-            _ => return Err(Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType)),
+            _ => return Err(InvalidMessage::InvalidContentType.into()),
         };
         Ok((content, end))
     }
+}
+
+/// Refuses what is no record of TLS, as far as it is here.
+pub(super) fn check(bytes: &[u8]) -> Result<(), Error> {
+    let content = bytes.first().is_none_or(|content| (20..=23).contains(content));
+    let version = bytes.get(1).is_none_or(|major| *major == 3);
+    if content && version { Ok(()) } else { Err(InvalidMessage::InvalidContentType.into()) }
 }
 
 /// Length of the record that begins here, header included; none before its header is whole.

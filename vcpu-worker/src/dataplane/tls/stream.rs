@@ -7,7 +7,9 @@
 //! in it. Keys are renewed when they have encrypted as much as they may, and when the peer renews its own.
 //!
 //! Invariants: bytes are read from the socket in large pieces and decrypted where they are; what a peer sends that is neither
-//! data nor a new key ends the session.
+//! data nor a new key ends the session, for good. That is narrower than RFC 8446: tickets, a KeyUpdate that shares a record
+//! with something else, and warnings are refused; neither side sends them. A write that fails can be followed by another: what
+//! was sealed goes out first.
 
 use std::io::{self, IoSlice, Read as _, Write as _};
 use std::net::TcpStream;
@@ -17,6 +19,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
+use rustix::net::SendFlags;
 use rustls::{AlertDescription, Error, InvalidMessage, PeerMisbehaved};
 
 use super::handshake::{Handshake, Renewal, Side};
@@ -55,6 +58,12 @@ struct Incoming {
     end: usize,
     /// Data of a record before `start` that nobody has read yet.
     data: Range<usize>,
+    /// Records since the last that held data.
+    idle: u32,
+    /// The peer has said that nothing follows.
+    closed: bool,
+    /// Why the session is over.
+    broken: Option<Error>,
 }
 
 struct Outgoing {
@@ -86,11 +95,25 @@ impl TlsStream {
     /// Goes on with the handshake; false if the peer has closed. `WouldBlock` where the socket says so.
     pub(crate) fn shake(&self) -> io::Result<bool> {
         let mut shaking = self.shaking.lock();
-        let Some(handshake) = shaking.as_mut() else { return Ok(true) };
-        if !handshake.go_on(&self.tcp)? {
-            return Ok(false);
+        let Some(handshake) = shaking.as_mut() else {
+            // It is open, or has come to nothing.
+            return if self.open.get().is_some() {
+                Ok(true)
+            } else {
+                Err(invalid(Error::HandshakeNotComplete))
+            };
+        };
+        match handshake.go_on(&self.tcp) {
+            Ok(true) => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                return Err(error);
+            }
+            ended => {
+                *shaking = None;
+                return ended;
+            }
         }
-        let Some(handshake) = shaking.take() else { return Ok(true) };
+        let Some(handshake) = shaking.take() else { return Err(invalid(Error::HandshakeNotComplete)) };
         let (secrets, renewal) = handshake.finish()?;
         let incoming = Incoming {
             opener: Opener::new(secrets.rx).map_err(invalid)?,
@@ -98,6 +121,9 @@ impl TlsStream {
             start: 0,
             end: 0,
             data: 0..0,
+            idle: 0,
+            closed: false,
+            broken: None,
         };
         let sealer = Sealer::new(secrets.tx, renewal.limit()).map_err(invalid)?;
         let open = Open {
@@ -164,7 +190,8 @@ impl TlsStream {
     pub(crate) fn has_buffered(&self) -> bool {
         self.open.get().is_some_and(|open| {
             let incoming = open.incoming.lock();
-            !incoming.data.is_empty() || incoming.whole().is_ok_and(|whole| whole.is_some())
+            // What cannot be a record is found out by who reads.
+            !incoming.data.is_empty() || !matches!(incoming.whole(), Ok(None))
         })
     }
 }
@@ -172,14 +199,9 @@ impl TlsStream {
 impl Open {
     fn read(&self, incoming: &mut Incoming, tcp: &TcpStream, out: &mut [u8]) -> io::Result<usize> {
         if incoming.data.is_empty() && !out.is_empty() {
-            match self.advance(incoming, tcp) {
-                Ok(true) => {}
-                // The end of the socket without the session's own: frames tell where they end, so nothing is lost.
-                Ok(false) => return Ok(0),
-                Err(error) => {
-                    self.say_why(&error, tcp);
-                    return Err(error);
-                }
+            // The end of the socket without the session's own: frames tell where they end, so nothing is lost.
+            if !self.advance(incoming, tcp)? {
+                return Ok(0);
             }
         }
         let here = incoming.buf.get(incoming.data.clone()).unwrap_or_default();
@@ -192,57 +214,67 @@ impl Open {
 
     /// Opens records until one holds data; false at the end of the stream.
     fn advance(&self, incoming: &mut Incoming, tcp: &TcpStream) -> io::Result<bool> {
-        for _ in 0..IDLE_RECORDS {
-            let whole = loop {
-                match incoming.whole().map_err(invalid)? {
-                    Some(whole) => break whole,
-                    None if incoming.receive(tcp)? => {}
-                    None => return Ok(false),
-                }
+        loop {
+            if let Some(broken) = &incoming.broken {
+                return Err(invalid(broken.clone()));
+            }
+            if incoming.closed {
+                return Ok(false);
+            }
+            let opened = match incoming.whole() {
+                Ok(Some(whole)) => self.next(incoming, whole),
+                Ok(None) if incoming.receive(tcp)? => Ok(()),
+                Ok(None) => return Ok(false),
+                Err(error) => Err(error),
             };
-            let begin = incoming.start;
-            let record = incoming.buf.get_mut(begin..begin + whole).unwrap_or_default();
-            let (content, length) = incoming.opener.open(record).map_err(invalid)?;
-            let data = begin + HEADER..begin + HEADER + length;
-            incoming.start += whole;
-            match (content, incoming.buf.get(data.clone()).unwrap_or_default()) {
-                (Content::Data, []) => {}
-                (Content::Data, _) => {
-                    incoming.data = data;
-                    return Ok(true);
-                }
-                (Content::Handshake, message)
-                    if *message == KEY_UPDATE || *message == KEY_UPDATE_REQUESTED =>
-                {
-                    if *message == KEY_UPDATE_REQUESTED {
-                        self.renewal_due.store(true, Ordering::Release);
-                    }
-                    let renewed = self.renewal.lock().incoming();
-                    renewed.and_then(|secrets| incoming.opener.renew(secrets)).map_err(invalid)?;
-                }
-                (Content::Handshake, _) => {
-                    return Err(invalid(Error::InvalidMessage(InvalidMessage::UnexpectedMessage(
-                        "a handshake message after the handshake",
-                    ))));
-                }
-                (Content::Alert, alert) => {
-                    let description = AlertDescription::from(*alert.get(1).unwrap_or(&0));
-                    if description == AlertDescription::CloseNotify {
-                        return Ok(false);
-                    }
-                    return Err(invalid(Error::AlertReceived(description)));
-                }
+            if let Err(error) = opened {
+                self.say_why(&error, tcp);
+                incoming.broken = Some(error);
+            } else if !incoming.data.is_empty() {
+                return Ok(true);
             }
         }
-        Err(invalid(PeerMisbehaved::TooManyEmptyFragments.into()))
     }
 
-    /// An alert, if nobody is writing and the socket takes it.
-    fn say_why(&self, error: &io::Error, tcp: &TcpStream) {
-        let broken = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
-        let Some(alert) = broken.and_then(record::alert_of) else { return };
-        if let Some(mut outgoing) = self.outgoing.try_lock() {
-            drop(outgoing.say(Content::Alert, &alert, tcp));
+    /// Opens one record.
+    fn next(&self, incoming: &mut Incoming, whole: usize) -> Result<(), Error> {
+        let begin = incoming.start;
+        let record = incoming.buf.get_mut(begin..begin + whole).unwrap_or_default();
+        let (content, length) = incoming.opener.open(record)?;
+        let data = begin + HEADER..begin + HEADER + length;
+        incoming.start += whole;
+        incoming.idle += 1;
+        match (content, incoming.buf.get(data.clone()).unwrap_or_default()) {
+            (Content::Data, []) => {}
+            (Content::Data, _) => (incoming.data, incoming.idle) = (data, 0),
+            (Content::Handshake, message) if *message == KEY_UPDATE || *message == KEY_UPDATE_REQUESTED => {
+                if *message == KEY_UPDATE_REQUESTED {
+                    self.renewal_due.store(true, Ordering::Release);
+                }
+                let secrets = self.renewal.lock().incoming()?;
+                incoming.opener.renew(secrets)?;
+            }
+            (Content::Handshake, _) => {
+                let what = "a handshake message after the handshake";
+                return Err(InvalidMessage::UnexpectedMessage(what).into());
+            }
+            (Content::Alert, &[_, description]) => match AlertDescription::from(description) {
+                AlertDescription::CloseNotify => incoming.closed = true,
+                other => return Err(Error::AlertReceived(other)),
+            },
+            (Content::Alert, _) => return Err(InvalidMessage::MessageTooShort.into()),
+        }
+        if incoming.idle > IDLE_RECORDS { Err(PeerMisbehaved::TooManyEmptyFragments.into()) } else { Ok(()) }
+    }
+
+    /// An alert, if nobody is writing; as much of it as the socket takes at once.
+    fn say_why(&self, error: &Error, tcp: &TcpStream) {
+        let Some(alert) = record::alert_of(error) else { return };
+        if let Some(mut outgoing) = self.outgoing.try_lock()
+            && outgoing.has_room()
+            && outgoing.put(Content::Alert, &alert, tcp).is_ok()
+        {
+            outgoing.flush_at_once(tcp);
         }
     }
 
@@ -280,7 +312,7 @@ impl Outgoing {
     /// Where the next record is put together.
     fn room(&mut self, tcp: &TcpStream) -> io::Result<&mut [u8]> {
         self.buf.resize(OUT_RECORDS * RECORD, 0);
-        if self.end + RECORD > self.buf.len() {
+        if !self.has_room() {
             self.flush(tcp)?;
         }
         Ok(self.buf.get_mut(self.end..self.end + RECORD).unwrap_or_default())
@@ -300,14 +332,40 @@ impl Outgoing {
         self.seal(content, HEADER + message.len() + TRAILER)
     }
 
-    fn say(&mut self, content: Content, message: &[u8], tcp: &TcpStream) -> io::Result<()> {
-        self.put(content, message, tcp)?;
-        self.flush(tcp)
+    /// Whether another record fits without one being written first.
+    fn has_room(&self) -> bool {
+        self.end + RECORD <= OUT_RECORDS * RECORD
     }
 
     fn flush(&mut self, mut tcp: &TcpStream) -> io::Result<()> {
-        let records = self.buf.get(..std::mem::take(&mut self.end)).unwrap_or_default();
-        tcp.write_all(records)
+        self.send(|records| tcp.write(records))
+    }
+
+    /// What the socket takes without a wait.
+    fn flush_at_once(&mut self, tcp: &TcpStream) {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        // The rest stays: it is written first, should anything be.
+        drop(self.send(|records| Ok(rustix::net::send(tcp, records, flags)?)));
+    }
+
+    fn send(&mut self, mut write: impl FnMut(&[u8]) -> io::Result<usize>) -> io::Result<()> {
+        let mut sent = 0;
+        let ended = loop {
+            let records = self.buf.get(sent..self.end).unwrap_or_default();
+            if records.is_empty() {
+                break Ok(());
+            }
+            match write(records) {
+                Ok(0) => break Err(io::ErrorKind::WriteZero.into()),
+                Ok(taken) => sent += taken,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => break Err(error),
+            }
+        };
+        let sent = sent.min(self.end);
+        self.buf.copy_within(sent..self.end, 0);
+        self.end -= sent;
+        ended
     }
 }
 

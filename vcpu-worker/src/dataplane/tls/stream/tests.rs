@@ -59,6 +59,13 @@ fn exchange(near: &TlsStream, far: &TlsStream) {
     });
 }
 
+impl Outgoing {
+    fn say(&mut self, content: Content, message: &[u8], tcp: &TcpStream) -> io::Result<()> {
+        self.put(content, message, tcp)?;
+        self.flush(tcp)
+    }
+}
+
 fn open(stream: &TlsStream) -> &Open {
     stream.opened().expect("open").expect("there")
 }
@@ -150,11 +157,13 @@ fn what_is_neither_data_nor_a_key_ends_the_session() {
         (Content::Handshake, &[4, 0, 0, 0][..], "handshake message after the handshake"),
         (Content::Handshake, &[24, 0, 0, 1, 2], "handshake message after the handshake"),
         (Content::Alert, &[2, 40], "HandshakeFailure"),
+        (Content::Alert, &[2], "MessageTooShort"),
     ] {
         let (near, far) = pair();
         open(&near).outgoing.lock().say(content, message, &near.tcp).expect("sent");
         let told = refused(&far);
         assert!(told.contains(why), "{told}");
+        assert_eq!(refused(&far), told, "for good");
         if content == Content::Handshake {
             assert!(refused(&near).contains("UnexpectedMessage"), "the peer is told");
         }
@@ -178,6 +187,11 @@ fn records_without_data_have_a_bound() {
     for _ in 0..IDLE_RECORDS {
         open(&near).outgoing.lock().say(Content::Data, &[], &near.tcp).expect("sent");
     }
+    send(&near, b"x");
+    assert_eq!(take(&far, 1), b"x");
+    for _ in 0..=IDLE_RECORDS {
+        open(&near).outgoing.lock().say(Content::Data, &[], &near.tcp).expect("sent");
+    }
     assert!(refused(&far).contains("TooManyEmptyFragments"));
 }
 
@@ -193,4 +207,126 @@ fn half_a_record_is_the_end_and_no_data() {
     near.tcp.shutdown(std::net::Shutdown::Write).expect("shut");
     assert!(!far.has_buffered());
     assert_eq!(far.read(&mut [0; 64]).expect("the end"), 0);
+}
+
+#[test]
+fn nothing_follows_the_peers_own_end() {
+    let (near, far) = pair();
+    open(&near).outgoing.lock().say(Content::Alert, &[1, 0], &near.tcp).expect("sent");
+    send(&near, b"too late");
+    for _ in 0..2 {
+        assert_eq!(far.read(&mut [0; 8]).expect("the end"), 0);
+    }
+}
+
+/// The peer does not read for a while: what is written afterwards comes after all that was sealed before.
+#[test]
+fn a_write_that_timed_out_can_be_followed_by_another() {
+    let (near, far) = pair();
+    near.tcp.set_write_timeout(Some(std::time::Duration::from_millis(50))).expect("timeout");
+    let data = bytes(LONG);
+    let mut whole = 0;
+    let error = loop {
+        match near.write_all(&[IoSlice::new(&data)]) {
+            Ok(()) => whole += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "{error}");
+    std::thread::scope(|scope| {
+        let there = scope.spawn(|| {
+            for _ in 0..whole {
+                assert!(take(&far, LONG) == data);
+            }
+            // Of what was cut short some records came, in order.
+            let mut rest = Vec::new();
+            let mut piece = [0; 4096];
+            loop {
+                match far.read(&mut piece).expect("no record is damaged") {
+                    0 => break rest,
+                    n => rest.extend_from_slice(&piece[..n]),
+                }
+            }
+        });
+        near.tcp.set_write_timeout(None).expect("none");
+        near.write_all(&[IoSlice::new(b"why")]).expect("sent");
+        near.tcp.shutdown(std::net::Shutdown::Write).expect("shut");
+        let rest = there.join().expect("thread");
+        let cut = rest.strip_suffix(b"why").expect("the last word");
+        assert!(data.starts_with(cut) && cut.len() < LONG, "{}", cut.len());
+    });
+}
+
+/// Every byte of the handshake comes alone, to sockets that do not block.
+#[test]
+fn a_handshake_goes_on_where_it_was() {
+    let ((near, near_proxy), (far_proxy, far), (a, b)) = (sockets(), sockets(), identities());
+    for (mut from, mut to) in [
+        (near_proxy.try_clone().expect("socket"), far_proxy.try_clone().expect("socket")),
+        (far_proxy, near_proxy),
+    ] {
+        to.set_nodelay(true).expect("nodelay");
+        std::thread::spawn(move || {
+            let mut byte = [0];
+            while from.read(&mut byte).is_ok_and(|n| n > 0) && to.write_all(&byte).is_ok() {}
+        });
+    }
+    let near = a.client(near).expect("client");
+    let far = b.server().expect("server").accept(far).expect("accept");
+    for stream in [&near, &far] {
+        stream.tcp.set_nonblocking(true).expect("nonblocking");
+    }
+    let (mut done, mut waits) = ([false, false], 0);
+    while done != [true, true] {
+        for (stream, done) in [&near, &far].into_iter().zip(&mut done) {
+            match stream.shake() {
+                Ok(shaken) => *done = shaken,
+                Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "{error}"),
+            }
+        }
+        waits += 1;
+        assert!(waits < 100_000, "{done:?}");
+        std::thread::sleep(std::time::Duration::from_micros(100));
+    }
+    for stream in [&near, &far] {
+        stream.tcp.set_nonblocking(false).expect("blocking");
+    }
+    send(&near, b"hello");
+    assert_eq!(take(&far, 5), b"hello");
+}
+
+/// The server finds out after its hello: what it says of it follows that.
+#[test]
+fn why_a_handshake_fails_is_said_after_what_was_said_before() {
+    let ((ours, mut theirs), (a, b)) = (sockets(), identities());
+    let mut config = rustls::ClientConfig::clone(&b.client_config().expect("config"));
+    config.alpn_protocols = vec![b"something else".to_vec()];
+    let name = super::super::name().expect("name");
+    let mut other = rustls::ClientConnection::new(Arc::new(config), name).expect("client");
+    let ours = a.server().expect("config").accept(ours).expect("accept");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let error = ours.shake().expect_err("no protocol in common");
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
+            assert!(ours.shake().is_err(), "for good");
+            ours.tcp.shutdown(std::net::Shutdown::Write).expect("shut");
+        });
+        let told = loop {
+            if let Err(error) = other.complete_io(&mut theirs) {
+                break error;
+            }
+        };
+        assert!(told.to_string().contains("NoApplicationProtocol"), "{told}");
+    });
+}
+
+#[test]
+fn what_is_no_tls_is_refused_at_its_first_bytes() {
+    for first in [&b"GET / HTTP/1.1"[..], b"SSH-2.0-x", b"V"] {
+        let ((mut stranger, far), (_, b)) = (sockets(), identities());
+        let far = b.server().expect("server").accept(far).expect("accept");
+        stranger.write_all(first).expect("sent");
+        let error = far.shake().expect_err("refused");
+        assert!(error.to_string().contains("InvalidContentType"), "{error}");
+    }
 }
