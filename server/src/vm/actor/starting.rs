@@ -63,8 +63,10 @@ impl Actor {
             // It has been asked to build. Who waits for its console reads from the first byte on.
             self.publish_opening(&worker);
             let Some(epoch) = permitted.await else { return Ok(false) };
-            // It must not run where nobody would look for it.
-            worker.claimed().await?;
+            // It must not run where nobody would look for it; that it does not get there ends the build, in order.
+            if worker.claimed().await.is_err() {
+                return Ok(false);
+            }
             // A worker that has not been asked to build yet, or takes too long, refuses; nothing is lost.
             Ok(worker.grant(epoch, true).await.is_ok())
         };
