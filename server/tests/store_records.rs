@@ -196,6 +196,7 @@ async fn a_damaged_host_record_is_not_replaced() {
     db.insert(b"host\0\0", b"VPMUxxxxxxxxxxxxxxxxxxx").unwrap();
     db.flush().unwrap();
     drop(db);
+    // Waits for what sled's pool still holds.
     let error = Store::open(dir.path()).unwrap_err();
     assert!(matches!(&error, StoreError::Corrupt { message, .. } if message.contains("host")), "{error}");
 }

@@ -5,17 +5,21 @@
 //!   `sync_file_range`, which promises nothing. Its log, `db`, is synced every time; a file that nobody has written for a
 //!   while (its configuration, old snapshots and blobs) once, because each call costs the device a flush.
 //! - sled may panic on a file it does not understand; a panic here is a typed error.
+//! - A write is done when `flush()` returns, but sled's pool may hold the log, and its lock, for a moment after the last handle
+//!   went: who opens and who closes waits for that ([`let_go`]). `DIR/lock` is what keeps other daemons out.
 
 use super::envelope::{self, Problem};
 use super::error::StoreError;
 use super::keys::{Key, PART, printable, split_part};
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, Metadata};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const CACHE_BYTES: u64 = 32 << 20;
 
@@ -41,6 +45,8 @@ const SETTLED: Duration = Duration::from_secs(2);
 /// The same where times have fractions of a second: the kernel takes those from a clock that ticks 100 times a second or more
 /// often, and the coarsest of such file systems (exFAT) keeps hundredths.
 const SETTLED_FINE: Duration = Duration::from_millis(50);
+/// What sled's pool has to finish with a database after its last handle went.
+const LET_GO: Duration = Duration::from_secs(10);
 /// The file that every commit writes.
 const LOG: &str = "db";
 
@@ -70,6 +76,7 @@ fn guarded<T>(run: impl FnOnce() -> sled::Result<T>) -> Result<T, String> {
 
 impl Disk {
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+        let_go(path);
         let config = sled::Config::new().path(path).cache_capacity(CACHE_BYTES).flush_every_ms(None);
         let db = guarded(|| config.open())
             .map_err(|message| StoreError::Corrupt { path: path.to_owned(), message })?;
@@ -186,6 +193,20 @@ impl Disk {
     }
 }
 
+/// Waits, [`LET_GO`] at most, until nothing in this process holds the database in `path` any more. Blocking.
+pub(crate) fn let_go(path: &Path) {
+    let Ok(log) = File::open(path.join(LOG)) else { return };
+    let deadline = Instant::now() + LET_GO;
+    // Ours ends with the descriptor.
+    while rustix::fs::flock(&log, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK) {
+        if Instant::now() >= deadline {
+            tracing::warn!(path = %path.display(), "the database is still held");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Seconds and nanoseconds of the clock that the kernel takes file times from.
 fn clock() -> (i64, i64) {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
@@ -256,6 +277,22 @@ mod tests {
     }
 
     #[test]
+    fn a_database_that_is_still_held_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Disk::open(dir.path()).expect("open"));
+        let_go(dir.path());
+        let held = File::open(dir.path().join(LOG)).unwrap();
+        rustix::fs::flock(&held, FlockOperation::NonBlockingLockExclusive)
+            .expect("nobody holds it after let_go");
+        let holder = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(held);
+        });
+        drop(Disk::open(dir.path()).expect("waited for"));
+        holder.join().unwrap();
+    }
+
+    #[test]
     fn a_file_that_nobody_writes_is_synced_once_and_the_log_always() {
         let dir = tempfile::tempdir().unwrap();
         let disk = Disk::open(dir.path()).expect("open");
@@ -264,7 +301,7 @@ mod tests {
         // A change time cannot be set: from here on it is old enough.
         let set = |age: Duration| {
             file.set_modified(SystemTime::now() - age).expect("times");
-            let begin = std::time::Instant::now();
+            let begin = Instant::now();
             while !settled(&stamp(&file.metadata().expect("times")), clock()) {
                 assert!(begin.elapsed() < Duration::from_secs(60), "never old enough");
                 std::thread::sleep(Duration::from_millis(5));

@@ -352,6 +352,7 @@ impl Inner {
         drop(self.shared.reader.write().unwrap_or_else(PoisonError::into_inner).take());
         if let Some(writer) = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take() {
             let _ = writer.join();
+            disk::let_go(&self.dir.join("sled"));
         }
         self.journal.close();
         drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner).take());
