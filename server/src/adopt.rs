@@ -36,7 +36,7 @@ use crate::daemon::Daemon;
 use crate::status::ApiError;
 use crate::vm::command::Command;
 use crate::worker_link::{ConsoleHistory, WorkerLink};
-use crate::worker_process::{Found, WorkerProcess};
+use crate::worker_process::{Found, Seen, WorkerProcess};
 
 pub use worth::{Worth, worth};
 
@@ -95,7 +95,7 @@ impl Survivor {
 /// Looks for workers and settles what recovery must not meet.
 pub async fn before_recovery(daemon: &Arc<Daemon>) -> Result<(Vec<(String, Survivor)>, Copies), ApiError> {
     let processes = &daemon.workers.processes;
-    let uids = processes.uids().map_err(|e| {
+    let uids = processes.all().await.map_err(|e| {
         ApiError::internal("RUNTIME_DIR", format!("{}: {e}; make it readable", processes.run_dir.display()))
     })?;
     let mut machines: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -137,24 +137,21 @@ async fn sort_out(
     // Which copy counts is not known: nothing of such a machine is ended, or started, by itself.
     let uncertain = held.phase() == Phase::Uncertain
         || held.phase() == Phase::Unspecified && !daemon.store.damaged().is_empty();
-    for name in names {
-        match processes.find(&name) {
-            Ok(Found::Live(process)) => drop(live.insert(name, *process)),
-            Ok(Found::Dead(end)) => {
-                let console = processes.last_output(&name).map(ConsoleHistory::from).unwrap_or_default();
-                processes.clear(&name);
-                if name == own || name == uid {
-                    dead = Some(Survivor::Dead { end, console });
-                }
+    // Unreachable is not dead: nothing is started beside it.
+    let seen = processes.look(names).await.map_err(|error| {
+        ApiError::internal(
+            "WORKER_UNKNOWN",
+            format!("whether the worker of machine {uid} lives cannot be told: {error}"),
+        )
+    })?;
+    for Seen { name, found, output } in seen {
+        match found {
+            Found::Live(process) => drop(live.insert(name, *process)),
+            Found::Dead(end) if name == own || name == uid => {
+                let console = output.map(ConsoleHistory::from).unwrap_or_default();
+                dead = Some(Survivor::Dead { end, console });
             }
-            Ok(Found::Nothing) => processes.clear(&name),
-            // Unreachable is not dead: nothing is started beside it.
-            Err(error) => {
-                return Err(ApiError::internal(
-                    "WORKER_UNKNOWN",
-                    format!("whether the worker of machine {uid} lives cannot be told: {error}"),
-                ));
-            }
+            Found::Dead(_) | Found::Nothing => {}
         }
     }
     if uncertain && !live.is_empty() {

@@ -31,7 +31,7 @@ use vpmu_proto::worker::{ConsoleState, GuestEnd};
 use crate::config::MAX_SOCKET_PATH;
 
 pub use console_file::sweep as sweep_consoles;
-pub use factory::{Found, Processes};
+pub use factory::{Found, Processes, Seen};
 
 /// How long a worker may take to end in order.
 const TERM: Duration = Duration::from_secs(10);
@@ -170,7 +170,7 @@ impl WorkerProcess {
         }
     }
 
-    /// How its guest ended, if it had before the process did.
+    /// How its guest ended, if it had before the process did. Blocks.
     pub fn guest_end(&self) -> Option<GuestEnd> {
         vcpu_worker::process::exit_record(&self.dir())
     }

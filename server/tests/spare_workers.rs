@@ -160,6 +160,26 @@ async fn a_spare_that_has_died_is_no_loss() {
     run.is_empty();
 }
 
+/// Nothing is known of it but that it lives: the start that took it fails, it is ended, and the next start has another.
+#[tokio::test]
+async fn a_spare_that_does_not_answer_costs_one_start() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let run = Run::of(dir.path());
+    let options = [&OPTIONS[..], &["--handover-timeout", "500"]].concat();
+    let mut host = Host::start(dir.path(), &options).await;
+    let spare = run.until_spare(None).await;
+    kill_process(pid(spare.pid), Signal::STOP).expect("stopped");
+    host.create("a", probe_spec(1, 32)).await;
+    assert_eq!(host.try_start_vm("a").await.expect_err("refused"), "WORKER_TIMEOUT");
+    until_gone(&spare).await;
+    assert_eq!(host.get("a").await.observed_state(), State::Failed);
+    let vm = host.start_vm("a").await;
+    assert_eq!(vm.observed_state(), State::Running);
+    host.delete("a").await;
+    assert_eq!(host.terminate().await, 0);
+    run.is_empty();
+}
+
 /// The first event of a host makes whoever opens it wait for RCU: no machine's start is that.
 #[tokio::test]
 async fn a_daemon_holds_a_perf_event_where_it_may() {

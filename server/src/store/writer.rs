@@ -31,9 +31,10 @@ use vpmu_proto::store::HostRecord;
 
 /// Requests that share a commit at most.
 const MAX_GROUP: usize = 512;
-/// What is waited at most for others, where several wait already.
-const WINDOW: Duration = Duration::from_micros(300);
-/// Of what the last commit took, one part in so many is waited.
+/// What is waited at most for others, where several wait already: each commit that is saved is processor time for those who
+/// would wait for it.
+const WINDOW: Duration = Duration::from_millis(1);
+/// For each that waits beside the first, one part in so many of what the last commit took.
 const WINDOW_PART: u32 = 3;
 /// A sleep that is shorter would take longer than it says.
 const LEAST_WINDOW: Duration = Duration::from_micros(50);
@@ -180,8 +181,9 @@ fn take_waiting(requests: &mut mpsc::Receiver<Request>, group: &mut Vec<Request>
 
 /// How long those that wait already wait for others.
 fn window(waiting: usize, commit: Duration) -> Option<Duration> {
-    let window = (commit / WINDOW_PART).min(WINDOW);
-    (waiting > 1 && window >= LEAST_WINDOW).then_some(window)
+    let others = u32::try_from(waiting.saturating_sub(1)).unwrap_or(u32::MAX);
+    let window = (commit / WINDOW_PART).saturating_mul(others).min(WINDOW);
+    (window >= LEAST_WINDOW).then_some(window)
 }
 
 #[cfg(test)]
@@ -189,16 +191,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_crowd_waits_and_no_longer_than_a_part_of_a_commit() {
+    fn only_a_crowd_waits_and_the_longer_the_larger_it_is() {
         let us = Duration::from_micros;
         let cases = [
+            (0, us(3_000), None),
             (1, us(3_000), None),
-            (2, us(3_000), Some(us(300))),
             (2, us(600), Some(us(200))),
-            (9, us(149), None),
-            (9, us(150), Some(us(50))),
+            (4, us(600), Some(us(600))),
+            (2, us(149), None),
+            (2, us(150), Some(us(50))),
             (2, Duration::ZERO, None),
-            (2, us(60_000_000), Some(us(300))),
+            (9, us(600), Some(us(1_000))),
+            (2, us(60_000_000), Some(us(1_000))),
+            (MAX_GROUP, Duration::MAX, Some(us(1_000))),
         ];
         for (waiting, commit, expected) in cases {
             assert_eq!(window(waiting, commit), expected, "{waiting} wait, {commit:?}");

@@ -58,7 +58,9 @@ impl WorkerLink {
             && self.is_dead().await
         {
             event = crate::vm::actor::worker_died(&format!("its process {} ended: {detail}", process.pid()));
-            event.end = process.guest_end().or(event.end);
+            let inner = Arc::clone(&self.inner);
+            let told = tokio::task::spawn_blocking(move || inner.process.as_ref()?.guest_end()).await;
+            event.end = told.ok().flatten().or(event.end);
         }
         event
     }

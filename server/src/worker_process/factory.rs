@@ -57,6 +57,16 @@ pub enum Found {
     Nothing,
 }
 
+/// A runtime directory that was looked at.
+pub struct Seen {
+    /// Its name.
+    pub name: String,
+    /// What it shows.
+    pub found: Found,
+    /// What the guest of a dead worker printed last.
+    pub output: Option<ConsoleState>,
+}
+
 /// Ends a worker; an error if it is not seen to have ended: its place is not free.
 async fn ended(old: &WorkerProcess) -> io::Result<()> {
     if old.end().await {
@@ -116,7 +126,28 @@ impl Processes {
         }
     }
 
-    /// Looks at a runtime directory. Must be called on a runtime.
+    /// All runtime directories that there are.
+    pub async fn all(self: &Arc<Self>) -> io::Result<Vec<String>> {
+        self.aside(Self::uids).await
+    }
+
+    /// What became of these workers; of the dead, whose directories are removed, with what they printed last.
+    pub async fn look(self: &Arc<Self>, names: Vec<String>) -> io::Result<Vec<Seen>> {
+        self.aside(move |this| {
+            let look = |name: String| {
+                let found = this.find(&name)?;
+                let output = matches!(found, Found::Dead(_)).then(|| this.last_output(&name)).flatten();
+                if !matches!(found, Found::Live(_)) {
+                    this.clear(&name);
+                }
+                Ok(Seen { name, found, output })
+            };
+            names.into_iter().map(look).collect()
+        })
+        .await
+    }
+
+    /// Looks at a runtime directory. Blocks; must be called on a runtime.
     pub fn find(&self, uid: &str) -> io::Result<Found> {
         let dir = self.run_dir.join(uid);
         let Some(identity) = Identity::read(&dir) else { return Ok(Found::Nothing) };
@@ -140,12 +171,12 @@ impl Processes {
     }
 
     /// What the guest of a dead worker printed last. Blocks.
-    pub fn last_output(&self, uid: &str) -> Option<ConsoleState> {
+    fn last_output(&self, uid: &str) -> Option<ConsoleState> {
         console_file::read(&self.run_dir.join(uid))
     }
 
     /// Removes what a dead worker left.
-    pub fn clear(&self, uid: &str) {
+    fn clear(&self, uid: &str) {
         clear(&self.run_dir.join(uid));
     }
 
