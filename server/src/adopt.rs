@@ -66,6 +66,8 @@ pub enum Survivor {
         end: Option<GuestEnd>,
         /// What it had printed.
         console: ConsoleHistory,
+        /// Runtime directory that tells of both, until they are stored.
+        left: Option<String>,
     },
     /// It lives and cannot be used, or had to be ended: why.
     Refused(ApiError),
@@ -78,7 +80,7 @@ impl Survivor {
             Ok(status) => Self::Live { worker, status: Box::new(status) },
             Err(_) if worker.is_dead().await => {
                 let end = worker.death("it ended while it was asked").await.end;
-                Self::Dead { end, console: worker.last_output().await }
+                Self::Dead { end, console: worker.last_output().await, left: None }
             }
             Err(error) if worker.may_live(&error).await => {
                 tracing::warn!(pid = worker.pid(), %error, "a worker does not say what it is");
@@ -122,7 +124,7 @@ pub async fn before_recovery(daemon: &Arc<Daemon>) -> Result<(Vec<(String, Survi
 }
 
 /// A machine has one worker, or two while one was to replace the other (`migration::renew`): the record's incarnation says
-/// which it is, and the other is ended before anything else.
+/// which it is, and the other is ended before anything else. What a dead one left stays until its end is stored.
 async fn sort_out(
     daemon: &Arc<Daemon>,
     uid: &str,
@@ -132,11 +134,7 @@ async fn sort_out(
     let processes = &daemon.workers.processes;
     let held = daemon.store.ownership(uid).unwrap_or_default();
     let own = format!("{uid}.{}", held.incarnation);
-    let next = format!("{uid}.{}", held.incarnation + 1);
-    let (mut live, mut dead) = (BTreeMap::new(), None);
-    // Which copy counts is not known: nothing of such a machine is ended, or started, by itself.
-    let uncertain = held.phase() == Phase::Uncertain
-        || held.phase() == Phase::Unspecified && !daemon.store.damaged().is_empty();
+    let (mut live, mut dead, mut gone) = (BTreeMap::new(), None, Vec::new());
     // Unreachable is not dead: nothing is started beside it.
     let seen = processes.look(names).await.map_err(|error| {
         ApiError::internal(
@@ -149,11 +147,34 @@ async fn sort_out(
             Found::Live(process) => drop(live.insert(name, *process)),
             Found::Dead(end) if name == own || name == uid => {
                 let console = output.map(ConsoleHistory::from).unwrap_or_default();
-                dead = Some(Survivor::Dead { end, console });
+                gone.extend(dead.replace((name, end, console)).map(|(name, ..)| name));
             }
-            Found::Dead(_) | Found::Nothing => {}
+            Found::Dead(_) => gone.push(name),
+            Found::Nothing => {}
         }
     }
+    processes.forget(gone).await;
+    let Some(survivor) = sort_living(daemon, uid, held, live, copies).await else {
+        return Ok(dead.map(|(left, end, console)| Survivor::Dead { end, console, left: Some(left) }));
+    };
+    // A living worker knows better.
+    processes.forget(dead.into_iter().map(|(left, ..)| left).collect()).await;
+    Ok(survivor)
+}
+
+/// None if no living worker is the machine's, or holds what may become it.
+async fn sort_living(
+    daemon: &Arc<Daemon>,
+    uid: &str,
+    held: OwnershipRecord,
+    mut live: BTreeMap<String, WorkerProcess>,
+    copies: &mut Copies,
+) -> Option<Option<Survivor>> {
+    let own = format!("{uid}.{}", held.incarnation);
+    let next = format!("{uid}.{}", held.incarnation + 1);
+    // Which copy counts is not known: nothing of such a machine is ended, or started, by itself.
+    let uncertain = held.phase() == Phase::Uncertain
+        || held.phase() == Phase::Unspecified && !daemon.store.damaged().is_empty();
     if uncertain && !live.is_empty() {
         for (name, process) in live {
             tracing::error!(
@@ -163,7 +184,7 @@ async fn sort_out(
             );
             process.keep();
         }
-        return Ok(None);
+        return Some(None);
     }
     let current = live.remove(&own).or_else(|| live.remove(uid));
     let inherits = current.is_none() && is_renewal(daemon, &held);
@@ -183,23 +204,23 @@ async fn sort_out(
             if let Some(copy) = keep_copy(daemon, uid, process).await {
                 copies.insert(uid.to_owned(), copy);
             }
-            return Ok(None);
+            return Some(None);
         }
         let survivor = settle(daemon, uid, process, copies).await;
         if copies.contains_key(uid) {
-            return Ok(None);
+            return Some(None);
         }
         if survivor.is_none() {
             tracing::info!(%uid, pid, "the worker of a machine that is not here any more was ended");
         }
-        return Ok(survivor);
+        return Some(survivor);
     }
     if let Some(process) = heir
         && let Some(survivor) = inherit(daemon, held, process).await
     {
-        return Ok(Some(survivor));
+        return Some(Some(survivor));
     }
-    Ok(dead)
+    None
 }
 
 /// The machine was being given another worker of this host, at the stop.
@@ -433,6 +454,7 @@ async fn abort(
 
 /// Gives what was found to the machines' actors.
 pub async fn after_recovery(daemon: &Arc<Daemon>, survivors: Vec<(String, Survivor)>) {
+    let processes = &daemon.workers.processes;
     for (uid, survivor) in survivors {
         let Some(handle) = daemon.registry.by_uid(&uid) else {
             match survivor {
@@ -444,7 +466,8 @@ pub async fn after_recovery(daemon: &Arc<Daemon>, survivors: Vec<(String, Surviv
                     tracing::warn!(%uid, "a worker without a machine does not answer; it is left alone");
                     worker.keep();
                 }
-                Survivor::Dead { .. } | Survivor::Refused(_) => {}
+                Survivor::Dead { left, .. } => processes.forget(left.into_iter().collect()).await,
+                Survivor::Refused(_) => {}
             }
             continue;
         };

@@ -160,12 +160,13 @@ async fn a_spare_that_has_died_is_no_loss() {
     run.is_empty();
 }
 
-/// Nothing is known of it but that it lives: the start that took it fails, it is ended, and the next start has another.
+/// Nothing is known of it but that it lives: the start that took it fails, it is ended (which takes ten seconds: it is asked
+/// to first), and the next start has another.
 #[tokio::test]
 async fn a_spare_that_does_not_answer_costs_one_start() {
     let dir = tempfile::tempdir().expect("tempdir");
     let run = Run::of(dir.path());
-    let options = [&OPTIONS[..], &["--handover-timeout", "500"]].concat();
+    let options = [&OPTIONS[..], &["--handover-timeout", "2000"]].concat();
     let mut host = Host::start(dir.path(), &options).await;
     let spare = run.until_spare(None).await;
     kill_process(pid(spare.pid), Signal::STOP).expect("stopped");
@@ -173,8 +174,9 @@ async fn a_spare_that_does_not_answer_costs_one_start() {
     assert_eq!(host.try_start_vm("a").await.expect_err("refused"), "WORKER_TIMEOUT");
     until_gone(&spare).await;
     assert_eq!(host.get("a").await.observed_state(), State::Failed);
+    let next = run.until_spare(Some(&spare)).await;
     let vm = host.start_vm("a").await;
-    assert_eq!(vm.observed_state(), State::Running);
+    assert_eq!((vm.observed_state(), vm.worker_pid), (State::Running, next.pid));
     host.delete("a").await;
     assert_eq!(host.terminate().await, 0);
     run.is_empty();

@@ -11,10 +11,10 @@
 use super::envelope::{self, Problem};
 use super::error::StoreError;
 use super::keys::{Key, PART, printable, split_part};
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{File, Metadata};
+use std::fs::{File, Metadata, OpenOptions};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -45,8 +45,8 @@ const SETTLED: Duration = Duration::from_secs(2);
 /// The same where times have fractions of a second: the kernel takes those from a clock that ticks 100 times a second or more
 /// often, and the coarsest of such file systems (exFAT) keeps hundredths.
 const SETTLED_FINE: Duration = Duration::from_millis(50);
-/// What sled's pool has to finish with a database after its last handle went.
-const LET_GO: Duration = Duration::from_secs(10);
+/// What sled's pool has at most to finish with a database after its last handle went.
+pub(crate) const LET_GO: Duration = Duration::from_secs(5);
 /// The file that every commit writes.
 const LOG: &str = "db";
 
@@ -75,8 +75,9 @@ fn guarded<T>(run: impl FnOnce() -> sled::Result<T>) -> Result<T, String> {
 }
 
 impl Disk {
-    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
-        let_go(path);
+    /// Waits for one that was closed a moment ago, `patience` at most.
+    pub(crate) fn open(path: &Path, patience: Duration) -> Result<Self, StoreError> {
+        let_go(path, patience)?;
         let config = sled::Config::new().path(path).cache_capacity(CACHE_BYTES).flush_every_ms(None);
         let db = guarded(|| config.open())
             .map_err(|message| StoreError::Corrupt { path: path.to_owned(), message })?;
@@ -193,18 +194,46 @@ impl Disk {
     }
 }
 
-/// Waits, [`LET_GO`] at most, until nothing in this process holds the database in `path` any more. Blocking.
-pub(crate) fn let_go(path: &Path) {
-    let Ok(log) = File::open(path.join(LOG)) else { return };
-    let deadline = Instant::now() + LET_GO;
-    // Ours ends with the descriptor.
-    while rustix::fs::flock(&log, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK) {
-        if Instant::now() >= deadline {
-            tracing::warn!(path = %path.display(), "the database is still held");
-            return;
+/// Waits until nobody holds the database in `path` any more, `patience` at most. Blocks. Who else can hold it than this process
+/// and its forks is kept out by `DIR/lock`.
+///
+/// # Errors
+/// [`StoreError::Io`] if it is still held then.
+pub(crate) fn let_go(path: &Path, patience: Duration) -> Result<(), StoreError> {
+    let log = match OpenOptions::new().read(true).write(true).open(path.join(LOG)) {
+        Ok(log) => log,
+        Err(error) => {
+            if error.kind() != std::io::ErrorKind::NotFound {
+                tracing::debug!(path = %path.display(), %error, "whether the database is held cannot be told");
+            }
+            return Ok(());
         }
-        std::thread::sleep(Duration::from_millis(1));
+    };
+    let begin = Instant::now();
+    loop {
+        match flock(&log, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {
+                // A fork may have a copy of the descriptor: its end would not be the lock's.
+                let _ = flock(&log, FlockOperation::Unlock);
+                break;
+            }
+            Err(Errno::WOULDBLOCK) if begin.elapsed() < patience => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(Errno::WOULDBLOCK) => {
+                return Err(StoreError::Io {
+                    what: "cannot open the database in",
+                    path: path.to_owned(),
+                    message: "something still has it open; end what inspects or copies it".to_owned(),
+                });
+            }
+            Err(error) => {
+                tracing::debug!(path = %path.display(), %error, "whether the database is held cannot be told");
+                break;
+            }
+        }
     }
+    Ok(())
 }
 
 /// Seconds and nanoseconds of the clock that the kernel takes file times from.
@@ -277,25 +306,26 @@ mod tests {
     }
 
     #[test]
-    fn a_database_that_is_still_held_is_waited_for() {
+    fn a_database_that_is_still_held_is_waited_for_and_no_longer_than_is_borne() {
         let dir = tempfile::tempdir().unwrap();
-        drop(Disk::open(dir.path()).expect("open"));
-        let_go(dir.path());
+        drop(Disk::open(dir.path(), LET_GO).expect("open"));
+        let_go(dir.path(), LET_GO).expect("let go");
         let held = File::open(dir.path().join(LOG)).unwrap();
-        rustix::fs::flock(&held, FlockOperation::NonBlockingLockExclusive)
-            .expect("nobody holds it after let_go");
+        flock(&held, FlockOperation::NonBlockingLockExclusive).expect("nobody holds it after that");
+        let refused = Disk::open(dir.path(), Duration::ZERO).expect_err("held");
+        assert!(matches!(&refused, StoreError::Io { .. }), "{refused}");
         let holder = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(100));
-            drop(held);
+            flock(&held, FlockOperation::Unlock).expect("unlocked");
         });
-        drop(Disk::open(dir.path()).expect("waited for"));
+        drop(Disk::open(dir.path(), LET_GO).expect("waited for"));
         holder.join().unwrap();
     }
 
     #[test]
     fn a_file_that_nobody_writes_is_synced_once_and_the_log_always() {
         let dir = tempfile::tempdir().unwrap();
-        let disk = Disk::open(dir.path()).expect("open");
+        let disk = Disk::open(dir.path(), LET_GO).expect("open");
         let conf = dir.path().join("conf");
         let file = File::options().write(true).open(&conf).expect("conf");
         // A change time cannot be set: from here on it is old enough.

@@ -13,7 +13,14 @@ use std::path::Path;
 /// Holds the state directory until it is dropped.
 #[derive(Debug)]
 pub(crate) struct DirLock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for DirLock {
+    fn drop(&mut self) {
+        // A fork that has not become a worker yet has a copy of the descriptor: its end would not be the lock's.
+        let _ = flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 impl DirLock {
@@ -50,6 +57,6 @@ impl DirLock {
             writeln!(file, "{}", std::process::id())
         };
         write(&mut file).map_err(|e| StoreError::io("cannot write the lock file", &path, &e))?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
     }
 }

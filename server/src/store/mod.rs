@@ -35,7 +35,7 @@ pub use error::StoreError;
 
 use crate::journal::{Journal, JournalError, Recovery};
 use books::{Books, Plan};
-use disk::{Disk, Loaded};
+use disk::{Disk, LET_GO, Loaded};
 use keys::Key;
 use lock::DirLock;
 use std::collections::BTreeSet;
@@ -43,7 +43,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, oneshot};
 use view::View;
 use vpmu_proto::store::ownership_record::Phase;
@@ -60,6 +60,8 @@ pub const MIGRATION_HISTORY: usize = 64;
 pub const OPERATION_HISTORY: usize = 4096;
 /// Writes that wait at most.
 const QUEUE: usize = 4096;
+/// Wait for reads that are under way when the store is closed.
+const CLOSE: Duration = Duration::from_secs(2);
 
 /// The store. Clones share it; the last one to go closes it (blocking), [`Store::close`] does so without blocking.
 #[derive(Debug, Clone)]
@@ -123,7 +125,8 @@ impl Queued {
 }
 
 impl Store {
-    /// Opens or makes the store in a directory and takes the next term. Blocking.
+    /// Opens or makes the store in a directory and takes the next term. Blocking; waits up to 5 s for one that was closed a
+    /// moment ago.
     ///
     /// # Errors
     /// [`StoreError::InUse`] if another process holds the directory, [`StoreError::Corrupt`] if sled cannot open or
@@ -131,7 +134,7 @@ impl Store {
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         let lock = Arc::new(DirLock::acquire(dir)?);
         let journal = Journal::open(&dir.join("journal"))?;
-        let disk = Disk::open(&dir.join("sled"))?;
+        let disk = Disk::open(&dir.join("sled"), LET_GO)?;
         let mut loaded = disk.load()?;
         let mut damaged = std::mem::take(&mut loaded.damaged);
         let host = next_host(&loaded, &damaged, dir)?;
@@ -339,7 +342,8 @@ impl Store {
         Some(OwnershipRecord { epoch: cached, phase: Phase::Uncertain.into(), ..held })
     }
 
-    /// Lets what waits finish, closes everything and gives the directory free.
+    /// Lets what waits finish, closes everything and gives the directory free: whoever opens it next need not wait. Waits up to
+    /// 2 s for reads that are under way.
     pub async fn close(&self) {
         let inner = Arc::clone(&self.inner);
         let _ = tokio::task::spawn_blocking(move || inner.close()).await;
@@ -352,7 +356,9 @@ impl Inner {
         drop(self.shared.reader.write().unwrap_or_else(PoisonError::into_inner).take());
         if let Some(writer) = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take() {
             let _ = writer.join();
-            disk::let_go(&self.dir.join("sled"));
+            if let Err(error) = disk::let_go(&self.dir.join("sled"), CLOSE) {
+                tracing::warn!(%error, "the store is closed and something of it is still read");
+            }
         }
         self.journal.close();
         drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner).take());
@@ -413,4 +419,25 @@ fn adopt_ownership(
         }
     }
     lost
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{FlockOperation, flock};
+
+    #[tokio::test]
+    async fn a_store_that_is_closed_holds_nothing_even_if_somebody_was_reading() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).expect("open");
+        let reader = store.inner.shared.reader.read().unwrap().clone();
+        let reading = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(reader);
+        });
+        store.close().await;
+        let log = std::fs::File::open(dir.path().join("sled/db")).unwrap();
+        flock(&log, FlockOperation::NonBlockingLockExclusive).expect("free");
+        reading.join().unwrap();
+    }
 }

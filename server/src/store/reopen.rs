@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 const FIRST: Duration = Duration::from_millis(500);
 /// Longest wait.
 const MOST: Duration = Duration::from_secs(30);
+/// Wait for what still reads in the one that failed; those who write wait meanwhile, and it is tried again.
+const PATIENCE: Duration = Duration::from_millis(100);
 /// Room that must be there, bytes: some segments of sled and of the journal.
 const ROOM: usize = 4 << 20;
 /// File that shows whether there is.
@@ -87,7 +89,7 @@ impl Writer {
         if let Some(failed) = self.disk.take() {
             failed.close();
         }
-        let disk = Disk::open(&self.dir.join("sled"))?;
+        let disk = Disk::open(&self.dir.join("sled"), PATIENCE)?;
         let mut loaded = disk.load()?;
         let mut damaged = std::mem::take(&mut loaded.damaged);
         let view = View::load(&loaded, &mut damaged);

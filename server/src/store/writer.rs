@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Group commit: what arrives while a commit is under way shares the next one. Where several wait already there are more
-//! on their way, and a part of what a commit takes is waited for them: a commit costs the processors as much for one as
+//! on their way, and those are waited for, up to as long as a commit takes: a commit costs the processors as much for one as
 //! for ten. One that writes alone never waits.
 
 use super::batch::Op;
@@ -34,7 +34,7 @@ const MAX_GROUP: usize = 512;
 /// What is waited at most for others, where several wait already: each commit that is saved is processor time for those who
 /// would wait for it.
 const WINDOW: Duration = Duration::from_millis(1);
-/// For each that waits beside the first, one part in so many of what the last commit took.
+/// For each that waits beside the first, one part in so many of what the last commit took, up to all of that.
 const WINDOW_PART: u32 = 3;
 /// A sleep that is shorter would take longer than it says.
 const LEAST_WINDOW: Duration = Duration::from_micros(50);
@@ -181,9 +181,9 @@ fn take_waiting(requests: &mut mpsc::Receiver<Request>, group: &mut Vec<Request>
 
 /// How long those that wait already wait for others.
 fn window(waiting: usize, commit: Duration) -> Option<Duration> {
-    let others = u32::try_from(waiting.saturating_sub(1)).unwrap_or(u32::MAX);
-    let window = (commit / WINDOW_PART).saturating_mul(others).min(WINDOW);
-    (window >= LEAST_WINDOW).then_some(window)
+    let parts = u32::try_from(waiting.saturating_sub(1)).unwrap_or(u32::MAX).min(WINDOW_PART);
+    let window = (commit / WINDOW_PART).saturating_mul(parts).min(WINDOW);
+    (window >= LEAST_WINDOW && waiting < MAX_GROUP).then_some(window)
 }
 
 #[cfg(test)]
@@ -191,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_crowd_waits_and_the_longer_the_larger_it_is() {
+    fn only_a_crowd_waits_and_no_longer_than_a_commit_takes() {
         let us = Duration::from_micros;
         let cases = [
             (0, us(3_000), None),
@@ -201,9 +201,11 @@ mod tests {
             (2, us(149), None),
             (2, us(150), Some(us(50))),
             (2, Duration::ZERO, None),
-            (9, us(600), Some(us(1_000))),
+            (9, us(600), Some(us(600))),
+            (9, us(6_000), Some(us(1_000))),
             (2, us(60_000_000), Some(us(1_000))),
-            (MAX_GROUP, Duration::MAX, Some(us(1_000))),
+            (MAX_GROUP - 1, Duration::MAX, Some(us(1_000))),
+            (MAX_GROUP, Duration::MAX, None),
         ];
         for (waiting, commit, expected) in cases {
             assert_eq!(window(waiting, commit), expected, "{waiting} wait, {commit:?}");

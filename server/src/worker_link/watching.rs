@@ -60,7 +60,11 @@ impl WorkerLink {
             event = crate::vm::actor::worker_died(&format!("its process {} ended: {detail}", process.pid()));
             let inner = Arc::clone(&self.inner);
             let told = tokio::task::spawn_blocking(move || inner.process.as_ref()?.guest_end()).await;
-            event.end = told.ok().flatten().or(event.end);
+            let told = told.unwrap_or_else(|error| {
+                tracing::error!(pid = self.pid(), %error, "how its guest ended cannot be read");
+                None
+            });
+            event.end = told.or(event.end);
         }
         event
     }

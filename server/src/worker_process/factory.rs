@@ -117,7 +117,7 @@ impl Processes {
         Ok(names)
     }
 
-    /// Names of runtime directories: uids, and those of [`Self::start_beside`].
+    /// Names of runtime directories: uids, and those of [`Self::start_beside`]. Blocks.
     pub fn uids(&self) -> io::Result<Vec<String>> {
         match std::fs::read_dir(&self.run_dir) {
             Ok(entries) => entries.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect(),
@@ -131,13 +131,13 @@ impl Processes {
         self.aside(Self::uids).await
     }
 
-    /// What became of these workers; of the dead, whose directories are removed, with what they printed last.
+    /// What became of these workers; of the dead with what they printed last. Their directories stay until [`Self::forget`].
     pub async fn look(self: &Arc<Self>, names: Vec<String>) -> io::Result<Vec<Seen>> {
         self.aside(move |this| {
             let look = |name: String| {
                 let found = this.find(&name)?;
                 let output = matches!(found, Found::Dead(_)).then(|| this.last_output(&name)).flatten();
-                if !matches!(found, Found::Live(_)) {
+                if matches!(found, Found::Nothing) {
                     this.clear(&name);
                 }
                 Ok(Seen { name, found, output })
@@ -145,6 +145,19 @@ impl Processes {
             names.into_iter().map(look).collect()
         })
         .await
+    }
+
+    /// Removes what dead workers left, which is all that tells of their ends.
+    pub async fn forget(self: &Arc<Self>, names: Vec<String>) {
+        let cleared = self.aside(move |this| {
+            for name in &names {
+                this.clear(name);
+            }
+            Ok(())
+        });
+        if let Err(error) = cleared.await {
+            tracing::warn!(%error, "what dead workers left is not removed");
+        }
     }
 
     /// Looks at a runtime directory. Blocks; must be called on a runtime.

@@ -52,7 +52,19 @@ fn useless(status: &WorkerStatus) -> bool {
 }
 
 impl Actor {
+    /// What a dead worker left is removed once its end is stored.
     pub(super) async fn reattach(&mut self, survivor: Survivor) -> Result<(), ApiError> {
+        let left = match &survivor {
+            // Else the machine has another by now, in the same directory.
+            Survivor::Dead { left, .. } if self.worker.is_none() => left.clone(),
+            _ => None,
+        };
+        self.take_in(survivor).await?;
+        self.daemon.workers.processes.forget(left.into_iter().collect()).await;
+        Ok(())
+    }
+
+    async fn take_in(&mut self, survivor: Survivor) -> Result<(), ApiError> {
         if self.migration.is_none()
             && let Some(held) = self.daemon.store.ownership(&self.vm.uid)
         {
@@ -104,7 +116,7 @@ impl Actor {
                 worker.end().await;
                 Ok(())
             }
-            Survivor::Dead { end, console } if owned && had_run => {
+            Survivor::Dead { end, console, .. } if owned && had_run => {
                 self.console = Arc::new(console);
                 let end =
                     end.or_else(|| worker_died("it died while no vpmud watched it").end).unwrap_or_default();

@@ -11,7 +11,9 @@
 //! with something else, and warnings are refused; neither side sends them. A write that fails can be followed by another: what
 //! was sealed goes out first.
 
-use std::io::{self, IoSlice, Read as _, Write as _};
+mod outgoing;
+
+use std::io::{self, IoSlice, Read as _};
 use std::net::TcpStream;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -19,16 +21,14 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
-use rustix::net::SendFlags;
 use rustls::{AlertDescription, Error, InvalidMessage, PeerMisbehaved};
 
 use super::handshake::{Handshake, Renewal, Side};
 use super::record::{self, Content, HEADER, LARGEST, Opener, RECORD, Sealer, TRAILER};
+use outgoing::Outgoing;
 
 /// Bytes read from the socket at once, at most.
 const IN_BYTES: usize = (128 << 10) + LARGEST;
-/// Records that are encrypted before they are written.
-const OUT_RECORDS: usize = 16;
 /// Records one after the other that hold no data.
 const IDLE_RECORDS: u32 = 32;
 /// KeyUpdate (RFC 8446, section 4.6.3) that asks for none in return.
@@ -64,13 +64,6 @@ struct Incoming {
     closed: bool,
     /// Why the session is over.
     broken: Option<Error>,
-}
-
-struct Outgoing {
-    sealer: Sealer,
-    /// Records that are to be written; their length is in `end`.
-    buf: Vec<u8>,
-    end: usize,
 }
 
 impl std::fmt::Debug for TlsStream {
@@ -128,7 +121,7 @@ impl TlsStream {
         let sealer = Sealer::new(secrets.tx, renewal.limit()).map_err(invalid)?;
         let open = Open {
             incoming: Mutex::new(incoming),
-            outgoing: Mutex::new(Outgoing { sealer, buf: Vec::new(), end: 0 }),
+            outgoing: Mutex::new(Outgoing::new(sealer)),
             renewal: Mutex::new(renewal),
             renewal_due: AtomicBool::new(false),
         };
@@ -280,12 +273,12 @@ impl Open {
 
     /// Another key, if this one has been used enough or the peer wants one.
     fn renew_if_due(&self, outgoing: &mut Outgoing, tcp: &TcpStream) -> io::Result<()> {
-        if !outgoing.sealer.is_worn() && !self.renewal_due.swap(false, Ordering::AcqRel) {
+        if !outgoing.is_worn() && !self.renewal_due.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
         outgoing.put(Content::Handshake, &KEY_UPDATE, tcp)?;
         let renewed = self.renewal.lock().outgoing();
-        renewed.and_then(|secrets| outgoing.sealer.renew(secrets)).map_err(invalid)
+        renewed.and_then(|secrets| outgoing.renew(secrets)).map_err(invalid)
     }
 }
 
@@ -305,67 +298,6 @@ impl Incoming {
         let read = tcp.read(self.buf.get_mut(self.end..).unwrap_or_default())?;
         self.end += read;
         Ok(read > 0)
-    }
-}
-
-impl Outgoing {
-    /// Where the next record is put together.
-    fn room(&mut self, tcp: &TcpStream) -> io::Result<&mut [u8]> {
-        self.buf.resize(OUT_RECORDS * RECORD, 0);
-        if !self.has_room() {
-            self.flush(tcp)?;
-        }
-        Ok(self.buf.get_mut(self.end..self.end + RECORD).unwrap_or_default())
-    }
-
-    /// The record that was put together has this length, header and all.
-    fn seal(&mut self, content: Content, length: usize) -> io::Result<()> {
-        let record = self.buf.get_mut(self.end..self.end + length).unwrap_or_default();
-        self.sealer.seal(content, record).map_err(invalid)?;
-        self.end += length;
-        Ok(())
-    }
-
-    fn put(&mut self, content: Content, message: &[u8], tcp: &TcpStream) -> io::Result<()> {
-        let record = self.room(tcp)?;
-        record.get_mut(HEADER..HEADER + message.len()).unwrap_or_default().copy_from_slice(message);
-        self.seal(content, HEADER + message.len() + TRAILER)
-    }
-
-    /// Whether another record fits without one being written first.
-    fn has_room(&self) -> bool {
-        self.end + RECORD <= OUT_RECORDS * RECORD
-    }
-
-    fn flush(&mut self, mut tcp: &TcpStream) -> io::Result<()> {
-        self.send(|records| tcp.write(records))
-    }
-
-    /// What the socket takes without a wait.
-    fn flush_at_once(&mut self, tcp: &TcpStream) {
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        // The rest stays: it is written first, should anything be.
-        drop(self.send(|records| Ok(rustix::net::send(tcp, records, flags)?)));
-    }
-
-    fn send(&mut self, mut write: impl FnMut(&[u8]) -> io::Result<usize>) -> io::Result<()> {
-        let mut sent = 0;
-        let ended = loop {
-            let records = self.buf.get(sent..self.end).unwrap_or_default();
-            if records.is_empty() {
-                break Ok(());
-            }
-            match write(records) {
-                Ok(0) => break Err(io::ErrorKind::WriteZero.into()),
-                Ok(taken) => sent += taken,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => break Err(error),
-            }
-        };
-        let sent = sent.min(self.end);
-        self.buf.copy_within(sent..self.end, 0);
-        self.end -= sent;
-        ended
     }
 }
 

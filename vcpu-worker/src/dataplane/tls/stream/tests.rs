@@ -2,6 +2,7 @@
 
 use super::super::{Identity, Tls};
 use super::*;
+use std::io::Write as _;
 use std::net::TcpListener;
 use std::sync::Arc;
 
