@@ -134,7 +134,7 @@ async fn sort_out(
     let processes = &daemon.workers.processes;
     let held = daemon.store.ownership(uid).unwrap_or_default();
     let own = format!("{uid}.{}", held.incarnation);
-    let (mut live, mut dead, mut gone) = (BTreeMap::new(), None, Vec::new());
+    let (mut live, mut dead, mut gone) = (BTreeMap::new(), Vec::new(), Vec::new());
     // Unreachable is not dead: nothing is started beside it.
     let seen = processes.look(names).await.map_err(|error| {
         ApiError::internal(
@@ -145,31 +145,50 @@ async fn sort_out(
     for Seen { name, found, output } in seen {
         match found {
             Found::Live(process) => drop(live.insert(name, *process)),
-            Found::Dead(end) if name == own || name == uid => {
-                let console = output.map(ConsoleHistory::from).unwrap_or_default();
-                gone.extend(dead.replace((name, end, console)).map(|(name, ..)| name));
-            }
+            Found::Dead(end) if name == own || name == uid => dead.push((name, end, output)),
             Found::Dead(_) => gone.push(name),
             Found::Nothing => {}
         }
     }
-    processes.forget(gone).await;
-    let Some(survivor) = sort_living(daemon, uid, held, live, copies).await else {
-        return Ok(dead.map(|(left, end, console)| Survivor::Dead { end, console, left: Some(left) }));
+    // The record's own comes last; what it replaced tells nothing any more, dead or alive.
+    dead.sort_by_key(|(name, ..)| *name == own);
+    let last = dead.pop();
+    gone.extend(dead.into_iter().map(|(name, ..)| name));
+    let replaced = last.as_ref().is_some_and(|(name, ..)| *name == own);
+    let found = sort_living(daemon, uid, held, live, replaced, copies).await;
+    let survivor = match (found, last) {
+        (Living::None, Some((left, end, output))) => {
+            let console = output.map(ConsoleHistory::from).unwrap_or_default();
+            Some(Survivor::Dead { end, console, left: Some(left) })
+        }
+        (Living::None, None) => None,
+        (Living::Found(survivor), last) => {
+            // It knows better.
+            gone.extend(last.map(|(name, ..)| name));
+            survivor
+        }
     };
-    // A living worker knows better.
-    processes.forget(dead.into_iter().map(|(left, ..)| left).collect()).await;
+    processes.forget(gone).await;
     Ok(survivor)
 }
 
-/// None if no living worker is the machine's, or holds what may become it.
+/// What [`sort_living`] found.
+enum Living {
+    /// No living worker is the machine's, or holds what may become it.
+    None,
+    /// One is: as it goes to the machine's actor, if it does.
+    Found(Option<Survivor>),
+}
+
+/// Those that live of a machine whose record is `held`, by their directories. `replaced`: one in the directory of the uid is not the record's.
 async fn sort_living(
     daemon: &Arc<Daemon>,
     uid: &str,
     held: OwnershipRecord,
     mut live: BTreeMap<String, WorkerProcess>,
+    replaced: bool,
     copies: &mut Copies,
-) -> Option<Option<Survivor>> {
+) -> Living {
     let own = format!("{uid}.{}", held.incarnation);
     let next = format!("{uid}.{}", held.incarnation + 1);
     // Which copy counts is not known: nothing of such a machine is ended, or started, by itself.
@@ -184,9 +203,9 @@ async fn sort_living(
             );
             process.keep();
         }
-        return Some(None);
+        return Living::Found(None);
     }
-    let current = live.remove(&own).or_else(|| live.remove(uid));
+    let current = live.remove(&own).or_else(|| if replaced { None } else { live.remove(uid) });
     let inherits = current.is_none() && is_renewal(daemon, &held);
     let heir = if inherits { live.remove(&next) } else { None };
     for (name, process) in live {
@@ -204,23 +223,23 @@ async fn sort_living(
             if let Some(copy) = keep_copy(daemon, uid, process).await {
                 copies.insert(uid.to_owned(), copy);
             }
-            return Some(None);
+            return Living::Found(None);
         }
         let survivor = settle(daemon, uid, process, copies).await;
         if copies.contains_key(uid) {
-            return Some(None);
+            return Living::Found(None);
         }
         if survivor.is_none() {
             tracing::info!(%uid, pid, "the worker of a machine that is not here any more was ended");
         }
-        return Some(survivor);
+        return Living::Found(survivor);
     }
     if let Some(process) = heir
         && let Some(survivor) = inherit(daemon, held, process).await
     {
-        return Some(Some(survivor));
+        return Living::Found(Some(survivor));
     }
-    None
+    Living::None
 }
 
 /// The machine was being given another worker of this host, at the stop.
@@ -454,26 +473,32 @@ async fn abort(
 
 /// Gives what was found to the machines' actors.
 pub async fn after_recovery(daemon: &Arc<Daemon>, survivors: Vec<(String, Survivor)>) {
-    let processes = &daemon.workers.processes;
-    for (uid, survivor) in survivors {
-        let Some(handle) = daemon.registry.by_uid(&uid) else {
-            match survivor {
-                Survivor::Live { worker, .. } => {
-                    tracing::warn!(%uid, "a worker without a machine is ended");
-                    worker.end().await;
-                }
-                Survivor::Silent { worker } => {
-                    tracing::warn!(%uid, "a worker without a machine does not answer; it is left alone");
-                    worker.keep();
-                }
-                Survivor::Dead { left, .. } => processes.forget(left.into_iter().collect()).await,
-                Survivor::Refused(_) => {}
-            }
-            continue;
-        };
+    futures_util::stream::iter(survivors)
+        .for_each_concurrent(AT_ONCE, |(uid, survivor)| give(daemon, uid, survivor))
+        .await;
+}
+
+async fn give(daemon: &Arc<Daemon>, uid: String, survivor: Survivor) {
+    if let Some(handle) = daemon.registry.by_uid(&uid) {
         let survivor = Box::new(survivor);
         if let Err(error) = handle.ask(|reply| Command::Reattach { survivor, reply }).await {
             tracing::error!(%uid, %error, "a machine that outlived the last daemon");
         }
+        return;
+    }
+    match survivor {
+        Survivor::Live { worker, .. } => {
+            tracing::warn!(%uid, "a worker without a machine is ended");
+            worker.end().await;
+        }
+        Survivor::Silent { worker } => {
+            tracing::warn!(%uid, "a worker without a machine does not answer; it is left alone");
+            worker.keep();
+        }
+        // A machine that is not shown yet will be.
+        Survivor::Dead { left: Some(left), .. } if daemon.store.get_vm(&uid).is_none() => {
+            daemon.workers.processes.forget(vec![left]).await;
+        }
+        Survivor::Dead { .. } | Survivor::Refused(_) => {}
     }
 }

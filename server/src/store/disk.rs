@@ -194,8 +194,8 @@ impl Disk {
     }
 }
 
-/// Waits until nobody holds the database in `path` any more, `patience` at most. Blocks. Who else can hold it than this process
-/// and its forks is kept out by `DIR/lock`.
+/// Waits until nobody holds the database in `path` any more, `patience` at most. Blocks. `DIR/lock` keeps other daemons out: it
+/// is this process, or a tool of sled's own.
 ///
 /// # Errors
 /// [`StoreError::Io`] if it is still held then.
@@ -222,9 +222,10 @@ pub(crate) fn let_go(path: &Path, patience: Duration) -> Result<(), StoreError> 
             }
             Err(Errno::WOULDBLOCK) => {
                 return Err(StoreError::Io {
-                    what: "cannot open the database in",
+                    what: "cannot have for itself the database in",
                     path: path.to_owned(),
-                    message: "something still has it open; end what inspects or copies it".to_owned(),
+                    message: "something still has it open; end the tool that looks into it, if one does"
+                        .to_owned(),
                 });
             }
             Err(error) => {

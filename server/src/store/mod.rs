@@ -342,8 +342,8 @@ impl Store {
         Some(OwnershipRecord { epoch: cached, phase: Phase::Uncertain.into(), ..held })
     }
 
-    /// Lets what waits finish, closes everything and gives the directory free: whoever opens it next need not wait. Waits up to
-    /// 2 s for reads that are under way.
+    /// Lets what waits finish, closes everything and gives the directory free. Waits up to 2 s for reads that are under
+    /// way; after longer ones whoever opens it next waits for them.
     pub async fn close(&self) {
         let inner = Arc::clone(&self.inner);
         let _ = tokio::task::spawn_blocking(move || inner.close()).await;

@@ -23,7 +23,7 @@ const FIRST: Duration = Duration::from_millis(500);
 /// Longest wait.
 const MOST: Duration = Duration::from_secs(30);
 /// Wait for what still reads in the one that failed; those who write wait meanwhile, and it is tried again.
-const PATIENCE: Duration = Duration::from_millis(100);
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Room that must be there, bytes: some segments of sled and of the journal.
 const ROOM: usize = 4 << 20;
 /// File that shows whether there is.

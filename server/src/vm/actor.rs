@@ -85,6 +85,8 @@ pub(crate) struct Actor {
     record_due: Option<Instant>,
     /// PMU images, the newest, that the store took no writes for.
     unstored: Option<Batch>,
+    /// Runtime directory of a dead worker whose end is not stored yet.
+    left: Option<String>,
     mailbox: mpsc::Receiver<Mail>,
     to_self: mpsc::WeakSender<Mail>,
     publish: watch::Sender<Arc<VmView>>,
@@ -118,6 +120,7 @@ impl Actor {
             waiting: None,
             record_due: None,
             unstored: None,
+            left: None,
             mailbox,
             to_self,
             publish,

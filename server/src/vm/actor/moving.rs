@@ -105,6 +105,7 @@ impl Actor {
                 return Err(error.into());
             }
         };
+        self.forget_dead().await;
         if self.born {
             self.before_incoming = Some(self.record());
         }

@@ -52,16 +52,29 @@ fn useless(status: &WorkerStatus) -> bool {
 }
 
 impl Actor {
-    /// What a dead worker left is removed once its end is stored.
+    /// What a dead worker left is removed once its end is stored, which is not before a migration that is open is decided.
     pub(super) async fn reattach(&mut self, survivor: Survivor) -> Result<(), ApiError> {
-        let left = match &survivor {
+        if let Survivor::Dead { left: Some(left), .. } = &survivor
             // Else the machine has another by now, in the same directory.
-            Survivor::Dead { left, .. } if self.worker.is_none() => left.clone(),
-            _ => None,
-        };
+            && self.worker.is_none()
+        {
+            self.left = Some(left.clone());
+        }
         self.take_in(survivor).await?;
-        self.daemon.workers.processes.forget(left.into_iter().collect()).await;
+        let phase = self.ownership.phase();
+        if !matches!(phase, Phase::Open | Phase::Quiesced | Phase::Committing | Phase::Uncertain) {
+            self.forget_dead().await;
+        }
         Ok(())
+    }
+
+    /// Before the machine has another worker, which may have the same directory.
+    pub(super) async fn forget_dead(&mut self) {
+        if self.worker.is_none()
+            && let Some(left) = self.left.take()
+        {
+            self.daemon.workers.processes.forget(vec![left]).await;
+        }
     }
 
     async fn take_in(&mut self, survivor: Survivor) -> Result<(), ApiError> {

@@ -107,6 +107,7 @@ impl Actor {
         let batch = self.unstored.clone().unwrap_or_default().put_vm(self.record())?;
         self.daemon.store.commit(batch).await?;
         self.unstored = None;
+        self.forget_dead().await;
         Ok(())
     }
 }

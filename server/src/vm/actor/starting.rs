@@ -40,6 +40,7 @@ impl Actor {
         let _awake = self.daemon.awake.hold();
         let next = OwnershipRecord { incarnation: self.ownership.incarnation + 1, ..self.owned() };
         self.ownership = self.daemon.store.append_ownership(next).await?;
+        self.forget_dead().await;
         // What is read from a file first takes long.
         let at_once = (run && restore.is_none()).then_some(self.ownership.epoch);
         let plan = self.plan(self.ownership.incarnation, spec, restore);

@@ -113,7 +113,8 @@ fn host_shows_all_that_kvm_supports() {
     let supported = features(system().expect("KVM").cpuid.as_slice());
     println!("supported: {supported:?}; added by this KVM: {:?}; taken: {:?}", host.forced(), host.taken());
     assert_eq!(features(&host.asked), supported);
-    assert!(supported.len() > 8, "a processor of the last fifteen years");
+    // This KVM lists few on AMD, and forces the rest. These, of two registers, every processor of the last fifteen years has.
+    assert!(["cx16", "lahf_lm"].iter().all(|name| supported.contains(name)), "{supported:?}");
 }
 
 #[test]
