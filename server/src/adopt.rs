@@ -180,7 +180,8 @@ enum Living {
     Found(Option<Survivor>),
 }
 
-/// Those that live of a machine whose record is `held`, by their directories. `replaced`: one in the directory of the uid is not the record's.
+/// Those that live of a machine whose record is `held`, by their directories. `replaced`: one in the directory of the uid is
+/// not the record's.
 async fn sort_living(
     daemon: &Arc<Daemon>,
     uid: &str,
