@@ -31,7 +31,7 @@ mod place;
 pub mod snapshot;
 pub mod throttle;
 
-use answers::gather;
+use answers::{Asked, gather};
 pub use build::BuildOptions;
 
 /// Bound on every command to the vCPUs. Far above what any takes; a host that is out of breath may need it.
@@ -310,6 +310,7 @@ impl Machine {
         what: &'static str,
         send: impl Fn(&VcpuHandle) -> Result<Answer<T>, WorkerError>,
     ) -> Result<Vec<T>, WorkerError> {
+        let _asked = Asked::now();
         let answers: Vec<_> = self.vcpus.iter().map(send).collect();
         answers::look(&answers, |vcpu| self.vcpus[vcpu].core());
         gather(what, answers).await

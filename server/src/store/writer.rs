@@ -10,8 +10,8 @@
 //! ```
 //!
 //! Group commit: what arrives while a commit is under way shares the next one. Where several wait already there are more
-//! on their way, and those are waited for, up to as long as a commit takes: a commit costs the processors as much for one as
-//! for ten. One that writes alone never waits.
+//! on their way, and those are waited for, up to twice as long as a commit takes: a commit costs the processors as much for one
+//! as for ten. One that writes alone never waits.
 
 use super::batch::Op;
 use super::books::{Books, Plan};
@@ -34,8 +34,10 @@ const MAX_GROUP: usize = 512;
 /// What is waited at most for others, where several wait already: each commit that is saved is processor time for those who
 /// would wait for it.
 const WINDOW: Duration = Duration::from_millis(1);
-/// For each that waits beside the first, one part in so many of what the last commit took, up to all of that.
+/// For each that waits beside the first, one part in so many of what the last commit took.
 const WINDOW_PART: u32 = 3;
+/// So many parts at most: a crowd that keeps every core busy loses less by waiting than each of its commits takes from it.
+const MAX_PARTS: u32 = 2 * WINDOW_PART;
 /// A sleep that is shorter would take longer than it says.
 const LEAST_WINDOW: Duration = Duration::from_micros(50);
 
@@ -181,7 +183,7 @@ fn take_waiting(requests: &mut mpsc::Receiver<Request>, group: &mut Vec<Request>
 
 /// How long those that wait already wait for others.
 fn window(waiting: usize, commit: Duration) -> Option<Duration> {
-    let parts = u32::try_from(waiting.saturating_sub(1)).unwrap_or(u32::MAX).min(WINDOW_PART);
+    let parts = u32::try_from(waiting.saturating_sub(1)).unwrap_or(u32::MAX).min(MAX_PARTS);
     let window = (commit / WINDOW_PART).saturating_mul(parts).min(WINDOW);
     (window >= LEAST_WINDOW && waiting < MAX_GROUP).then_some(window)
 }
@@ -191,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_crowd_waits_and_no_longer_than_a_commit_takes() {
+    fn only_a_crowd_waits_and_no_longer_than_two_commits_take() {
         let us = Duration::from_micros;
         let cases = [
             (0, us(3_000), None),
@@ -201,7 +203,9 @@ mod tests {
             (2, us(149), None),
             (2, us(150), Some(us(50))),
             (2, Duration::ZERO, None),
-            (9, us(600), Some(us(600))),
+            (7, us(300), Some(us(600))),
+            (9, us(300), Some(us(600))),
+            (9, us(600), Some(us(1_000))),
             (9, us(6_000), Some(us(1_000))),
             (2, us(60_000_000), Some(us(1_000))),
             (MAX_GROUP - 1, Duration::MAX, Some(us(1_000))),

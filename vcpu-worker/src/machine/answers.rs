@@ -2,7 +2,8 @@
 //!
 //! A vCPU on another core answers within tens of microseconds; a thread that goes to sleep meanwhile costs as much again
 //! to be woken, on a virtual processor. So it is looked for first, a little longer than it takes, unless that was in vain
-//! lately: where every core has more to do than it can, whoever looks takes the time from the one that would answer.
+//! lately or others wait as well: where every core has more to do than it can, whoever looks takes the time from the one
+//! that would answer.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -15,6 +16,8 @@ use crate::vcpu::request::Answer;
 /// How long a thread looks before it sleeps. Others of its runtime wait for so long.
 const LOOK: Duration = Duration::from_micros(100);
 
+/// Machines of this process whose vCPUs have been asked and have not all answered.
+static ASKED: AtomicU32 = AtomicU32::new(0);
 /// Of all machines of this process: they share its cores.
 static WORTH: Worth = Worth::new();
 
@@ -51,10 +54,26 @@ impl Worth {
     }
 }
 
+/// One whose vCPUs have been asked, until this is dropped.
+pub(super) struct Asked(());
+
+impl Asked {
+    pub(super) fn now() -> Self {
+        ASKED.fetch_add(1, Ordering::Relaxed);
+        Self(())
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        ASKED.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Waits a moment, awake, for answers of vCPUs on other cores than this thread's: one on the same core answers once this
 /// thread sleeps.
 pub(super) fn look<T>(answers: &[Result<Answer<T>, WorkerError>], core: impl Fn(usize) -> u32) {
-    if !WORTH.may_be(monotonic_ns()) {
+    if ASKED.load(Ordering::Relaxed) > 1 || !WORTH.may_be(monotonic_ns()) {
         return;
     }
     let begin = Instant::now();
