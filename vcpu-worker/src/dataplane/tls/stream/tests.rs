@@ -254,7 +254,8 @@ fn a_write_that_timed_out_can_be_followed_by_another() {
         near.tcp.shutdown(std::net::Shutdown::Write).expect("shut");
         let rest = there.join().expect("thread");
         let cut = rest.strip_suffix(b"why").expect("the last word");
-        assert!(data.starts_with(cut) && cut.len() < LONG, "{}", cut.len());
+        // All of it, if the last record had been sealed when the time was over.
+        assert!(data.starts_with(cut), "{}", cut.len());
     });
 }
 
