@@ -203,6 +203,7 @@ async fn serve(
             violate: config.worker_violates,
             cgroups: Arc::new(cgroups),
             image: std::sync::Mutex::default(),
+            departing: crate::worker_process::Departing::default(),
             spares: crate::spare::Spares::new(if isolated { config.spare_workers as usize } else { 0 }),
         }),
     };
@@ -307,6 +308,7 @@ async fn end(
         futures_util::future::join_all(handles.iter().map(crate::vm::registry::VmHandle::end)).await;
         daemon.tasks.close();
         daemon.tasks.wait().await;
+        daemon.workers.processes.departing.gone(None).await;
     };
     if tokio::time::timeout(ENDING, machines).await.is_err() {
         tracing::error!("some machines did not end in time");

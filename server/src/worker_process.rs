@@ -7,6 +7,7 @@
 
 mod claim;
 mod console_file;
+mod departing;
 mod factory;
 mod vm_fd;
 
@@ -31,6 +32,7 @@ use vpmu_proto::worker::{ConsoleState, GuestEnd};
 use crate::config::MAX_SOCKET_PATH;
 
 pub use console_file::sweep as sweep_consoles;
+pub use departing::Departing;
 pub use factory::{Found, Processes, Seen};
 
 /// How long a worker may take to end in order.

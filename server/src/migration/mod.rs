@@ -11,6 +11,9 @@
 //! What is done and in which order is decided by the machines of [`crate::handover`]: `source` and `destination_run`
 //! each own one, feed it events and execute its effects; `settle` does so for what a restart interrupted.
 //!
+//! In local mode, and between two workers of one host, the source's worker is killed and has ended for all that when none of
+//! its threads can run any more: the kernel takes its mapping of the memory, which is the destination's now, apart aside.
+//!
 //! Invariants: nothing is sent that depends on a record that is not durable; until HandedOver the machine goes on at
 //! the source whatever fails, under a new epoch; from HandedOver on only the destination (or its return) decides.
 

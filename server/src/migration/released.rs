@@ -7,8 +7,8 @@
 //!                                                         ▼ ForgetSource to its worker: Failed, POSTCOPY_SOURCE_LOST
 //! ```
 //! Invariants: being told proves nothing, only the answer of the host that the own journal names does; it says so only
-//! from a durable Released, which is written only after its worker's proven end; a destination that has every page, or
-//! whose connection has some yet to give, loses nothing by it.
+//! from a durable Released, which is written only once nothing of its worker can run or answer; a destination that has every
+//! page, or whose connection has some yet to give, loses nothing by it.
 
 use std::sync::Arc;
 

@@ -245,7 +245,7 @@ impl Renewal<'_> {
         let told =
             self.handle.ask(|reply| Command::Renewed { worker, ownership, images, heard, reply }).await;
         hold::at(&self.daemon.hold_at, false, Some(Step::SourceRelease));
-        self.lease.worker.release().await;
+        self.lease.worker.depart(&self.daemon.workers.processes).await;
         told?;
         let blackout_us = running.saturating_sub(finish.stop_monotonic_ns) / 1000;
         Ok(Renewed { pid, blackout_us, total_us: micros(begin.elapsed()), unheard: granted.err() })

@@ -347,7 +347,11 @@ impl Source {
     async fn end_worker(&mut self) {
         let worker = &self.lease.worker;
         let released = matches!(self.work.machine.state(), State::Releasing);
-        self.work.death_heard = if released { worker.release().await } else { worker.end().await };
+        self.work.death_heard = match (released, self.local) {
+            (true, true) => worker.depart(&self.daemon.workers.processes).await,
+            (true, false) => worker.release().await,
+            (false, _) => worker.end().await,
+        };
         if self.work.death_heard {
             self.work.events.push_back(Event::WorkerDied);
         } else {

@@ -1,7 +1,8 @@
 //! Whether a worker lives, why it died, and how it is let go or ended.
 //!
 //! Invariants: dead means that its process is seen to have ended, or its threads, never that it does not answer nor that
-//! it was told to end; its resources are given back only after that, or once ending it was in vain.
+//! it was told to end, or that no thread of it can run any more ([`WorkerLink::depart`]); its resources are given back only
+//! after that, or once ending it was in vain.
 
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -12,8 +13,9 @@ use vpmu_proto::worker::*;
 
 use super::WorkerLink;
 use super::wire::{self, Way, unary};
+use crate::capacity::Grant;
 use crate::status::ApiError;
-use crate::worker_process::WorkerProcess;
+use crate::worker_process::{Processes, WorkerProcess};
 
 /// How long a process whose connection broke may take to end.
 const GONE: Duration = Duration::from_secs(2);
@@ -116,6 +118,27 @@ impl WorkerLink {
     /// The same of one whose machine is another's for good: a process is killed, it has nothing to put in order.
     pub async fn release(&self) -> bool {
         self.end_by(async |process| process.release().await).await
+    }
+
+    /// [`Self::release`] of one that has handed its memory over: a process is seen to its end aside, once nothing of it can
+    /// run any more.
+    pub async fn depart(&self, processes: &Processes) -> bool {
+        let Some(process) = &self.inner.process else { return self.release().await };
+        let cores = {
+            let grant = self.inner.grant.lock().unwrap_or_else(PoisonError::into_inner);
+            grant.as_ref().map(Grant::housekeeping).unwrap_or_default()
+        };
+        if !process.halt(cores).await {
+            return self.release().await;
+        }
+        let this = self.clone();
+        processes.departing.see_off(&self.inner.fence.vm_uid, async move {
+            while !this.release().await {
+                this.died().await;
+            }
+        });
+        drop(self.inner.grant.lock().unwrap_or_else(PoisonError::into_inner).take());
+        true
     }
 
     async fn end_by(&self, end: impl AsyncFnOnce(&WorkerProcess) -> bool) -> bool {

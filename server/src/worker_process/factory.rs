@@ -17,7 +17,7 @@ use tonic::transport::Channel;
 use vcpu_worker::process::Identity;
 use vpmu_proto::worker::{ConsoleState, GuestEnd};
 
-use super::{READY, WorkerProcess, choose_socket, clear, console_file, socket_of};
+use super::{Departing, READY, WorkerProcess, choose_socket, clear, console_file, socket_of};
 use crate::spare::{PREFIX, Spare, Spares};
 
 /// How worker processes are made on this host.
@@ -45,6 +45,8 @@ pub struct Processes {
     pub image: Mutex<Option<PathBuf>>,
     /// Workers that wait for a machine.
     pub spares: Spares,
+    /// Workers that are past running and have not ended yet.
+    pub departing: Departing,
 }
 
 /// What a runtime directory of an earlier run shows.
@@ -93,6 +95,7 @@ impl Processes {
             cgroups: Arc::default(),
             image: Mutex::default(),
             spares: Spares::default(),
+            departing: Departing::default(),
         }
     }
 
@@ -217,6 +220,7 @@ impl Processes {
 
     /// Ends a worker that nobody holds, if there is one.
     pub async fn end_unheld(self: &Arc<Self>, uid: &str) -> io::Result<()> {
+        self.departing.gone(Some(uid)).await;
         let of = uid.to_owned();
         for (name, old) in self.aside(move |this| this.clear_dead(&of)).await? {
             tracing::warn!(uid, pid = old.pid, "a worker that nobody holds is ended");
@@ -233,6 +237,7 @@ impl Processes {
     /// Starts a worker for a machine that has none, or takes a spare one, and connects to it. One at a time for each uid. If
     /// nobody waits for it any more, the new process is ended.
     pub async fn start(self: &Arc<Self>, uid: &str, name: &str) -> io::Result<(Channel, WorkerProcess)> {
+        self.departing.gone(Some(uid)).await;
         let of = uid.to_owned();
         if !self.aside(move |this| this.clear_dead(&of)).await?.is_empty() {
             self.end_unheld(uid).await?;
@@ -295,6 +300,7 @@ impl Processes {
         incarnation: u64,
         name: &str,
     ) -> io::Result<(Channel, WorkerProcess)> {
+        self.departing.gone(Some(uid)).await;
         let dir = format!("{uid}.{incarnation}");
         let there = dir.clone();
         if let Found::Live(old) = self.aside(move |this| this.find(&there)).await? {

@@ -75,6 +75,17 @@ async fn one_that_is_released_is_ended_though_it_does_not_listen() {
     assert!(worker.release().await && worker.end().await, "again is no harm");
 }
 
+#[tokio::test]
+async fn one_that_is_halted_runs_no_more_and_keeps_its_place_until_it_is_released() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let worker = worker(dir.path());
+    worker.signal(Signal::STOP);
+    assert!(worker.halt(Vec::new()).await, "nothing of it can run");
+    assert!(worker.dir().exists(), "it may not have ended");
+    assert!(worker.release().await && !worker.is_running() && !worker.dir().exists());
+    assert!(worker.halt(Vec::new()).await, "it runs less than ever");
+}
+
 /// What breaks when this process ends.
 fn lifeline() -> (OwnedFd, OwnedFd) {
     rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).expect("pipe")
