@@ -75,7 +75,8 @@ async fn tell_workers(daemon: &Daemon, now: &[u32], told: &mut BTreeMap<u32, Vec
     let arriving: Vec<_> = daemon.migrations.arriving().values().cloned().collect();
     let here = views.iter().filter_map(|view| view.worker.clone()).chain(arriving);
     // One that has just arrived may be there twice.
-    let workers: BTreeMap<u32, _> = here.filter(|w| w.pid() != 0).map(|w| (w.pid(), w)).collect();
+    let workers: BTreeMap<u32, _> =
+        here.filter(|w| w.pid() != 0 && !w.has_departed()).map(|w| (w.pid(), w)).collect();
     told.retain(|pid, _| workers.contains_key(pid));
     let untold = workers.values().filter(|w| told.get(&w.pid()).map(Vec::as_slice) != Some(now));
     let tell = untold.map(|worker| async { (worker.pid(), worker.set_housekeeping(now.to_vec()).await) });

@@ -196,6 +196,8 @@ async fn upgrade(daemon: &Arc<Daemon>, binary: &Path, say: &mut Speaker) -> Resu
             ),
         ));
     }
+    // While the API is still served.
+    processes.departing.gone(None).await;
     daemon.upgrading.store(true, Ordering::SeqCst);
     Ok(image)
 }

@@ -17,7 +17,8 @@
 //! | `ending` | whether it lives, why it died, and how it is let go or ended |
 //!
 //! Invariants: every call has a deadline, so that no worker can hang an actor; every command carries the fence; the
-//! resources (the grant of cores and memory) are given back by [`WorkerLink::end`], once the worker is gone.
+//! resources (the grant of cores and memory) are given back by [`WorkerLink::end`], once the worker is gone, or by
+//! [`WorkerLink::depart`].
 
 mod calls;
 mod console;
@@ -28,7 +29,7 @@ mod migrating;
 mod watching;
 mod wire;
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -61,6 +62,8 @@ struct Inner {
     thread: tokio::sync::Mutex<Option<vcpu_worker::in_process::InProcessWorker>>,
     process: Option<WorkerProcess>,
     outlives: bool,
+    /// It is past running, and is seen to its end.
+    departed: AtomicBool,
     /// Deadline of an ordinary command.
     command: Duration,
     /// What must be asked of it before anything else.

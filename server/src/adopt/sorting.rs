@@ -1,7 +1,8 @@
 //! Which of a machine's workers, dead or alive, is the machine's: by the names of their runtime directories and the record.
 //!
-//! `UID` is the directory of a machine's first worker and `UID.INCARNATION` of each that replaced one. Invariants: at most one
-//! is the machine's, and the others are ended before anything is started; what a dead one left goes only when it tells nothing.
+//! `UID` is the directory of a worker that was started for a machine without one, `UID.INCARNATION` of one that was made beside
+//! another. Invariants: at most one is the machine's, and the others are ended before anything is started; what a dead one
+//! left goes only when it tells nothing.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use crate::worker_process::{Found, Seen, WorkerProcess};
 /// What directories of a machine's workers are called, beside its uid.
 struct Names<'a> {
     uid: &'a str,
-    /// The record's own, unless that is the first.
+    /// The record's own, if it was made beside another.
     own: String,
     /// That of the one that was to replace it.
     next: String,

@@ -113,7 +113,7 @@ impl Renewal<'_> {
     async fn prepare(&mut self) -> Result<Ready, ApiError> {
         let vm = self.lease.record.vm.clone().unwrap_or_default();
         let spec = vm.spec.unwrap_or_default();
-        // The memory is there once, whoever maps it; it counts twice until the old worker has ended.
+        // The memory is there once, whoever maps it; it counts twice until nothing of the old worker runs.
         let grant =
             self.daemon.capacity.adopt(self.handle.name.vm(), &spec, self.lease.worker.cores().to_vec());
         let launch = Launch {

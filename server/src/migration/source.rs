@@ -103,7 +103,7 @@ pub(super) struct Work {
     pub(super) copies: bool,
     pub(super) asking: bool,
     cancel_heard: bool,
-    /// The worker's process has ended, by itself or by this driver.
+    /// Nothing of the worker can run any more, by itself or by this driver.
     pub(super) death_heard: bool,
     /// Why it was aborted, in words.
     pub(super) why: Option<ApiError>,

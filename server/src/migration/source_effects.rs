@@ -343,7 +343,7 @@ impl Source {
     }
 
     /// Ends the worker, at once if its machine runs elsewhere. That is its death only once it is seen, which [`Source::next`] waits for if ending it took too
-    /// long: nothing else proves that it does not run.
+    /// long: nothing else proves that it does not run, but what [`WorkerLink::depart`](crate::worker_link::WorkerLink::depart) looks at.
     async fn end_worker(&mut self) {
         let worker = &self.lease.worker;
         let released = matches!(self.work.machine.state(), State::Releasing);

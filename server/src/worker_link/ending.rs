@@ -1,9 +1,10 @@
 //! Whether a worker lives, why it died, and how it is let go or ended.
 //!
-//! Invariants: dead means that its process is seen to have ended, or its threads, never that it does not answer nor that
-//! it was told to end, or that no thread of it can run any more ([`WorkerLink::depart`]); its resources are given back only
+//! Invariants: dead means that its process is seen to have ended, or its threads, or that none of them can run any more
+//! ([`WorkerLink::depart`]), never that it does not answer nor that it was told to end; its resources are given back only
 //! after that, or once ending it was in vain.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -121,27 +122,38 @@ impl WorkerLink {
     }
 
     /// [`Self::release`] of one that has handed its memory over: a process is seen to its end aside, once nothing of it can
-    /// run any more.
+    /// run any more, unless it has cores of its own: those are free only then.
     pub async fn depart(&self, processes: &Processes) -> bool {
         let Some(process) = &self.inner.process else { return self.release().await };
-        let cores = {
+        let house = {
             let grant = self.inner.grant.lock().unwrap_or_else(PoisonError::into_inner);
             grant.as_ref().map(Grant::housekeeping).unwrap_or_default()
         };
-        if !process.halt(cores).await {
+        let shares = self.cores().iter().all(|core| house.contains(core));
+        if !shares || !process.halt(house).await {
             return self.release().await;
         }
+        self.inner.departed.store(true, Ordering::Release);
         let this = self.clone();
         processes.departing.see_off(&self.inner.fence.vm_uid, async move {
-            while !this.release().await {
-                this.died().await;
+            if let Some(process) = &this.inner.process {
+                process.exited().await;
+                process.release().await;
             }
         });
         drop(self.inner.grant.lock().unwrap_or_else(PoisonError::into_inner).take());
         true
     }
 
+    /// Whether it is past running and is seen to its end.
+    pub fn has_departed(&self) -> bool {
+        self.inner.departed.load(Ordering::Acquire)
+    }
+
     async fn end_by(&self, end: impl AsyncFnOnce(&WorkerProcess) -> bool) -> bool {
+        if self.has_departed() {
+            return true;
+        }
         if let Some(thread) = self.inner.thread.lock().await.take() {
             thread.join().await;
         }

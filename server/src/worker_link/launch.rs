@@ -3,7 +3,7 @@
 //! Invariants: nothing is asked of a worker before it attaches with this daemon's term, so that commands of an earlier
 //! one are refused there; a start that fails leaves no worker and no grant behind.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -142,6 +142,7 @@ impl WorkerLink {
                 thread: tokio::sync::Mutex::new(thread),
                 process,
                 outlives: !factory.processes.stop_vms,
+                departed: AtomicBool::default(),
                 command: factory.command,
                 first: None,
             }),
@@ -266,6 +267,7 @@ impl WorkerLink {
             thread: tokio::sync::Mutex::new(None),
             process: Some(process),
             outlives: !factory.processes.stop_vms,
+            departed: AtomicBool::default(),
             command: factory.command,
             first: Some(First { request, grant: Box::new(grant), attached: OnceCell::new() }),
         };

@@ -7,9 +7,11 @@
 //! A thread gives its memory up for good before what it shared is unmapped (kernel/exit.c, `exit_mm`), and KVM runs a vCPU
 //! only for a thread with the memory that the VM was made in. So once no thread has any, nothing of the guest runs, writes
 //! or answers, however long the unmapping takes; and where that memory is shared with the destination, it frees nothing.
+//! What a thread executes (`/proc/PID/task/TID/exe`) is gone with its memory, and asking for it takes no part in that memory,
+//! of which the asker's might else be the last.
 //!
-//! Invariants: its runtime directory is nobody else's until the process has ended ([`Departing::gone`]); if this process
-//! dies meanwhile, the next finds a worker that is not wanted, and ends it.
+//! Invariants: its runtime directory is nobody else's until the process has ended ([`Departing::gone`]), or is found not to
+//! by who needs it; if this process dies meanwhile, the next finds a worker that is not wanted, and ends it.
 
 use std::collections::HashMap;
 use std::fs;
@@ -24,6 +26,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{KILL, WorkerProcess};
 
+/// How long a process may take to be taken apart: 0.1 s a GiB, more where memory is slow.
+const APART: Duration = Duration::from_secs(60);
 /// How long is waited between two looks.
 const PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000 };
 
@@ -33,9 +37,6 @@ impl WorkerProcess {
     /// called.
     pub async fn halt(&self, cores: Vec<u32>) -> bool {
         let _ending = self.ending.lock().await;
-        if !self.is_running() {
-            return true;
-        }
         let pidfd = match self.pidfd.get_ref().try_clone() {
             Ok(pidfd) => pidfd,
             Err(error) => {
@@ -75,27 +76,21 @@ fn halted(pid: u32, pidfd: &OwnedFd, within: Duration) -> bool {
     }
 }
 
-/// Whether no thread of a process has memory: what cannot be read is taken for one that has. A number that another process has
-/// got meanwhile may be asked: then this one is gone.
-fn has_no_memory(pid: u32) -> bool {
+/// Whether no thread of a process has memory: what cannot be read is taken for one that has. So is one that is gone between
+/// list and look: the list may have ended with it, before others (fs/proc/base.c, `next_tid`). A number that another process
+/// has got meanwhile may be asked: then this one is gone.
+pub(super) fn has_no_memory(pid: u32) -> bool {
     let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
     let mut seen = false;
     for task in tasks {
-        let Ok(task) = task else { return false };
-        seen = true;
-        match fs::read(task.path().join("statm")) {
-            // Pages in all; a thread without memory has none.
-            Ok(pages) if pages.starts_with(b"0 ") => {}
-            Err(error) if error.kind() == ErrorKind::NotFound || is_gone(&error) => {}
-            Ok(_) | Err(_) => return false,
+        let Ok(task) = task.map(|task| task.path()) else { return false };
+        let executes = fs::read_link(task.join("exe"));
+        if !executes.is_err_and(|error| error.kind() == ErrorKind::NotFound) || !task.exists() {
+            return false;
         }
+        seen = true;
     }
     seen
-}
-
-/// What /proc answers of a thread that ended between open and read.
-fn is_gone(error: &std::io::Error) -> bool {
-    error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
 }
 
 /// Those that are under way, by machine.
@@ -139,7 +134,9 @@ impl Departing {
             wanted.map(|(_, gone)| gone.clone()).collect()
         };
         let all = futures_util::future::join_all(waited.iter().map(CancellationToken::cancelled));
-        drop(tokio::time::timeout(KILL, all).await);
+        if tokio::time::timeout(APART, all).await.is_err() {
+            tracing::warn!(?uid, "workers whose machines are elsewhere are still being taken apart");
+        }
     }
 }
 

@@ -221,6 +221,10 @@ impl Processes {
     /// Ends a worker that nobody holds, if there is one.
     pub async fn end_unheld(self: &Arc<Self>, uid: &str) -> io::Result<()> {
         self.departing.gone(Some(uid)).await;
+        self.end_living(uid).await
+    }
+
+    async fn end_living(self: &Arc<Self>, uid: &str) -> io::Result<()> {
         let of = uid.to_owned();
         for (name, old) in self.aside(move |this| this.clear_dead(&of)).await? {
             tracing::warn!(uid, pid = old.pid, "a worker that nobody holds is ended");
@@ -240,7 +244,7 @@ impl Processes {
         self.departing.gone(Some(uid)).await;
         let of = uid.to_owned();
         if !self.aside(move |this| this.clear_dead(&of)).await?.is_empty() {
-            self.end_unheld(uid).await?;
+            self.end_living(uid).await?;
         }
         self.start_first(uid, name).await
     }

@@ -80,7 +80,8 @@ async fn one_that_is_halted_runs_no_more_and_keeps_its_place_until_it_is_release
     let dir = tempfile::tempdir().expect("tempdir");
     let worker = worker(dir.path());
     worker.signal(Signal::STOP);
-    assert!(worker.halt(Vec::new()).await, "nothing of it can run");
+    assert!(worker.halt(Vec::new()).await);
+    assert!(departing::has_no_memory(worker.pid) || !worker.is_running(), "nothing of it can run");
     assert!(worker.dir().exists(), "it may not have ended");
     assert!(worker.release().await && !worker.is_running() && !worker.dir().exists());
     assert!(worker.halt(Vec::new()).await, "it runs less than ever");

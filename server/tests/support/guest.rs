@@ -24,11 +24,13 @@ impl Workers {
     }
 }
 
-/// Worker processes that live, by their runtime directories' parents.
+/// Worker processes that live, by their runtime directories' parents: one that was killed and is only being taken apart, which
+/// executes nothing any more, does not.
 pub fn alive(dirs: &[PathBuf]) -> Vec<Identity> {
     let entries = dirs.iter().filter_map(|dir| std::fs::read_dir(dir).ok()).flatten().flatten();
     let identities = entries.filter_map(|e| Identity::read(&e.path()));
-    identities.filter(|i| Identity::of(i.pid).is_ok_and(|now| now == *i)).collect()
+    let executes = |pid| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok();
+    identities.filter(|i| Identity::of(i.pid).is_ok_and(|now| now == *i) && executes(i.pid)).collect()
 }
 
 impl Drop for Workers {

@@ -16,7 +16,7 @@ use crate::vcpu::request::Answer;
 /// How long a thread looks before it sleeps. Others of its runtime wait for so long.
 const LOOK: Duration = Duration::from_micros(100);
 
-/// Machines of this process whose vCPUs have been asked and have not all answered.
+/// Questions to the vCPUs of this process's machines that have not all been answered.
 static ASKED: AtomicU32 = AtomicU32::new(0);
 /// Of all machines of this process: they share its cores.
 static WORTH: Worth = Worth::new();
@@ -54,7 +54,7 @@ impl Worth {
     }
 }
 
-/// One whose vCPUs have been asked, until this is dropped.
+/// One such question, until this is dropped.
 pub(super) struct Asked(());
 
 impl Asked {
