@@ -227,6 +227,7 @@ async fn a_daemon_that_is_killed_in_process_isolation_leaves_one_owner_of_the_me
         (true, "after:source-persist-quiesced", true),
         (true, "before:source-persist-handed-over", true),
         (true, "after:source-persist-handed-over", false),
+        (true, "after:source-release", false),
         (false, "before:destination-send-ready", true),
         (false, "after:destination-persist-entered", false),
     ] {

@@ -38,7 +38,8 @@
 //!             CancelCopy                  worker.CancelMigration                       none
 //!             SealWorker{epoch}           worker.Seal; other events are told           WorkerSealed or WorkerDied
 //!                                           meanwhile, a later order waits for it
-//!             EndWorker                   worker.Shutdown, then proven gone            WorkerDied
+//!             EndWorker                   worker.Shutdown, then proven gone; memory    WorkerDied
+//!                                           that was handed over: killed, cannot run
 //!             RefuseCancel                answer FAILED_PRECONDITION                   none
 //!             Done(outcome)               the machine is over                          none
 //!     destination: the same, and

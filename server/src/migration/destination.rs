@@ -91,6 +91,7 @@ pub async fn prepare(
     check::refuse(&vm.name, &check::mismatches(daemon, &needs))?;
     let record = VmRecord { vm: Some(arriving(vm)), pmu_shape: check::pmu_there(daemon, &needs) };
     settled(daemon, uid(&record)).await?;
+    vacated(daemon, uid(&record)).await?;
     let handle = match daemon.registry.get(&name) {
         Ok(handle) if handle.uid == uid(&record) => handle,
         Ok(_) | Err(_) => {
@@ -135,6 +136,18 @@ async fn settled(daemon: &Daemon, uid: &str) -> Result<(), ApiError> {
         ApiError::unavailable(
             "EARLIER_MIGRATION_OPEN",
             "an earlier migration of this machine to this host is not settled: its source does not answer; see that it is up",
+        )
+    })
+}
+
+/// The kernel has taken apart the worker that it had here, if it left a moment ago.
+async fn vacated(daemon: &Daemon, uid: &str) -> Result<(), ApiError> {
+    let gone = daemon.workers.processes.departing.gone(Some(uid));
+    // The source waits for the answer to this call that long in all.
+    tokio::time::timeout(daemon.limits.call / 2, gone).await.map_err(|_| {
+        ApiError::unavailable(
+            "FORMER_WORKER_ENDING",
+            "the worker that this machine had here before is still being taken apart by the kernel; try again in a moment",
         )
     })
 }

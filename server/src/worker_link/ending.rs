@@ -44,7 +44,8 @@ impl WorkerLink {
 
     /// The daemon ends: the worker goes on without it.
     pub fn keep(&self) {
-        if let Some(process) = &self.inner.process {
+        // One that is seen to its end has nothing that goes on.
+        if let Some(process) = self.inner.process.as_ref().filter(|_| !self.has_departed()) {
             process.keep();
         }
     }
@@ -122,7 +123,7 @@ impl WorkerLink {
     }
 
     /// [`Self::release`] of one that has handed its memory over: a process is seen to its end aside, once nothing of it can
-    /// run any more, unless it has cores of its own: those are free only then.
+    /// run any more, unless it has cores that this daemon's threads keep off: those are free only then.
     pub async fn depart(&self, processes: &Processes) -> bool {
         let Some(process) = &self.inner.process else { return self.release().await };
         let house = {

@@ -10,8 +10,9 @@
 //! What a thread executes (`/proc/PID/task/TID/exe`) is gone with its memory, and asking for it takes no part in that memory,
 //! of which the asker's might else be the last.
 //!
-//! Invariants: its runtime directory is nobody else's until the process has ended ([`Departing::gone`]), or is found not to
-//! by who needs it; if this process dies meanwhile, the next finds a worker that is not wanted, and ends it.
+//! Invariants: in this daemon its runtime directory is nobody else's until the process has ended, or has taken far too long for
+//! that ([`Departing::gone`]). The next daemon takes a process whose first thread is a zombie for dead and clears what it left:
+//! it can do nothing any more.
 
 use std::collections::HashMap;
 use std::fs;
@@ -46,7 +47,8 @@ impl WorkerProcess {
         };
         self.will_end();
         let pid = self.pid;
-        if !cores.is_empty() {
+        // By number: of one that has ended it may be another's.
+        if !cores.is_empty() && self.is_running() {
             let moving = move || vcpu_worker::host::affinity::set_process(pid, &cores);
             if let Ok(Err(error)) = tokio::task::spawn_blocking(moving).await {
                 tracing::debug!(pid, %error, "a worker ends on the cores that it had");
@@ -160,6 +162,23 @@ mod tests {
         child.wait().expect("waited for");
         assert!(!has_no_memory(pid), "nothing is known of one that is not there");
         assert!(halted(pid, &pidfd, KILL), "but that it has ended");
+    }
+
+    #[tokio::test]
+    async fn a_machine_gets_no_other_worker_before_the_one_that_departs_is_gone() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let processes = Arc::new(super::super::Processes::of_stopped(dir.path().to_owned()));
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        processes.departing.see_off("uid", async { drop(ended.await) });
+        processes.end_unheld("other").await.expect("nothing is there");
+        let waiting = {
+            let processes = Arc::clone(&processes);
+            tokio::spawn(async move { processes.end_unheld("uid").await })
+        };
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert!(!waiting.is_finished(), "its directory is not free");
+        end.send(()).expect("heard");
+        waiting.await.expect("it goes on").expect("nothing is left");
     }
 
     #[tokio::test]

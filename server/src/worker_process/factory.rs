@@ -1,6 +1,7 @@
 //! How worker processes are made, found again and cleared away: one runtime directory each.
 //!
-//! Invariant: a directory is used for a new worker only after the process that its pid file names is proven dead.
+//! Invariant: a directory is used for a new worker only after the process that its pid file names is proven dead: it has ended,
+//! or its first thread has and it was killed ([`super::departing`]).
 
 use std::fs::{DirBuilder, File};
 use std::io;

@@ -86,6 +86,14 @@ async fn work(
     }
 }
 
+/// Prints what a host complained about last, which goes with its directory.
+fn say_trouble(dir: &std::path::Path) {
+    let log = std::fs::read_to_string(dir.join("log")).unwrap_or_default();
+    let trouble: Vec<_> = log.lines().filter(|l| l.contains(" WARN ") || l.contains("ERROR ")).collect();
+    let last = &trouble[trouble.len().saturating_sub(40)..];
+    println!("{}: {} complaints, the last:\n{}", dir.display(), trouble.len(), last.join("\n"));
+}
+
 /// Looks at a host until it is as wanted, which it becomes in its own time, or the deadline; returns the last look.
 async fn look(host: &Host, patience: Duration, wanted: impl Fn(&Usage) -> bool) -> Usage {
     let begin = Instant::now();
@@ -181,7 +189,12 @@ async fn nothing_is_left_of_many_machines() {
             })
             .collect();
         for work in works {
-            let (machine, done) = work.await.expect("works");
+            let (machine, done) = work.await.unwrap_or_else(|error| {
+                for dir in &dirs {
+                    say_trouble(dir);
+                }
+                panic!("an operation failed: {error}")
+            });
             machines.push(machine);
             for (op, count) in done {
                 *counts.entry(op).or_default() += count;
