@@ -255,15 +255,25 @@ impl Machine {
         self.ask("auditing the cores", |v| v.ask(Request::Audit)).await
     }
 
-    /// Ends every vCPU thread and waits for it; returns the last images.
+    /// Ends every vCPU thread and waits for it; returns the last images. The VM and its memory are gone with it, unless somebody
+    /// else holds them.
     pub async fn stop(self: Arc<Self>) -> Result<Vec<PmuImage>, WorkerError> {
-        let machine = Arc::clone(&self);
+        let images = self.stop_vcpus().await;
+        // The kernel takes a VM apart in RCU's time and its memory page by page: whoever serves calls does not wait for that.
+        if let Err(error) = tokio::task::spawn_blocking(move || drop(self)).await {
+            tracing::error!(%error, "taking a machine apart");
+        }
+        images
+    }
+
+    async fn stop_vcpus(self: &Arc<Self>) -> Result<Vec<PmuImage>, WorkerError> {
+        let machine = Arc::clone(self);
         // Before the vCPUs are asked: one may wait for a page inside KVM's emulator, where no kick reaches it.
         if let Err(error) = tokio::task::spawn_blocking(move || machine.end_lazy()).await {
             tracing::error!(%error, "giving up on memory that has not come");
         }
         let images = self.ask("stopping the vCPUs", |v| v.ask(|reply| Request::Stop(Some(reply)))).await;
-        let machine = Arc::clone(&self);
+        let machine = Arc::clone(self);
         let joined = tokio::task::spawn_blocking(move || machine.vcpus.iter().for_each(VcpuHandle::join));
         match tokio::time::timeout(COMMAND_DEADLINE, joined).await {
             Ok(Ok(())) => {}
