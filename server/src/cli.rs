@@ -46,11 +46,15 @@ enum StoreCommand {
 
 #[derive(Debug, Subcommand)]
 enum HostCommand {
-    /// Says what this host can do for guests' performance counters, and what to change. Exits with 1 if something stops the mode.
+    /// Says what this host can do for guests' performance counters, and what to change. Exits with 1 if something stops the
+    /// mode. Where the kernel shares processors by session, two cores are kept busy for a second to see whether it does so fairly.
     Check(crate::host_check::HostCheckArgs),
     /// Takes the controllers of workers' cgroups back, so that a vpmud can be started in their parent again. For the unit's
     /// ExecStopPost=. The daemon's empty leaf (vpmud-daemon; daemon of earlier versions) is removed.
     ReleaseCgroup(crate::cgroup::controllers::ReleaseArgs),
+    /// Competes for a core; started by `host check`.
+    #[command(hide = true)]
+    Rival(crate::sharing::rival::RivalArgs),
 }
 
 /// Options of `vpmud serve`.
@@ -208,6 +212,7 @@ pub fn main() -> ExitCode {
         },
         Command::Host(HostCommand::Check(args)) => crate::host_check::main(&args),
         Command::Host(HostCommand::ReleaseCgroup(args)) => crate::cgroup::controllers::main(&args),
+        Command::Host(HostCommand::Rival(args)) => crate::sharing::rival::main(&args),
         Command::Store(StoreCommand::Fence(args)) => crate::fence::main(&args),
     }
 }
@@ -232,6 +237,13 @@ fn serve(config: ServeConfig) -> ExitCode {
         && let Err(error) = vcpu_worker::host::schedule::answer_before_other_sessions()
     {
         tracing::info!(%error, "this session has no greater share of the processors than a worker's");
+    }
+    if crate::sharing::by_session() && crate::sharing::kernel_is_suspect() {
+        tracing::warn!(
+            remedy = crate::sharing::REMEDY,
+            "this kernel is known to let a session with several guests on a core starve others there, and its own threads; \
+             `vpmud host check` tries it"
+        );
     }
     vcpu_worker::host::features::ask();
     let threads = config.api_threads.map_or_else(api_threads, |threads| threads as usize);

@@ -7,6 +7,7 @@ use pmu::host_check::{Level, Line, Mode, report};
 
 use crate::config::PmuMode;
 use crate::output::Output;
+use crate::sharing::{self, Trial};
 
 /// Options of `vpmud host check`.
 #[derive(Debug, clap::Args)]
@@ -48,6 +49,7 @@ pub fn main(args: &HostCheckArgs) -> ExitCode {
     let facts = vcpu_worker::host::pmu::facts(&host, Some(model));
     let mut lines = report(&facts, mode);
     lines.push(topology_line(&vcpu_worker::host::Topology::of_this_host()));
+    lines.push(sharing_line(sharing::by_session().then(sharing::try_it)));
     match args.output {
         Output::Text => print!("{}", text(&lines)),
         Output::Json => println!("{}", json(&lines, mode)),
@@ -65,6 +67,38 @@ fn topology_line(topology: &vcpu_worker::host::Topology) -> Line {
     };
     let message = format!("{}{advice}", topology.summary());
     Line { id: "topology", level: Level::Ok, message, remedy: String::new(), patches: &[] }
+}
+
+/// Whether sessions get their shares of a core; `trial` is what was seen, none where processors are not shared by session.
+fn sharing_line(trial: Option<Result<Trial, String>>) -> Line {
+    let line = |level, message, remedy: &str| Line {
+        id: "session_shares",
+        level,
+        message,
+        remedy: remedy.to_owned(),
+        patches: &[],
+    };
+    match trial {
+        None => line(Level::Ok, "the processors are not shared by session".to_owned(), ""),
+        Some(Err(problem)) => {
+            let message =
+                format!("the processors are shared by session, whether fairly is not known: {problem}");
+            line(Level::Warning, message, "look for a daemon that says in its log that it was held up")
+        }
+        Some(Ok(trial)) if trial.is_fair() => {
+            let message =
+                format!("sessions share a core fairly: one that computes got {:.1} %", trial.percent());
+            line(Level::Ok, message, "")
+        }
+        Some(Ok(trial)) => {
+            let message = format!(
+                "the kernel lets a session starve another: of a core that two wanted, one that computes got {:.1} %, one \
+                 whose threads take turns, as guests on one core do, the rest (a fault of Linux from 6.13 on, 6d71a9c61604)",
+                trial.percent()
+            );
+            line(Level::Warning, message, sharing::REMEDY)
+        }
+    }
 }
 
 fn level(level: Level) -> &'static str {
@@ -147,6 +181,18 @@ mod tests {
             "{}",
             line.message
         );
+    }
+
+    #[test]
+    fn how_sessions_share_is_one_line() {
+        assert_eq!(sharing_line(None).level, Level::Ok);
+        let fair = sharing_line(Some(Ok(Trial { computing: 480, turns: 520 })));
+        assert!(fair.level == Level::Ok && fair.message.contains("48.0 %"), "{}", fair.message);
+        let unfair = sharing_line(Some(Ok(Trial { computing: 4, turns: 996 })));
+        assert!(unfair.level == Level::Warning && unfair.message.contains("got 0.4 %"), "{}", unfair.message);
+        assert!(unfair.remedy.contains("kernel.sched_autogroup_enabled=0"));
+        let unknown = sharing_line(Some(Err("it takes two processors to try".to_owned())));
+        assert!(unknown.level == Level::Warning && unknown.message.contains("two processors"));
     }
 
     #[test]

@@ -35,6 +35,7 @@ pub mod placement;
 pub mod pmu_mode;
 pub mod pmu_view;
 pub mod serve;
+pub mod sharing;
 pub mod spare;
 pub mod status;
 pub mod store;

@@ -50,7 +50,9 @@ impl Delegated {
         let root = mounts.lines().find(|l| l.contains(" - cgroup2 ")).and_then(|l| l.split(' ').nth(4));
         let root = PathBuf::from(root.ok_or("no cgroup2 mount")?);
         let mut offered = words(&root, "cgroup.controllers");
-        offered.retain(|c| WANTED.contains(&c.as_str()));
+        // Some kernels share so wrongly between groups that nobody gets cpu there.
+        let unfair = vpmu_server::sharing::kernel_is_suspect();
+        offered.retain(|c| WANTED.contains(&c.as_str()) && !(unfair && c == "cpu"));
         if offered.is_empty() {
             return Err(format!("{} offers none of {WANTED:?}", root.display()));
         }

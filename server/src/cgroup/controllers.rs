@@ -10,7 +10,8 @@
 //! unit that asks for `on` has `ExecStopPost=vpmud host release-cgroup`.
 //!
 //! With the cpu controller each cgroup has a share of its own, the daemon as much as one worker: beside fifty guests that
-//! compute it would answer nobody in time. So its leaf weighs more ([`WEIGHT`]).
+//! compute it would answer nobody in time. So its leaf weighs more ([`WEIGHT`]). Where the kernel shares so wrongly that one
+//! group can starve another ([`crate::sharing`]), nobody gets this controller: within one group it shares rightly.
 //!
 //! Invariant: what is not enabled is told with the reason, once, at the start; workers then run without it.
 
@@ -61,6 +62,8 @@ struct Seen {
     inside: bool,
     /// So are these.
     others: Vec<String>,
+    /// The kernel lets one group of the controller cpu starve another ([`crate::sharing`]).
+    unfair: bool,
 }
 
 /// What to do.
@@ -80,6 +83,12 @@ fn plan(seen: &Seen, mode: Controllers, elsewhere: &[&str]) -> Plan {
     }
     let wanted =
         WANTED.into_iter().filter(|c| !elsewhere.contains(c) && !seen.enabled.iter().any(|e| e == c));
+    let (wanted, unfair): (Vec<_>, Vec<_>) = wanted.partition(|c| !(seen.unfair && *c == "cpu"));
+    if !unfair.is_empty() {
+        let why = "this kernel (6.13 to 6.19) lets a worker whose vCPUs take turns on a core starve the others there";
+        plan.missing.push((unfair, why.to_owned()));
+    }
+    let wanted = wanted.into_iter();
     let (there, absent): (Vec<_>, Vec<_>) = wanted.partition(|c| seen.available.iter().any(|a| a == c));
     if !absent.is_empty() {
         let why = "cgroup.controllers does not list it; under systemd set Delegate=yes".to_owned();
@@ -181,6 +190,7 @@ fn look(parent: &Path) -> Seen {
         enabled: words(parent, "cgroup.subtree_control"),
         inside: !ours.is_empty(),
         others,
+        unfair: crate::sharing::kernel_is_suspect(),
     }
 }
 
@@ -288,6 +298,16 @@ mod tests {
         assert_eq!((again.move_to_leaf, again.enable), (false, vec!["cpu"]));
         let whole = Seen { enabled: words("cpu memory pids"), inside: false, ..delegated() };
         assert_eq!(plan(&whole, Controllers::Auto, &["hugetlb"]), Plan::default());
+    }
+
+    #[test]
+    fn nobody_gets_cpu_where_groups_starve_each_other() {
+        let unfair = plan(&Seen { unfair: true, ..delegated() }, Controllers::On, &["hugetlb"]);
+        assert_eq!((unfair.enable.clone(), missing(&unfair)), (vec!["memory", "pids"], vec!["cpu"]));
+        assert!(unfair.missing[0].1.contains("starve"), "{unfair:?}");
+        // What somebody has enabled stays.
+        let enabled = Seen { unfair: true, enabled: words("cpu memory pids"), ..delegated() };
+        assert_eq!(plan(&enabled, Controllers::On, &["hugetlb"]), Plan::default());
     }
 
     #[test]

@@ -9,6 +9,10 @@
 //! VPMU_SOAK_ISOLATION=thread machines in the daemon's own threads
 //! ```
 //!
+//! With machines in threads, both daemons share the processors by session (they have one each): on kernels where
+//! `vpmud host check` warns of `session_shares` they starve each other for ten seconds and more, and operations fail; first
+//! `sysctl -w kernel.sched_autogroup_enabled=0`, as on any such host.
+//!
 //! It goes in laps. At the end of one, with nothing under way, processes, directories and cgroups must be exactly those of
 //! the machines that live; then everything is deleted, and what remains is compared with what remained after the first
 //! lap, by the bounds of [`Bounds`].
@@ -155,6 +159,9 @@ async fn nothing_is_left_of_many_machines() {
         "VPMU_SOAK_SEED={seed}: {seconds} s, {vms} machines, {parallel} operations at once, isolation {isolation}"
     );
 
+    if vpmu_server::sharing::by_session() && vpmu_server::sharing::kernel_is_suspect() {
+        println!("NOTE: this kernel may let one host starve the other: {}", vpmu_server::sharing::REMEDY);
+    }
     let dir = tempfile::tempdir().expect("tempdir");
     let dirs = [dir.path().join("a"), dir.path().join("b")];
     let _reaper = Reaper(dirs.to_vec());
