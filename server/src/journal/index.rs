@@ -31,6 +31,11 @@ impl Index {
         records.values().filter(|record| asked(record)).count() as u64
     }
 
+    /// Forgets the records that are as asked: nothing on disk tells of them any more.
+    pub(crate) fn forget(&self, asked: impl Fn(&OwnershipRecord) -> bool) {
+        self.records.write().unwrap_or_else(PoisonError::into_inner).retain(|_, record| !asked(record));
+    }
+
     pub(crate) fn put(&self, record: OwnershipRecord) {
         let mut records = self.records.write().unwrap_or_else(PoisonError::into_inner);
         records.insert(record.vm_uid.clone(), record);

@@ -363,6 +363,8 @@ impl<D: Dir> Log<D> {
             self.older.splice(0..0, obsolete);
             return Err(e);
         }
+        // As after a restart, which finds none of these any more.
+        self.index.forget(|record| record.phase() == Phase::Deleted);
         for number in obsolete {
             self.dir.remove(&name(number))?;
         }

@@ -216,9 +216,12 @@ fn compaction_waits_for_open_migrations_and_keeps_what_holds() {
     };
     fill(&mut log);
     assert!(dir.files().len() > 6, "{:?}", dir.files());
+    assert_eq!(log.index().latest("gone").map(|r| r.phase()), Some(Phase::Deleted), "said on disk still");
     put(&mut log, record("moving", 8, Phase::Owned)).unwrap();
     fill(&mut log);
     assert!(dir.files().len() <= 5, "{:?}", dir.files());
+    let uids: Vec<_> = log.index().all().into_iter().map(|r| r.vm_uid).collect();
+    assert_eq!(uids, ["a", "moving"], "who has been deleted costs no memory for ever");
     drop(log);
     dir.crash(&mut || false);
     let log = open(&dir);
