@@ -49,7 +49,7 @@ pub fn main(args: &HostCheckArgs) -> ExitCode {
     let facts = vcpu_worker::host::pmu::facts(&host, Some(model));
     let mut lines = report(&facts, mode);
     lines.push(topology_line(&vcpu_worker::host::Topology::of_this_host()));
-    lines.push(sharing_line(sharing::by_session().then(sharing::try_it)));
+    lines.push(sharing_line(sharing::by_session().then(|| sharing::try_it(&host.allowed_cores))));
     match args.output {
         Output::Text => print!("{}", text(&lines)),
         Output::Json => println!("{}", json(&lines, mode)),

@@ -59,17 +59,15 @@ pub fn kernel_is_suspect() -> bool {
 
 /// 6.13 to 6.19: the fault came with 6.13-rc7 and was still in mainline while 7.0 was made.
 fn suspect(release: &str) -> bool {
-    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
-    matches!((numbers.next(), numbers.next()), (Some(6), Some(13..=19)))
+    matches!(vcpu_worker::host::kernel_version(release), (6, 13..=19))
 }
 
-/// Lets two sessions compete for a core for [`TRIAL`].
+/// Lets two sessions compete for the first of these cores for [`TRIAL`].
 ///
 /// # Errors
 /// What stands against it, in words: fewer than two processors (the fault needs two), or no process of this program.
-pub fn try_it() -> Result<Trial, String> {
-    let cores = vcpu_worker::host::probe().allowed_cores;
-    let &[core, other, ..] = cores.as_slice() else {
+pub fn try_it(cores: &[u32]) -> Result<Trial, String> {
+    let &[core, other, ..] = cores else {
         return Err("it takes two processors to try".to_owned());
     };
     let start = |role| Rival::start(role, core, other);

@@ -43,21 +43,9 @@ async fn a_worker_has_given_up_what_it_does_not_need() {
     let own = std::fs::read_to_string("/proc/self/status").expect("own status");
     // SYS_NICE, IPC_LOCK, PERFMON.
     let kept = 1 << 23 | 1 << 14 | 1 << 38;
+    let all = threads(vm.worker_pid);
+    assert!(all.len() >= 5, "main, two of the runtime, two vCPUs: {}", all.len());
     let filters = number(&own, "Seccomp_filters");
-    // A thread that waits to move the machine comes a moment later than it, and confines itself.
-    let begin = Instant::now();
-    let all = loop {
-        let all = threads(vm.worker_pid);
-        let waits = |(name, status): &(String, String)| {
-            name == "data-ready" && number(status, "Seccomp_filters") - filters == 3
-        };
-        if all.iter().any(waits) {
-            break all;
-        }
-        assert!(begin.elapsed() < DEADLINE, "no data thread waits: {all:?}");
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    };
-    assert!(all.len() >= 6, "main, two of the runtime, two vCPUs, one for data: {}", all.len());
     for (name, status) in &all {
         assert_eq!((number(status, "NoNewPrivs"), number(status, "Seccomp")), (1, 2), "{name}: {status}");
         for set in ["CapPrm", "CapEff"] {
@@ -67,9 +55,9 @@ async fn a_worker_has_given_up_what_it_does_not_need() {
         if capabilities(&own, "CapEff") & (1 << 8) != 0 {
             assert_eq!(capabilities(status, "CapBnd"), 0, "{name}: SETPCAP empties the bounding set");
         }
-        // clone3's and control's, and a vCPU's or a data thread's own; KVM's helper thread comes from a vCPU.
-        let own = ["vm-a/", "kvm-", "data-ready"].iter().any(|kind| name.starts_with(kind));
-        assert_eq!(number(status, "Seccomp_filters") - filters, if own { 3 } else { 2 }, "{name}");
+        // clone3's and control's, and a vCPU's own; KVM's helper thread comes from a vCPU.
+        let vcpu = name.starts_with("vm-a/") || name.starts_with("kvm-");
+        assert_eq!(number(status, "Seccomp_filters") - filters, if vcpu { 3 } else { 2 }, "{name}");
     }
     assert_eq!(all.iter().filter(|(name, _)| name.starts_with("vm-a/")).count(), 2);
 

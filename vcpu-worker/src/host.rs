@@ -84,6 +84,12 @@ pub struct HostFacts {
     pub tsc_khz: u32,
 }
 
+/// Major and minor number of a kernel release; (0, 0) if it is none.
+pub fn kernel_version(release: &str) -> (u32, u32) {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
 /// Reads the facts. Takes about a millisecond (20 more where KVM cannot be asked for the TSC frequency).
 pub fn probe() -> HostFacts {
     let (kvm, tsc_khz) = match probe_kvm() {

@@ -208,19 +208,15 @@ impl LazyMemory {
             return Ok(lazy);
         }
         let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
-            let shared = Arc::clone(&shared);
-            let confined = move |confined: std::io::Result<()>| match confined {
-                Ok(()) => body(),
-                Err(error) => shared.fail(LazyError::Unsupported { problem: format!("seccomp: {error}") }),
-            };
-            crate::sandbox::ready::spawn(name, confined)
+            std::thread::Builder::new()
+                .name(name.to_owned())
+                .spawn(body)
                 .map_err(|e| unsupported(format!("thread {name}: {e}")))
         };
         let (for_faults, for_source) = (Arc::clone(&shared), Arc::clone(&source));
         let faults = spawn("lazy-faults", Box::new(move || serve::faults(&for_faults, &*for_source)))?;
         lazy.threads.push(faults);
         if let Some(chunk) = prefetch {
-            let shared = Arc::clone(&shared);
             let body = Box::new(move || serve::prefetch(&shared, &*source, chunk.max(1)));
             lazy.threads.push(spawn("lazy-prefetch", body)?);
         }

@@ -86,20 +86,22 @@ impl Thread {
     fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<Self, WorkerError> {
         let (mark, ended) = watch::channel(false);
         let mark = EndMark(mark);
-        let handle = crate::sandbox::ready::spawn(name, move |confined| {
-            let _mark = mark;
-            // It works as much as a guest does: whoever answers calls goes first.
-            if let Err(error) = crate::host::schedule::carry() {
-                tracing::debug!(%error, "a migration thread keeps the priority of one that answers calls");
-            }
-            if let Err(error) = confined {
-                tracing::error!(%error, "a migration thread cannot be confined and does nothing");
-                return;
-            }
-            crate::sandbox::hook(crate::sandbox::Kind::Data);
-            body();
-        })
-        .map_err(|e| WorkerError::Thread { thread: name.to_owned(), problem: e.to_string() })?;
+        let handle = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                let _mark = mark;
+                // It works as much as a guest does: whoever answers calls goes first.
+                if let Err(error) = crate::host::schedule::carry() {
+                    tracing::debug!(%error, "a migration thread keeps the priority of one that answers calls");
+                }
+                if let Err(error) = crate::sandbox::enter(crate::sandbox::Kind::Data) {
+                    tracing::error!(%error, "a migration thread cannot be confined and does nothing");
+                    return;
+                }
+                crate::sandbox::hook(crate::sandbox::Kind::Data);
+                body();
+            })
+            .map_err(|e| WorkerError::Thread { thread: name.to_owned(), problem: e.to_string() })?;
         Ok(Self { ended, handle: Mutex::new(Some(handle)) })
     }
 

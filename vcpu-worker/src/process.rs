@@ -44,8 +44,6 @@ const MAX_MESSAGE: usize = 4 << 20;
 
 /// Bytes of log that a worker writes at most.
 pub const LOG_BYTES: u64 = 1 << 20;
-/// When a worker that was started for a machine has a data thread wait for the machine's first migration.
-const READY_AFTER: Duration = Duration::from_millis(100);
 /// How long a worker waits for a daemon to give it a VM.
 const UNCLAIMED: Duration = Duration::from_secs(120);
 /// Threads for blocking work; idle ones end.
@@ -259,13 +257,6 @@ async fn serve(args: &Args) -> io::Result<()> {
         if let Ok(Err(error)) = made {
             tracing::debug!(%error, "this worker's machine will be made when it is asked for");
         }
-        crate::sandbox::ready::prepare();
-    } else {
-        // Its machine is to start first.
-        tokio::spawn(async {
-            tokio::time::sleep(READY_AFTER).await;
-            crate::sandbox::ready::prepare();
-        });
     }
     // Last: who has read it may rename the directory.
     if let (Some(dir), Some(named)) = (&runtime_dir, &args.runtime_dir) {

@@ -12,11 +12,10 @@
 //! |---|---|---|
 //! | control | main, async runtime, blocking helpers, all others | open files, sockets and KVM; start threads; no exec, no fork, no other process, no executable memory |
 //! | vCPU | `vm-NAME/N`, once its vCPU is made | a listed set of KVM and perf requests, write to what is open; no files, sockets or threads |
-//! | data | `vpmud-out`, `vpmud-in` and the connections they start, `vpmud-pages`, `lazy-faults`, `lazy-prefetch`; `data-ready`, which waits to be one of them ([`ready`]) | sockets, positioned I/O, dirty logs, userfaultfd; no file opened |
+//! | data | `vpmud-out`, `vpmud-in` and the connections they start, `vpmud-pages`, `lazy-faults`, `lazy-prefetch` | sockets, positioned I/O, dirty logs, userfaultfd; no file opened |
 
 mod filter;
 mod privileges;
-pub mod ready;
 mod table;
 
 use std::io;

@@ -88,8 +88,8 @@ fn plan(seen: &Seen, mode: Controllers, elsewhere: &[&str]) -> Plan {
         let why = "this kernel (6.13 to 6.19) lets a worker whose vCPUs take turns on a core starve the others there";
         plan.missing.push((unfair, why.to_owned()));
     }
-    let wanted = wanted.into_iter();
-    let (there, absent): (Vec<_>, Vec<_>) = wanted.partition(|c| seen.available.iter().any(|a| a == c));
+    let (there, absent): (Vec<_>, Vec<_>) =
+        wanted.into_iter().partition(|c| seen.available.iter().any(|a| a == c));
     if !absent.is_empty() {
         let why = "cgroup.controllers does not list it; under systemd set Delegate=yes".to_owned();
         plan.missing.push((absent, why));

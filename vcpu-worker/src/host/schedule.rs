@@ -188,8 +188,7 @@ mod tests {
     /// Whether this kernel has slices of a thread's own: those before 6.12 take the value and show 0.
     fn has_slices() -> bool {
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("osrelease");
-        let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
-        (numbers.next(), numbers.next()) >= (Some(6), Some(12))
+        crate::host::kernel_version(&release) >= (6, 12)
     }
 
     #[test]

@@ -9,7 +9,7 @@ use pmu::host_check::{Facts, KvmPmu as Kind};
 use pmu::registers::{MAX_FIXED, MAX_GP};
 
 use super::{KvmPmuError, MsrPort, check, list};
-use crate::host::{HostFacts, KvmFacts};
+use crate::host::{HostFacts, KvmFacts, kernel_version};
 
 /// What a guest's PMU can be under this KVM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +60,7 @@ pub fn detect(host: &HostFacts, facts: &Facts) -> Result<Detected, KvmPmuError> 
         kind,
         shape,
         can_disable: facts.kvm_pmu_capability,
-        backported: kind == Kind::Mediated && release(&facts.kernel) < (7, 0),
+        backported: kind == Kind::Mediated && kernel_version(&facts.kernel) < (7, 0),
     })
 }
 
@@ -100,12 +100,6 @@ fn listed(mut shape: Shape, msrs: &[u32]) -> Shape {
         }
     }
     shape
-}
-
-/// Major and minor number of a kernel release; (0, 0) if it is none.
-fn release(text: &str) -> (u32, u32) {
-    let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
 /// What a vCPU's PMU registers say when they are read.

@@ -10,9 +10,22 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::{LazyError, PageSource, Placer, Shared};
 use crate::memory::PAGE_SIZE;
+use crate::sandbox;
+
+/// Takes from this thread what it does not need.
+fn confined(shared: &Shared) -> bool {
+    let entered = sandbox::enter(sandbox::Kind::Data);
+    if let Err(error) = &entered {
+        shared.fail(LazyError::Unsupported { problem: format!("seccomp: {error}") });
+    }
+    entered.is_ok()
+}
 
 /// Answers faults until the end.
 pub(super) fn faults(shared: &Arc<Shared>, source: &dyn PageSource) {
+    if !confined(shared) {
+        return;
+    }
     let placer = Placer { shared: Arc::downgrade(shared) };
     let mut addresses = Vec::with_capacity(64);
     // Also after a failure, until the memory is released: zero pages may be all that a vCPU needs to come out.
@@ -71,6 +84,9 @@ fn fault(shared: &Shared, source: &dyn PageSource, placer: &Placer, page: u64) -
 
 /// Asks for everything that nobody has asked for.
 pub(super) fn prefetch(shared: &Arc<Shared>, source: &dyn PageSource, chunk: u64) {
+    if !confined(shared) {
+        return;
+    }
     let placer = Placer { shared: Arc::downgrade(shared) };
     while shared.end.get().is_none() {
         let claimed = shared.pages.lock().claim(chunk);

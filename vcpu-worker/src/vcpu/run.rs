@@ -45,17 +45,15 @@ pub(super) fn thread(
     let _registered = VcpuThread::register();
     match Driver::new(setup, shared, inbox) {
         Ok((mut driver, kick)) => {
-            // Nobody waits only if the starter is gone, and then the inbox is closed too.
-            drop(ready.send(Ok(kick)));
-            // What a vCPU opens is open now. The kernel takes a millisecond to compile the filter: the machine's next parts
-            // are made meanwhile. It does nothing before it has it.
+            // What a vCPU opens is open now.
             if let Err(error) = crate::sandbox::enter(crate::sandbox::Kind::Vcpu) {
                 let problem = format!("its seccomp filter: {error}");
                 let thread = super::thread_name("", driver.index);
-                driver.fail(&WorkerError::Thread { thread, problem });
-                driver.set_state(State::Gone);
+                drop(ready.send(Err(WorkerError::Thread { thread, problem })));
                 return;
             }
+            // Nobody waits only if the starter is gone, and then the inbox is closed too.
+            drop(ready.send(Ok(kick)));
             // A defect in handling one guest ends that guest, says so, and gives its core back.
             if catch_unwind(AssertUnwindSafe(|| driver.main())).is_err() {
                 driver.panicked();
