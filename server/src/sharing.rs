@@ -18,8 +18,8 @@ use rival::Role;
 /// Where the kernel says whether it shares by session; absent without CONFIG_SCHED_AUTOGROUP.
 const SWITCH: &str = "/proc/sys/kernel/sched_autogroup_enabled";
 /// What an operator may do.
-pub const REMEDY: &str = "sysctl -w kernel.sched_autogroup_enabled=0, then start vpmud anew; deploy/60-vpmud.conf does it at boot; \
-                          groups by the cgroup controller cpu are as unfair";
+pub const REMEDY: &str =
+    "sysctl -w kernel.sched_autogroup_enabled=0, then start vpmud anew; deploy/60-vpmud.conf does it at boot";
 /// How long two sessions compete.
 pub const TRIAL: Duration = Duration::from_secs(1);
 /// The kernel is unfair where one session has less than this of what the other has.
